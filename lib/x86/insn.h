@@ -13,7 +13,10 @@ enum x86_opkind { X86_OP_NONE, X86_OP_GPR, X86_OP_MEM, X86_OP_IMM, X86_OP_REL, X
 
 /* Visible operands in Intel order. `reg` is the register number 0..15; for byte registers 16..19 mean AH, CH, DH, BH.
  * `size` is the operand's size in bytes (16/32 for vectors, 10 for x87 tbyte, 0 if it has none, as LEA's memory). */
-typedef struct x86_operand { uint8_t kind, reg, size; } x86_operand;
+typedef struct x86_operand { uint8_t kind, reg, size, enc; } x86_operand;
+/* `enc`: the field of the encoding that names a register or memory operand; NONE for implicit ones (CL, AL, XMM0) and immediates. */
+enum x86_openc { X86_ENC_NONE, X86_ENC_REG /* ModRM.reg */, X86_ENC_RM /* ModRM.rm */, X86_ENC_OPCODE /* low bits of the opcode */,
+                 X86_ENC_VVVV, X86_ENC_IS4 /* imm8[7:4] */ };
 
 #define X86_NOREG 0xff
 #define X86_REG_RIP 0x10          /* base only */
