@@ -149,8 +149,7 @@ typedef struct vm_irq_source {
 } vm_irq_source;
 extern const vm_irq_source vm_pc_irq_source;                       /* platform/pc.c */
 
-/* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller ---- */
-enum { VM_TRACE_DECODE = 1, VM_TRACE_IR = 2, VM_TRACE_MCODE = 4, VM_TRACE_EXIT = 8, VM_TRACE_MMIO = 16, VM_TRACE_IRQ = 32, VM_TRACE_MMU = 64 };
+/* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller; categories in machine.h ---- */
 unsigned vm_trace_mask(const vm_machine *m);
 void vm_trace_line(vm_machine *m, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -1,0 +1,14 @@
+# Public headers, installed as <libvm/...>. The .def tables are part of the interface: they expand into enums.
+libvmincludedir = $(includedir)/libvm
+libvminclude_HEADERS = \
+	include/libvm/device.h \
+	include/libvm/error.def \
+	include/libvm/error.h \
+	include/libvm/exit.def \
+	include/libvm/exit.h \
+	include/libvm/libvm.h \
+	include/libvm/machine.h \
+	include/libvm/memory.h \
+	include/libvm/reg.def \
+	include/libvm/stat.def \
+	include/libvm/types.h
