@@ -1,0 +1,1 @@
+# examples: programs that use the public interface only.

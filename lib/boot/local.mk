@@ -1,0 +1,3 @@
+# lib/boot: loaders.
+noinst_HEADERS += 
+libvm_la_SOURCES += 

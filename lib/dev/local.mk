@@ -1,0 +1,3 @@
+# lib/dev: devices.
+noinst_HEADERS += lib/dev/dev.h 
+libvm_la_SOURCES += 

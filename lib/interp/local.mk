@@ -1,0 +1,3 @@
+# lib/interp: the reference interpreter.
+noinst_HEADERS += 
+libvm_la_SOURCES += 

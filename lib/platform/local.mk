@@ -1,0 +1,3 @@
+# lib/platform: the PC.
+noinst_HEADERS += 
+libvm_la_SOURCES += 
