@@ -273,7 +273,10 @@ struct x86_cpu {
 
     /* -- how execution is going -- */
     bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
+    bool step_asked;                   /* debugger stepping: x86_mode_changed() keeps `careful` set while this is */
     uint8_t dr_hit;                    /* data/IO breakpoints met by this instruction: DR6 B0-B3 */
+    bool no_trap;                      /* this instruction swallowed its TF trap (INT n, SYSCALL, task switch) */
+    uint8_t ext;                       /* EXT bit of error codes while a hardware event is being delivered */
     uint64_t retired;                  /* instructions retired */
     x86_fault fault;
     jmp_buf *fault_jmp;                /* where x86_raise goes */
@@ -316,6 +319,12 @@ static inline bool x86_can_interrupt(const x86_cpu *cpu) { return (cpu->rflags &
  * (may raise #DB as a trap). Called by the interpreter with fault_jmp set. */
 void x86_before_careful(x86_cpu *cpu);
 void x86_after_careful(x86_cpu *cpu, uint64_t rflags_before, uint8_t inhibit_before);
+
+/* INT n, INT3, INTO, INT1 as instructions: delivers through the IDT with the instruction's own privilege checks, sets next_rip. */
+enum { X86_INT_N, X86_INT_3, X86_INT_O, X86_INT_1 };
+void x86_software_interrupt(x86_cpu *cpu, uint8_t vector, unsigned kind);
+/* mem.c calls this while cpu->careful for every data access of n bytes at la (X86_READ, X86_WRITE or both). */
+void x86_check_data_breakpoint(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access);
 
 /* ---- state as a whole (state.c) ---- */
 void x86_cpu_reset(x86_cpu *cpu, bool is_init);            /* RESET or INIT values (SDM vol. 3, table 9-1) */
