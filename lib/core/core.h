@@ -67,13 +67,22 @@ struct vm_vcpu {
     struct vm_request *requests;       /* queued by other threads, under machine->lock or lock-free list */
     vm_range last_range;               /* flat-view hit cache, dropped with the view */
     uint64_t halt_exits;
+    bool has_budget;                   /* this run was given max_instructions: backends that cannot count must find another way */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
 
 /* ---- backends ----
  * run(): execute guest code until something the run loop must see. x86.budget is the slice in instructions (interpreter and
  * JIT count it down exactly and return X86_STOP_SLICE at 0); returns at the next block boundary when x86.attention is
- * non-zero. Registers in x86 are complete when it returns. A backend never calls a device. */
+ * non-zero. Registers in x86 are complete when it returns. A backend never calls a device.
+ * A backend may keep a vCPU's state elsewhere (KVM). Then gpr, rip and rflags of x86 are current whenever run() has returned,
+ * and anything else in the core or the API that looks at x86 calls vm_vcpu_fetch(cpu, parts) before reading or changing a
+ * part (in callbacks too), and vm_vcpu_changed(cpu, parts) after changing it. Both cost nothing on software backends. */
+#define VM_STATE_REGS  1u              /* gpr, rip, rflags */
+#define VM_STATE_SREGS 2u              /* segments, gdtr, idtr, cr0-4, efer, flat, cpl and other things derived, inhibit, NMI state */
+#define VM_STATE_FPU   4u              /* fpu, xcr0 */
+#define VM_STATE_MSRS  8u              /* all the rest: dr, MSRs, MTRRs */
+#define VM_STATE_ALL  15u
 typedef struct vm_backend_ops {
     const char *name;
     int  (*query)(const char *capability, uint64_t *value);
@@ -86,9 +95,11 @@ typedef struct vm_backend_ops {
     void (*code_changed)(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);       /* on the vCPU's own thread, or paused */
     void (*flush_code)(vm_vcpu *cpu);                                       /* all of it: hooks changed, snapshot restored */
     void (*tlb_flushed)(vm_vcpu *cpu);                                      /* linear-address caches (jump caches) are stale */
-    void (*get_state)(vm_vcpu *cpu);                                        /* KVM: fetch into x86; NULL for software */
-    void (*set_state)(vm_vcpu *cpu);
+    void (*get_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: make parts of x86 current; NULL for software */
+    void (*set_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: parts of x86 changed; used by the next run() */
     void (*kick)(vm_vcpu *cpu);                                             /* async-signal-safe; NULL: attention is enough */
+    bool takes_interrupts;             /* PC: run() itself takes vectors from the interrupt source (vm_pc_irq_source) at the
+                                          right moment; the run loop then leaves them alone, except to wake a halted vCPU */
 } vm_backend_ops;
 extern const vm_backend_ops vm_backend_interp, vm_backend_jit, vm_backend_kvm;
 
@@ -117,6 +128,14 @@ struct vm_machine {
     pthread_mutex_t pause_lock; pthread_cond_t pause_cond;
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
 };
+static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
+    if (cpu->machine->backend->get_state)
+        cpu->machine->backend->get_state(cpu, parts);
+}
+static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts) {
+    if (cpu->machine->backend->set_state)
+        cpu->machine->backend->set_state(cpu, parts);
+}
 /* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests. */
 void vm_pause(vm_machine *m);
 void vm_resume(vm_machine *m);
