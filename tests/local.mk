@@ -1,5 +1,23 @@
-# tests: `make check` runs tests/run-all, whose last line is "N passed, N failed, N skipped". Test programs link the
-# library statically (PROG_LDFLAGS = -static), so they reach hidden symbols too.
+# tests: `make check` runs tests/run-all over every test program; its last line is "N passed, N failed, N skipped".
+#
+# A test program is a line in check_PROGRAMS with its sources, linked with $(TEST_LIBS): the harness (tests/test.h), whose main()
+# it uses, and the library, statically, so that hidden symbols can be reached too. Scripts that print the same lines go into
+# TEST_SCRIPTS.
 EXTRA_DIST += tests/run-all
-check-local: $(check_PROGRAMS) $(noinst_PROGRAMS)
-	@top_srcdir='$(top_srcdir)' top_builddir='$(top_builddir)' sh $(srcdir)/tests/run-all
+TEST_SCRIPTS =
+check_LIBRARIES = tests/libtest.a
+tests_libtest_a_SOURCES = tests/test.c tests/test.h
+TEST_LIBS = tests/libtest.a libvm.la
+
+include $(srcdir)/tests/unit/local.mk
+include $(srcdir)/tests/insn/local.mk
+include $(srcdir)/tests/api/local.mk
+include $(srcdir)/tests/diff/local.mk
+include $(srcdir)/tests/guests/local.mk
+
+check-local: $(check_PROGRAMS) $(check_LIBRARIES) $(noinst_PROGRAMS)
+	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' CC='$(CC)' CXX='$(CXX)' \
+	  sh $(srcdir)/tests/run-all $(check_PROGRAMS) $(TEST_SCRIPTS:%=$(srcdir)/%)
+clean-local:
+	rm -rf tests/logs
+.PHONY: clean-local
