@@ -1,8 +1,21 @@
 /* core.h - the machine from the inside: what lib/core, lib/api and the backends share.
  *
- * A vm_machine owns everything: vCPUs, memory map, bus, devices, hooks. There are no globals; two machines in one process
- * never meet. Locks, in the order they may be taken: machine->lock (map, hooks, snapshots: edits), machine->device_lock
- * (all device callbacks, interrupt controllers), flat view's reader side. Nothing is held while guest code runs.
+ * A vm_machine owns everything: vCPUs, memory map, bus, devices. There are no globals; two machines in one process
+ * never meet.
+ *
+ * Locks are recursive and taken in this order: device_lock (all device callbacks, interrupt controllers), then machine->lock
+ * (edits of the map; held between vm_pause and vm_resume), then the clock's and the trace's own. A thread that holds
+ * machine->lock and not device_lock must not ask for device_lock. Nothing is held while guest code runs.
+ *
+ * What a vCPU's thread may be doing is one word, vm_vcpu.state:
+ *   VM_IDLE     nobody is inside vm_vcpu_run
+ *   VM_LOOP     in the run loop at an instruction boundary, waiting (HLT, parked, paused)
+ *   VM_BLOCKED  inside an instruction, waiting for one of the machine's locks
+ *   VM_GUEST    anything else inside vm_vcpu_run: executing, in a callback
+ * An edit stops the world: it waits until no other vCPU is in VM_GUEST. So whatever runs in VM_GUEST may read the map
+ * without a lock; a thread that drives no vCPU reads it under machine->lock. What belongs to a vCPU (TLB, decoded code) may
+ * be changed by others only while the world is stopped; decoded code only in VM_IDLE and VM_LOOP, because in VM_BLOCKED the
+ * instruction under way still lies in it: then the change is queued (vm_vcpu_request) for the next boundary.
  */
 #ifndef LIBVM_CORE_H
 #define LIBVM_CORE_H
@@ -10,16 +23,30 @@
 #include <libvm/libvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdarg.h>
 #include "x86/cpu.h"
 
 /* ---- errors (error.c): set the thread's message, return the status ---- */
 int vm_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int vm_fail_errno(int status, const char *what);                 /* appends strerror(errno) */
 
+/* ---- locks (lock.c) ---- */
+typedef struct vm_lock {
+    _Atomic int word;                  /* 0 free, 1 held, 2 held and waited for */
+    _Atomic uintptr_t owner;           /* vm_thread_self() of the holder */
+    unsigned depth;
+} vm_lock;
+static inline uintptr_t vm_thread_self(void) { return (uintptr_t)pthread_self(); }
+/* The device lock: everything that touches devices. Any thread; recursive. */
+void vm_device_lock(vm_machine *m);
+void vm_device_unlock(vm_machine *m);
+/* The edit lock, for a thread that only wants to read the map or to keep others from editing. */
+void vm_machine_lock(vm_machine *m);
+void vm_machine_unlock(vm_machine *m);
+
 /* ---- memory (memory.c) ----
- * Regions live in a gpa-ordered list; edits build a new immutable flat view (sorted, non-overlapping ranges; binary
- * search, last-hit cache a vCPU) that readers pin with vm_view_pin/unpin. An edit publishes the new view, then stops
- * the vCPUs of the machine for a moment (vm_pause), flushes their TLBs and waits until nobody pins the old one. */
+ * A view is the sorted array of the regions of one address space; lookups are binary searches with a last-hit cache a vCPU.
+ * Edits change it in place while the world is stopped. */
 typedef enum vm_region_kind { VM_REGION_RAM, VM_REGION_HOST, VM_REGION_FILE, VM_REGION_MMIO, VM_REGION_PIO } vm_region_kind;
 #define VM_PAGE_CODE  1u     /* holds bytes some backend has translated or decoded: writes must be seen */
 #define VM_PAGE_CLEAN 2u     /* dirty log on and page not dirty yet: the first write must be seen */
@@ -34,10 +61,13 @@ struct vm_region {
     vm_prot prot;
     vm_io_ops ops; void *user;         /* MMIO, PIO */
     bool is_internal;                  /* made by the platform: vm_unmap refuses */
-    vm_region *next;
+    bool is_enabled;                   /* in the view (vm_region_move can take it out) */
+    bool is_dying;                     /* unmapped while one of its callbacks was running */
+    unsigned busy;                     /* callbacks running; under device_lock */
+    vm_region *next, **link;           /* all regions of the machine */
 };
 typedef struct vm_range { uint64_t gpa, bytes; vm_region *region; uint64_t offset; } vm_range;
-typedef struct vm_view { size_t count; _Atomic unsigned pins; vm_range ranges[]; } vm_view;
+typedef struct vm_view { size_t count, capacity; vm_range *ranges; } vm_view;
 
 const vm_range *vm_view_find(const vm_view *view, uint64_t gpa);           /* NULL: nothing there */
 /* Host pointer to [gpa, gpa + *bytes) of RAM, *bytes shortened to the contiguous run; NULL when not RAM. For loaders and devices. */
@@ -54,22 +84,36 @@ struct vm_vcpu {
     x86_cpu x86;                       /* first */
     vm_machine *machine;
     unsigned index;
-    _Atomic int running;               /* a thread is inside vm_vcpu_run */
-    _Atomic int in_guest;              /* between safe points: backend may touch RAM directly */
-    pthread_t thread;
-    pthread_mutex_t wait_lock; pthread_cond_t wait_cond;   /* HLT on a PC waits here */
+    _Atomic int state;                 /* VM_IDLE ...; VM_WAITED is or-ed in by a thread that sleeps until it changes */
+    _Atomic int asleep;                /* the thread sleeps on x86.attention */
+    _Atomic uintptr_t owner;           /* the thread inside vm_vcpu_run, 0: none */
     bool is_parked;                    /* PC: AP waiting for SIPI */
     uint8_t sipi_vector; bool init_pending, sipi_pending;
     vm_exit pending;                   /* exit that waits for its completion */
     bool has_pending;
     struct vm_lapic *lapic;            /* PC */
     void *backend_data;
-    struct vm_request *requests;       /* queued by other threads, under machine->lock or lock-free list */
-    vm_range last_range;               /* flat-view hit cache, dropped with the view */
-    uint64_t halt_exits;
+    vm_lock request_lock;              /* the two below */
+    unsigned request_count;            /* > VM_REQUESTS: too many, drop everything */
+    struct { uint64_t gpa, bytes; } requests[16];          /* code that changed */
+    vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
+    unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
+    unsigned lock_depth;               /* x86_env.lock_begin without lock_end */
+    bool irq_look;                     /* the interrupt source may have something */
+    bool is_shut_down;                 /* triple fault: until reset */
+    struct { bool is_set, has_error; uint8_t vector; uint32_t error; } inject;
+    unsigned event_seen;               /* machine->event_seq already reported */
+    uint8_t bare_cr8;
+    uint64_t random_state;
+    uint64_t large_lo[2], large_hi[2]; /* linear addresses (lower, upper half) with large pages in the inline TLB */
+    uint32_t tlb_touched[X86_NCTX];    /* 1/32nds of each TLB table that hold entries */
     bool has_budget;                   /* this run was given max_instructions: backends that cannot count must find another way */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
+enum { VM_IDLE, VM_GUEST, VM_BLOCKED, VM_LOOP, VM_WAITED = 0x100 };
+#define VM_REQUESTS 16u
+static inline bool vm_vcpu_is_running(const vm_vcpu *cpu) { return (cpu->state & ~VM_WAITED) != VM_IDLE; }
+static inline bool vm_vcpu_is_mine(const vm_vcpu *cpu) { return cpu->owner == vm_thread_self(); }
 
 /* ---- backends ----
  * run(): execute guest code until something the run loop must see. x86.budget is the slice in instructions (interpreter and
@@ -111,21 +155,28 @@ struct vm_machine {
     void *backend_data;
     unsigned vcpu_count;
     vm_vcpu **vcpus;
-    pthread_mutex_t lock;              /* edits */
-    pthread_mutex_t device_lock;       /* recursive: devices and interrupt controllers */
+    vm_lock lock;                      /* edits: vm_machine_lock(), vm_pause() */
+    vm_lock device_lock;               /* devices and interrupt controllers: vm_device_lock() */
     vm_region *regions;
-    vm_view *_Atomic view;             /* MMIO, RAM by gpa */
-    vm_view *_Atomic ports;            /* PIO ranges, gpa = port */
+    size_t region_count;
+    uint64_t ram_total;
+    vm_view view;                      /* MMIO, RAM by gpa */
+    vm_view ports;                     /* PIO ranges, gpa = port */
+    struct vm_grave *graves;           /* host memory of unmapped regions that an instruction under way may still reach */
     vm_region *ram;                    /* PC main memory (low part) */
     bool dirty_log;
     const struct vm_mmu_ops *mmu; void *mmu_state;
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
-    struct vm_trace *trace;            /* LIBVM_TRACE, per machine */
+    _Atomic unsigned trace_mask;       /* VM_TRACE_* */
+    pthread_mutex_t trace_lock;        /* the sink: */
+    vm_trace_fn trace_fn; void *trace_user;
     _Atomic int poisoned;              /* VM_E_INTERNAL happened */
-    _Atomic int event; uint64_t event_code;   /* VM_EXIT_POWEROFF, _RESET, _GUEST_EXIT posted by a device */
-    _Atomic int pause_count;           /* > 0: vCPUs park at safe points */
-    pthread_mutex_t pause_lock; pthread_cond_t pause_cond;
+    _Atomic int event; _Atomic uint64_t event_code;        /* VM_EXIT_POWEROFF, _RESET, _GUEST_EXIT posted by a device */
+    _Atomic unsigned event_seq;        /* counts them: each vCPU reports each once */
+    _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
+    _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
+    bool is_pc;
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
 };
 static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
@@ -136,10 +187,20 @@ static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts) {
     if (cpu->machine->backend->set_state)
         cpu->machine->backend->set_state(cpu, parts);
 }
-/* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests. */
+/* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests; holds machine->lock, so
+ * one thread at a time. With device_lock held too, or without it for good. */
 void vm_pause(vm_machine *m);
 void vm_resume(vm_machine *m);
 void vm_vcpu_notify(vm_vcpu *cpu, uint32_t attention_bits);       /* set bits, wake from HLT, backend kick; any thread */
+/* The vCPU of m that the calling thread is driving; NULL: none. */
+vm_vcpu *vm_vcpu_self(vm_machine *m);
+/* Sleep until attention is non-zero or host time (CLOCK_MONOTONIC ns) is `until_ns`; UINT64_MAX: no limit. */
+void vm_vcpu_sleep(vm_vcpu *cpu, uint64_t until_ns);
+/* Run loop side of pausing: wait while the world is stopped. At an instruction boundary. */
+void vm_vcpu_safe_point(vm_vcpu *cpu);
+/* Queue "code changed" for another vCPU's next boundary. */
+void vm_vcpu_request(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);
+void vm_vcpu_take_requests(vm_vcpu *cpu);
 /* A device asks the machine to stop: VM_EXIT_POWEROFF, VM_EXIT_RESET, VM_EXIT_GUEST_EXIT with a code. Any thread. */
 void vm_machine_event(vm_machine *m, vm_exit_reason reason, uint64_t code);
 void vm_machine_reset(vm_machine *m);                              /* platform reset: devices and vCPUs; vCPUs paused or caller's */
@@ -157,6 +218,13 @@ typedef struct vm_timer vm_timer;
 uint64_t vm_clock_now(vm_machine *m);
 uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC at VM_TSC_HZ */
 #define VM_TSC_HZ UINT64_C(1000000000)
+int  vm_clock_create(vm_machine *m);
+void vm_clock_destroy(vm_machine *m);
+/* BARE: move virtual time forward beside the instructions retired, firing what falls due (tests of devices). */
+void vm_clock_advance(vm_machine *m, uint64_t ns);
+/* BARE: fire due timers; guest time of the next one, UINT64_MAX: none. Run loop only. */
+uint64_t vm_clock_poll(vm_machine *m);
+uint64_t vm_host_now(void);                                        /* CLOCK_MONOTONIC, ns */
 vm_timer *vm_timer_new(vm_machine *m, void (*fn)(void *user), void *user);
 void vm_timer_set(vm_timer *t, uint64_t deadline_ns);              /* absolute guest time; UINT64_MAX: off */
 void vm_timer_free(vm_timer *t);
@@ -169,7 +237,53 @@ typedef struct vm_irq_source {
 extern const vm_irq_source vm_pc_irq_source;                       /* platform/pc.c */
 
 /* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller; categories in machine.h ---- */
-unsigned vm_trace_mask(const vm_machine *m);
+static inline unsigned vm_trace_mask(const vm_machine *m) { return atomic_load_explicit(&m->trace_mask, memory_order_relaxed); }
 void vm_trace_line(vm_machine *m, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+
+/* ---- bus.c: accesses of a vCPU that are not plain RAM. X86_IO_EXIT: nobody answered ---- */
+int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value);
+int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value);
+int vm_bus_in(vm_vcpu *cpu, uint16_t port, unsigned n, uint64_t *value);
+int vm_bus_out(vm_vcpu *cpu, uint16_t port, unsigned n, uint64_t value);
+
+/* ---- the rest of lib/core, called by lib/api (arguments are checked there) ---- */
+extern const x86_env vm_env;                                       /* env.c */
+int  vm_machine_create(const vm_options *options, vm_machine **out);
+void vm_machine_destroy(vm_machine *m);
+int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *value);
+const vm_backend_ops *vm_backend_find(vm_backend backend, const char **why_not);
+int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
+void vm_vcpu_free(vm_vcpu *cpu);
+int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit);                /* exit: full-size, never NULL */
+void vm_vcpu_reset(vm_vcpu *cpu);                                  /* forget exits, injections, shutdown; not the registers */
+/* memory.c */
+int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);            /* takes proto's fields; frees nothing on failure */
+int  vm_region_remove(vm_region *r);
+void vm_region_leave(vm_region *r);                                /* a callback has returned: finish a delayed removal */
+void vm_regions_free(vm_machine *m);                               /* destruction: callbacks, then memory */
+void vm_graves_free(vm_machine *m);
+int  vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot);
+int  vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool is_write);    /* VM_E_FAULT; no message limit */
+int  vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes);                            /* vm_invalidate */
+void vm_memory_dirty_log(vm_machine *m, bool on);
+void vm_memory_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap);
+const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa);               /* through the hit cache; in VM_GUEST */
+unsigned vm_region_prot(const vm_region *r, uint64_t offset);
+void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes);
+void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa);
+/* regs.c */
+int  vm_regs_read(vm_vcpu *cpu, int reg_id, void *value);
+int  vm_regs_write(vm_vcpu *cpu, int reg_id, const void *value);
+void vm_regs_get(vm_vcpu *cpu, vm_regs *regs);
+void vm_regs_set(vm_vcpu *cpu, const vm_regs *regs);
+void vm_sregs_get(vm_vcpu *cpu, vm_sregs *sregs);
+int  vm_sregs_set(vm_vcpu *cpu, const vm_sregs *sregs);
+void vm_fpu_get(vm_vcpu *cpu, vm_fpu *fpu);
+int  vm_fpu_set(vm_vcpu *cpu, const vm_fpu *fpu);
+/* stats.c */
+int  vm_stats_get(vm_machine *m, const char *name, uint64_t *value);
+/* exit.c */
+void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit);
 
 #endif
