@@ -139,6 +139,10 @@ typedef struct x86_tlb {
     uint64_t meta[X86_TLB_ENTRIES];
 } x86_tlb;
 
+/* One entry of the JIT's jump caches. An entry's rip is 0 in zeroed memory, so index 0 never holds rip 0. */
+#define X86_JUMP_ENTRIES 1024u
+typedef struct x86_jump { uint64_t rip; const uint8_t *code; } x86_jump;
+
 /* Access kinds; the values of vm_prot. */
 enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4 };
 
@@ -270,6 +274,8 @@ struct x86_cpu {
     bool halted;
     uint8_t inhibit;                   /* 1: STI shadow, 2: MOV SS / POP SS shadow (also hides #DB); for the next instruction */
     bool nmi_blocked, nmi_pending;
+    bool irq_waiting;                  /* the run loop has an interrupt or NMI that it may not deliver yet: see x86_irq_window() */
+    bool monitor_armed;                /* MONITOR ... MWAIT */
 
     /* -- how execution is going -- */
     bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
@@ -295,7 +301,8 @@ struct x86_cpu {
     void *native;                      /* one-instruction thunks (native.c) */
     uint64_t stat[16];                 /* counters, see enum x86_stat */
 
-    x86_tlb tlb[X86_NCTX];             /* last: large */
+    x86_tlb tlb[X86_NCTX];             /* last: large, touched as used */
+    x86_jump jump[16][X86_JUMP_ENTRIES]; /* the JIT's jump caches: linear address of code to its translation */
 };
 enum x86_stat { X86_STAT_FILLS, X86_STAT_WALKS, X86_STAT_WALK_REFS, X86_STAT_FLUSHES, X86_STAT_EXCEPTIONS, X86_STAT_INTERRUPTS,
                 X86_STAT_IO, X86_STAT_MMIO, X86_STAT_BLOCKS, X86_STAT_DECODED, X86_STAT_FALLBACKS, X86_STAT_CODE_WRITES,
@@ -315,6 +322,12 @@ x86_stop x86_deliver_interrupt(x86_cpu *cpu, uint8_t vector, bool is_nmi);
 x86_stop x86_inject(x86_cpu *cpu, uint8_t vector, bool has_error, uint32_t error);
 /* True when an external interrupt may be taken now: IF, no shadow. */
 static inline bool x86_can_interrupt(const x86_cpu *cpu) { return (cpu->rflags & X86_FL_IF) && !cpu->inhibit; }
+/* Something that held interrupts back has ended (IF set, IRET, POPF, STI): if the run loop has one waiting, make it look. Called
+ * by x86_mode_changed() and by whatever sets IF or unblocks NMI. */
+static inline void x86_irq_window(x86_cpu *cpu) {
+    if (cpu->irq_waiting && ((cpu->rflags & X86_FL_IF) || (cpu->nmi_pending && !cpu->nmi_blocked)))
+        __atomic_fetch_or((uint32_t *)&cpu->attention, X86_ATT_IRQ, __ATOMIC_RELAXED);
+}
 /* Around one instruction while cpu->careful: instruction breakpoints before (may raise), TF and data breakpoints after
  * (may raise #DB as a trap). Called by the interpreter with fault_jmp set. */
 void x86_before_careful(x86_cpu *cpu);
@@ -384,6 +397,9 @@ typedef struct x86_walk {
 bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, bool set_ad, x86_walk *w);
 
 /* ---- CPUID, MSRs (cpuid.c, msr.c) ---- */
+uint64_t x86_model_phys_mask(const struct x86_model *model);
+uint32_t x86_model_signature(const struct x86_model *model);      /* CPUID.1:EAX, EDX after RESET */
+const char *x86_model_name(const struct x86_model *model);
 void x86_cpuid(x86_cpu *cpu, uint32_t leaf, uint32_t sub, uint32_t out[4]);
 const struct x86_model *x86_model_find(const char *name);        /* NULL or "max": all that works here; NULL result: unknown */
 bool x86_msr_read(x86_cpu *cpu, uint32_t msr, uint64_t *value);  /* false: no such MSR (#GP in the guest) */
