@@ -16,12 +16,16 @@ extern "C" {
 /* What to boot. Without kernel and bios there is nothing to boot: VM_E_INVALID. */
 typedef struct vm_boot_options {
     uint32_t    size;                   /* sizeof(vm_boot_options): VM_BOOT_OPTIONS_INIT */
-    const char *kernel;                 /* Linux bzImage or zImage, ELF with PVH note, Multiboot 1, plain ELF: recognised */
-    const char *initrd;                 /* one file, or for Multiboot and PVH several, comma-separated, each with its own command
-                                           line after a space ("mod1 args,mod2"); NULL: none */
+    const char *kernel;                 /* recognised by its content, in this order: Linux bzImage or zImage, Multiboot 1, ELF
+                                           with PVH note, other ELF, boot sector (raw image with 55 AA at offset 510, started
+                                           at 0:7C00 in real mode) */
+    const char *initrd;                 /* a file, or several separated by commas; NULL: none. Linux takes them as one archive
+                                           after the other; for Multiboot and PVH each is a module, and what follows the first
+                                           space in an entry is its command line ("mod1 args,mod2") */
     const char *cmdline;                /* NULL: empty */
     const char *bios;                   /* firmware image mapped below 4 GiB and started at the reset vector; with a kernel too,
                                            the firmware finds that through fw_cfg */
+    uint32_t    linux_entry;            /* 16, 32 or 64: start a Linux kernel there; 0: the best it has */
 } vm_boot_options;
 #define VM_BOOT_OPTIONS_INIT VM_STRUCT_INIT(vm_boot_options)
 VM_API int vm_boot_image(vm_machine *m, const vm_boot_options *options);
