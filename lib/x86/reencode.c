@@ -66,6 +66,10 @@ static void size_prefixes(const x86_insn *in, spelling *s) {
     unsigned size = in->osz;
     if (in->mnemonic == ZYDIS_MNEMONIC_CRC32)           /* the source decides 66, either decides W */
         size = in->op[0].size == 8 ? 8 : in->op[1].size;
+    else if (in->mnemonic == ZYDIS_MNEMONIC_MOVNTI)     /* these know only 32 and 64 bits, whatever the default size */
+        size = in->op[1].size;
+    else if (in->mnemonic == ZYDIS_MNEMONIC_ADCX || in->mnemonic == ZYDIS_MNEMONIC_ADOX)
+        size = in->op[0].size;
     s->p66 = size == 2 || in->mnemonic == ZYDIS_MNEMONIC_ADCX;
     s->w = size == 8;
     if (!keeps_rep_prefix(in->mnemonic))
@@ -77,6 +81,17 @@ static bool has_gpr(const x86_insn *in) {
         if (in->op[i].kind == X86_OP_GPR)
             return true;
     return false;
+}
+
+/* VEX.W selects a 64-bit register or memory integer, which only 64-bit mode has; elsewhere it is ignored (SDM vol. 2, 2.3.5.5). */
+static bool is_w_ignored(const x86_insn *in) {
+    if (in->mode == 8)
+        return false;
+    if (in->map == 1)
+        return has_gpr(in) || in->opcode == 0x2a || in->opcode == 0x6e || in->opcode == 0x7e;
+    if (in->map == 2)
+        return in->opcode >= 0xf0;
+    return in->map == 3 && (has_gpr(in) || in->opcode == 0x16 || in->opcode == 0x22 || in->opcode >= 0xf0);
 }
 
 static bool is_vector_form(const x86_insn *in) {
@@ -286,7 +301,7 @@ unsigned x86_reencode(const x86_insn *in, const x86_rename *map, uint8_t *out) {
     if (!s.is_vex && is_lost_in_64(in))
         return 0;
     if (s.is_vex)
-        s.w = s.w && (in->mode == 8 || !has_gpr(in));    /* elsewhere W cannot select 64-bit registers */
+        s.w = s.w && !is_w_ignored(in);
     else if (is_vector)
         s.w = in->rex & 8, s.p66 = s.p66 && in->map != 0 && !s.pf2 && !s.pf3;
     else
