@@ -5,4 +5,6 @@
 #define OP(m, f, fl) void f(x86_cpu *cpu, const x86_insn *in);
 #include "x86/ops.def"
 void x86_op_illegal(x86_cpu *cpu, const x86_insn *in);    /* #UD */
+/* Replace the generic function of a common form by one made for its size and operand kinds (specialise.c). */
+void x86_specialise(x86_insn *in);
 #endif
