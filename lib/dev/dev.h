@@ -38,6 +38,16 @@ int vm_dev_load(void *state, size_t state_bytes, uint32_t version, const void *b
 /* Split an access of any width into byte accesses for devices that have byte registers. */
 int vm_dev_read8(uint8_t (*get)(void *dev, unsigned reg), void *dev, uint64_t offset, unsigned width, uint64_t *value);
 int vm_dev_write8(void (*put)(void *dev, unsigned reg, uint8_t value), void *dev, uint64_t offset, unsigned width, uint64_t value);
+/* Defines NAME_read and NAME_write for vm_io_ops from byte functions NAME_get and NAME_put. */
+#define VM_DEV_BYTE_IO(name)                                                                                    \
+    static int name##_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {        \
+        (void)cpu;                                                                                              \
+        return vm_dev_read8(name##_get, user, offset, width, value);                                            \
+    }                                                                                                           \
+    static int name##_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {        \
+        (void)cpu;                                                                                              \
+        return vm_dev_write8(name##_put, user, offset, width, value);                                           \
+    }
 /* Ticks of a clock of hz in ns of guest time and back (rounded up), without overflow. */
 uint64_t vm_ticks_from_ns(uint64_t ns, uint64_t hz);
 uint64_t vm_ns_from_ticks(uint64_t ticks, uint64_t hz);
@@ -117,6 +127,8 @@ typedef struct vm_pci_function {
 int vm_pci_new(vm_machine *m, vm_pci **out);
 int vm_pci_add(vm_pci *pci, unsigned devfn, vm_pci_function *f);   /* the caller keeps f alive; VM_E_EXISTS when taken */
 void vm_pci_remove(vm_pci *pci, unsigned devfn);
+/* Who answers byte accesses to 0xcf9, in the middle of the address register. */
+void vm_pci_reset_control(vm_pci *pci, void (*write)(void *target, uint8_t value), uint8_t (*read)(void *target), void *target);
 
 /* ---- hpet.c ---- */
 int vm_hpet_new(vm_machine *m, uint64_t gpa, const vm_line pins[32], void (*legacy)(void *target, bool on), void *target,
@@ -145,4 +157,5 @@ int vm_misc_new(vm_machine *m, void (*imcr)(void *target, bool symmetric), vm_li
 void vm_misc_debugcon(vm_misc *d, vm_console_fn fn, void *user);
 void vm_misc_ferr(vm_misc *d);
 void vm_misc_reset_control(vm_misc *d, uint8_t value);         /* a write to port 0xcf9 */
+uint8_t vm_misc_reset_read(vm_misc *d);
 #endif

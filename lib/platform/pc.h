@@ -18,7 +18,7 @@
 #define VM_PC_HPET       UINT64_C(0xFED00000)
 #define VM_PC_APIC       UINT64_C(0xFEE00000)
 #define VM_PC_HIGH       UINT64_C(0x100000000)
-#define VM_PC_MIN_RAM    UINT64_C(0x200000)    /* 2 MiB; vm_pc_create refuses less */
+#define VM_PC_MIN_RAM    UINT64_C(0x100000)    /* vm_pc_create refuses less */
 
 /* ---- life (called by lib/core) ----
  * create: after the vCPUs exist; maps RAM of options.ram_bytes and constructs every device. On failure what was mapped is
