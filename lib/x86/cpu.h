@@ -134,6 +134,7 @@ typedef struct x86_tlb_entry {
 /* Beside each entry: the gpa of its page and the bits below. */
 #define X86_TLBM_VALID 1u
 #define X86_TLBM_GLOBAL 2u
+#define X86_TLBM_LARGE  4u    /* part of a page larger than 4 KiB */
 typedef struct x86_tlb {
     x86_tlb_entry e[X86_TLB_ENTRIES];
     uint64_t meta[X86_TLB_ENTRIES];
@@ -158,9 +159,10 @@ typedef enum x86_stop {
     X86_STOP_UNTIL,        /* rip == until */
     X86_STOP_BREAKPOINT,   /* rip is a debugger breakpoint */
     X86_STOP_STEP,         /* one instruction done, as asked */
-    X86_STOP_HYPERCALL,    /* VMCALL/VMMCALL that nobody handles */
+    X86_STOP_HYPERCALL,    /* VMCALL/VMMCALL that nobody handles (rip after it) */
     X86_STOP_HOOK,         /* a hook asked to stop */
-    X86_STOP_INTERNAL      /* our bug */
+    X86_STOP_INTERNAL,     /* our bug */
+    X86_STOP_HOST          /* the host refused to go on (KVM); the thread's error message says why */
 } x86_stop;
 
 /* Bits of `attention`: another thread or a device wants the run loop. Set with atomic or. */
@@ -274,6 +276,8 @@ struct x86_cpu {
     bool halted;
     uint8_t inhibit;                   /* 1: STI shadow, 2: MOV SS / POP SS shadow (also hides #DB); for the next instruction */
     bool nmi_blocked, nmi_pending;
+    bool irq_waiting;                  /* an interrupt waits for IF: backends return X86_STOP_ATTENTION at the first block boundary
+                                          where x86_can_interrupt() */
     bool irq_waiting;                  /* the run loop has an interrupt or NMI that it may not deliver yet: see x86_irq_window() */
     bool monitor_armed;                /* MONITOR ... MWAIT */
 
@@ -281,6 +285,7 @@ struct x86_cpu {
     bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
     bool step_asked;                   /* debugger stepping: x86_mode_changed() keeps `careful` set while this is */
     uint8_t dr_hit;                    /* data/IO breakpoints met by this instruction: DR6 B0-B3 */
+    bool keep_rf;                      /* this instruction loaded RF itself (IRET) */
     bool no_trap;                      /* this instruction swallowed its TF trap (INT n, SYSCALL, task switch) */
     uint8_t ext;                       /* EXT bit of error codes while a hardware event is being delivered */
     uint64_t retired;                  /* instructions retired */
@@ -300,6 +305,9 @@ struct x86_cpu {
     void *interp;                      /* the interpreter's per-CPU data (decoded blocks) */
     void *native;                      /* one-instruction thunks (native.c) */
     uint64_t stat[16];                 /* counters, see enum x86_stat */
+
+    uint32_t tlb_touched[X86_NCTX];    /* bit i: chunk i of that TLB table may hold entries (tlb.c) */
+    uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
 
     x86_tlb tlb[X86_NCTX];             /* last: large, touched as used */
     x86_jump jump[16][X86_JUMP_ENTRIES]; /* the JIT's jump caches: linear address of code to its translation */
@@ -373,9 +381,19 @@ uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n);
 void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value);
 /* Call when an instruction (or one rep iteration) is final. */
 static inline void x86_io_retire(x86_cpu *cpu) { cpu->io_count = cpu->io_pos = 0; }
+
+/* ---- the inline TLB as a whole (tlb.c); entries are made with x86_tlb_set() only ---- */
+void x86_tlb_init(x86_cpu *cpu);                                 /* fresh, zeroed memory */
+/* Enter the page at la (any address in it): `host` its first byte, `prot` what context ctx may do through it. page_bytes is
+ * the size of the guest page it is part of. */
+void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
+                 uint64_t page_bytes);
 void x86_tlb_clear(x86_cpu *cpu);                                /* every entry of every context */
 void x86_tlb_clear_nonglobal(x86_cpu *cpu);
-void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* one page, every context */
+void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* the page la lies in, every context, large pages as a whole */
+/* Take write permission from every entry for the page at gpa (UINT64_MAX: any page). True if there was one. Also called by
+ * other threads, see lib/core. */
+bool x86_tlb_protect(x86_cpu *cpu, uint64_t gpa);
 
 /* Fast paths. */
 static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool is_write) {

@@ -1,0 +1,839 @@
+/* emit.c - IR to x86-64 code.
+ *
+ * Register plan. GS base points at the x86_cpu, so its fields need no register. Guest RAX RCX RDX RBX RBP RSI RDI R8-R11 live in
+ * the host registers of the same name and guest RSP in host R12, across blocks; guest R12-R15 stay in memory. Host R13
+ * and R14 are scratch (R14 the address), R15 counts instructions down, RSP is the host's stack. Guest XMM/YMM registers and
+ * MXCSR are the host's in blocks with JIT_KEY_VEC.
+ *
+ * Flags. The guest's arithmetic flags are the host's flags wherever an instruction needs them. An address check destroys them,
+ * and whoever looks at the CPU (a fault, a callback, the run loop) wants them exact, so at each point the emitter knows up
+ * to three sources: the host's flags (`host`), a saved image in JIT_SLOT_FLAGS (`mem`), or a recipe: the last instruction that
+ * wrote them can be done again on registers nobody has changed since (CMP and TEST as they are, ADD and SUB by
+ * inverting, logic from its result). A recipe costs nothing on the fast path: it is carried out in the stubs.
+ *
+ * Checks. `mov r13d, r14d; shr; and; xor r14, tag; cmp r14, 4096 - size; ja slow; add r14, host`: see cpu.h. A slow stub asks
+ * C for a host pointer (RAM after a TLB fill, or a bounce buffer), makes the access again from its own copy, and
+ * lets C store a bounced write. A read-modify-write that cannot have a direct pointer is done whole by C.
+ */
+#include "jit/jit.h"
+#include "x86/native.h"
+
+#define T0 R14
+#define T1 R13
+#define CNT R15
+#define IN_MEMORY(reg) ((reg) >= X86_R12)
+#define GPR(n) ((int32_t)(offsetof(x86_cpu, gpr) + 8 * (n)))
+
+static const uint8_t home[16] = { RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9, R10, R11, 0xff, 0xff, 0xff, 0xff };
+
+typedef struct slow_stub {
+    uint8_t *jump[2];                     /* the fast path's jumps here: miss, misaligned */
+    uint8_t *resume;
+    const jit_op *check, *access;
+    uint32_t site;
+    bool save, regen, restore;            /* flags: as the fast path had them */
+    int recipe;
+} slow_stub;
+
+typedef struct leave_stub {
+    uint8_t *jump;
+    uint64_t rip;
+    jit_link *link;
+    int recipe;
+    uint8_t reason, index;
+    bool rip_in_memory, rip_in_tmp, save, regen;
+} leave_stub;
+
+typedef struct emitter {
+    jit_unit *u;
+    jit *j;
+    jit_writer *w;
+    jit_block *block;
+    bool host, mem;                       /* where the flags are now */
+    int recipe;                           /* instruction that can be done again, or -1 */
+    unsigned nslow, nleave;
+    slow_stub slow[JIT_MAX_SITES];
+    leave_stub leaves[JIT_MAX_INSNS + 8];
+    int failed;                           /* instruction that could not be spelled, or -1 */
+    bool tmp_in_t1;
+} emitter;
+
+/* ---- flags ---- */
+
+static void emit_save(jit_writer *w) {
+    e_mov(w, 8, T1, RAX);
+    e8(w, 0x9f);                                        /* lahf */
+    e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0);              /* seto al */
+    e_gs_store(w, 2, RAX, JIT_SLOT(JIT_SLOT_FLAGS));
+    e_mov(w, 8, RAX, T1);
+}
+
+static void emit_restore(jit_writer *w) {
+    e_mov(w, 8, T1, RAX);
+    e_r_gs(w, 4, 0x0fb7, RAX, JIT_SLOT(JIT_SLOT_FLAGS)); /* movzx eax, word */
+    e8(w, 0x04), e8(w, 0x7f);                           /* add al, 127: OF */
+    e8(w, 0x9e);                                        /* sahf */
+    e_mov(w, 8, RAX, T1);
+}
+
+/* Can the flags of instruction i be made again from registers? Which registers must stay. */
+static bool recipe_regs(const x86_insn *in, uint16_t *regs) {
+    *regs = 0;
+    if (in->flags & (X86_IF_MEM | X86_IF_VEC) || in->nops != 2 || in->op[0].kind != X86_OP_GPR)
+        return false;
+    const x86_operand *a = &in->op[0], *b = &in->op[1];
+    if (a->size < 4 || (b->kind != X86_OP_GPR && b->kind != X86_OP_IMM))
+        return false;
+    *regs = (uint16_t)(1u << a->reg);
+    switch (jit_recipe_kind(in)) {
+    case JIT_RECIPE_ADD: case JIT_RECIPE_SUB:
+        if (b->kind == X86_OP_GPR && b->reg == a->reg)
+            return false;
+        /* fallthrough */
+    case JIT_RECIPE_CMP: case JIT_RECIPE_TEST:
+        if (b->kind == X86_OP_GPR)
+            *regs |= (uint16_t)(1u << b->reg);
+        return true;
+    case JIT_RECIPE_LOGIC:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Recipe i holds as long as anybody may want its flags. */
+static bool recipe_holds(const jit_unit *u, unsigned i) {
+    uint16_t regs, changed = 0;
+    if (u->info[i].written != X86_FL_ARITH || !recipe_regs(&u->insn[i], &regs))
+        return false;
+    for (unsigned k = i + 1; k < u->count; k++) {
+        if ((u->info[k].can_leave || u->info[k].host_at) && (changed & regs))
+            return false;
+        if (u->info[k].falls_back)
+            return true;
+        if (u->info[k].written)
+            return u->info[k].written == X86_FL_ARITH || !u->info[k].host_at;
+        changed |= jit_changed_regs(&u->insn[k]);
+    }
+    return !(changed & regs);
+}
+
+/* op T/reg, operand b of a recipe. `n` is the group-1 number: 0 add, 5 sub, 7 cmp; 8 stands for test. */
+static void recipe_op(jit_writer *w, unsigned size, unsigned n, unsigned reg, const x86_insn *in) {
+    const x86_operand *b = &in->op[1];
+    if (b->kind == X86_OP_IMM) {
+        if (n == 8) {
+            e_rex(w, size, 0, 0, reg);
+            e8(w, 0xf7);
+            e8(w, 0xc0u | (reg & 7));
+            e32(w, (uint32_t)in->imm);
+        } else
+            e_alu_imm(w, size, n, reg, (int32_t)in->imm);
+    } else if (IN_MEMORY(b->reg))
+        e_r_gs(w, size, n == 8 ? 0x85 : n << 3 | 3, reg, GPR(b->reg));
+    else
+        e_rr(w, size, n == 8 ? 0x85 : n << 3 | 1, home[b->reg], reg);
+}
+
+/* Carry out recipe i: the host's flags become the guest's. Uses T1 only. */
+static void emit_regen(emitter *e, int i) {
+    const x86_insn *in = &e->u->insn[i];
+    const x86_operand *a = &in->op[0];
+    unsigned size = a->size, kind = jit_recipe_kind(in), reg = T1;
+    bool is_result = kind == JIT_RECIPE_ADD || kind == JIT_RECIPE_SUB;
+    if (IN_MEMORY(a->reg))
+        e_gs_load(e->w, size, T1, GPR(a->reg));
+    else if (is_result)
+        e_mov(e->w, size, T1, home[a->reg]);
+    else
+        reg = home[a->reg];
+    switch (kind) {
+    case JIT_RECIPE_CMP: recipe_op(e->w, size, 7, reg, in); break;
+    case JIT_RECIPE_TEST: recipe_op(e->w, size, 8, reg, in); break;
+    case JIT_RECIPE_LOGIC: e_rr(e->w, size, 0x85, reg, reg); break;
+    case JIT_RECIPE_ADD:
+        recipe_op(e->w, size, 5, T1, in);
+        recipe_op(e->w, size, 0, T1, in);
+        break;
+    case JIT_RECIPE_SUB:
+        recipe_op(e->w, size, 0, T1, in);
+        recipe_op(e->w, size, 5, T1, in);
+        break;
+    }
+}
+
+static bool recoverable(const emitter *e) { return e->mem || e->recipe >= 0; }
+
+/* The host's flags are about to be destroyed: make them recoverable. */
+static void before_clobber(emitter *e) {
+    if (!recoverable(e) && e->host) {
+        emit_save(e->w);
+        e->mem = true;
+    }
+}
+
+static void need_host(emitter *e) {
+    if (e->host)
+        return;
+    if (e->recipe >= 0)
+        emit_regen(e, e->recipe);
+    else
+        emit_restore(e->w);
+    e->host = true;
+}
+
+static void need_mem(emitter *e) {
+    if (e->mem)
+        return;
+    if (!e->host && e->recipe >= 0) {
+        emit_regen(e, e->recipe);
+        e->host = true;
+    }
+    emit_save(e->w);
+    e->mem = true;
+}
+
+/* Instruction i has executed natively. */
+static void after_insn(emitter *e, unsigned i) {
+    const jit_info *f = &e->u->info[i];
+    if (!f->written && !(e->u->insn[i].flags_maybe & X86_FL_ARITH))
+        return;
+    e->host = true;
+    e->mem = false;
+    e->recipe = recipe_holds(e->u, i) ? (int)i : -1;
+}
+
+/* ---- guest instructions with host registers ---- */
+
+static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned guest) {
+    if (IN_MEMORY(guest))
+        e_gs_load(w, size, host, GPR(guest));
+    else
+        e_mov(w, size, host, home[guest]);
+}
+
+/* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored back. */
+static void emit_renamed(emitter *e, unsigned i) {
+    const x86_insn *in = &e->u->insn[i];
+    x86_rename map;
+    uint8_t spare[2] = { T1, T0 }, used[2] = { 0 };
+    unsigned nused = 0, nspare = in->flags & X86_IF_MEM ? 1 : 2;
+    x86_rename_init(&map);
+    map.gpr[X86_RSP] = R12;
+    map.mem_kind = X86_RENAME_MEM_BASE;
+    map.mem_base = T0;
+    map.mem_index = X86_NOREG;
+    for (unsigned k = 0; k < in->nops; k++) {
+        const x86_operand *o = &in->op[k];
+        if (o->kind != X86_OP_GPR || o->reg >= 16 || !IN_MEMORY(o->reg))
+            continue;
+        bool is_known = (nused > 0 && used[0] == o->reg) || (nused > 1 && used[1] == o->reg);
+        if (is_known)
+            continue;
+        if (nused == nspare) {
+            e->failed = (int)i;
+            return;
+        }
+        used[nused] = o->reg;
+        map.gpr[o->reg] = spare[nused];
+        e_gs_load(e->w, 8, spare[nused], GPR(o->reg));
+        nused++;
+    }
+    if (in->flags & X86_IF_LOCK)
+        e8(e->w, 0xf0);
+    unsigned n = x86_reencode(in, &map, e->w->p);
+    if (!n) {
+        e->failed = (int)i;
+        return;
+    }
+    e->w->p += n;
+    uint16_t changed = jit_changed_regs(in);
+    for (unsigned k = 0; k < nused; k++)
+        if (changed >> used[k] & 1)
+            e_gs_store(e->w, 8, spare[k], GPR(used[k]));
+}
+
+static void emit_lea(emitter *e, unsigned i) {
+    const x86_insn *in = &e->u->insn[i];
+    unsigned dst = in->op[0].reg, reg = IN_MEMORY(dst) ? T0 : home[dst];
+    unsigned size = in->osz == 8 && in->asz == 8 ? 8 : 4;
+    if (in->base == X86_REG_RIP) {
+        uint64_t v = e->u->insn_rip[i] + in->length + (uint64_t)in->disp;
+        e_mov_imm(e->w, reg, size == 8 ? v : (uint32_t)v);
+    } else if (in->base == X86_NOREG && in->index == X86_NOREG)
+        e_mov_imm(e->w, reg, size == 8 ? (uint64_t)in->disp : (uint32_t)in->disp);
+    else {
+        unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
+        unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
+        if (base == T0)
+            e_gs_load(e->w, 8, T0, GPR(in->base));
+        if (index == T1)
+            e_gs_load(e->w, 8, T1, GPR(in->index));
+        e_lea(e->w, size, reg, base, index, in->scale, (int32_t)in->disp);
+    }
+    if (reg == T0)
+        e_gs_store(e->w, 8, T0, GPR(dst));
+}
+
+/* T0 = linear address of instruction i's memory operand; flags untouched. */
+static void emit_ea(emitter *e, unsigned i) {
+    const x86_insn *in = &e->u->insn[i];
+    unsigned size = in->asz == 8 ? 8 : 4;
+    bool is_64 = e->u->key & JIT_KEY_64;
+    if (in->base == X86_REG_RIP || (in->base == X86_NOREG && in->index == X86_NOREG)) {
+        uint64_t v = (uint64_t)in->disp;
+        if (in->base == X86_REG_RIP)
+            v += e->u->insn_rip[i] + in->length;
+        e_mov_imm(e->w, T0, size == 8 ? v : (uint32_t)v);
+    } else {
+        unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
+        unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
+        if (base == T0)
+            e_gs_load(e->w, 8, T0, GPR(in->base));
+        if (index == T1)
+            e_gs_load(e->w, 8, T1, GPR(in->index));
+        e_lea(e->w, size, T0, base, index, in->scale, (int32_t)in->disp);
+    }
+    if (in->seg == X86_FS || in->seg == X86_GS) {
+        e_gs_load(e->w, is_64 ? 8 : 4, T1, (int32_t)(offsetof(x86_cpu, seg) + in->seg * sizeof(x86_seg) + offsetof(x86_seg, base)));
+        e_lea(e->w, is_64 ? 8 : 4, T0, T0, T1, 1, 0);
+    }
+}
+
+/* The one access after a CHECK, through [T0]. The same code serves the fast path and the slow stub. */
+static void emit_access(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    switch (o->op) {
+    case IR_ACCESS:
+        emit_renamed(e, o->insn);
+        break;
+    case IR_PUSH_REG:
+        if (IN_MEMORY(o->reg)) {
+            e_gs_load(w, 8, T1, GPR(o->reg));
+            e_r_mem(w, o->size, 0x89, T1, T0, 0);
+        } else
+            e_r_mem(w, o->size, 0x89, home[o->reg], T0, 0);
+        break;
+    case IR_PUSH_IMM:
+        if (o->imm == (int32_t)o->imm || o->size == 4) {
+            e_rex(w, o->size, 0, 0, T0);
+            e8(w, 0xc7);
+            e8(w, 0x00 | (T0 & 7));
+            e32(w, (uint32_t)o->imm);
+        } else {
+            e_mov_imm(w, T1, (uint64_t)o->imm);
+            e_r_mem(w, 8, 0x89, T1, T0, 0);
+        }
+        break;
+    case IR_PUSH_TMP:
+        e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        e_r_mem(w, o->size, 0x89, T1, T0, 0);
+        break;
+    case IR_POP_REG:
+        if (IN_MEMORY(o->reg)) {
+            e_r_mem(w, o->size, 0x8b, T1, T0, 0);
+            e_gs_store(w, 8, T1, GPR(o->reg));
+        } else
+            e_r_mem(w, o->size, 0x8b, home[o->reg], T0, 0);
+        break;
+    case IR_LOAD_TMP:
+        e_r_mem(w, o->size, 0x8b, T1, T0, 0);
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        break;
+    case IR_LEAVE_SP:
+        e_lea(w, o->size, R12, RBP, 0xff, 1, o->size);
+        e_r_mem(w, o->size, 0x8b, RBP, T0, 0);
+        break;
+    }
+}
+
+/* ---- sites and stubs ---- */
+
+static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
+    jit *j = e->j;
+    jit_site *s = (jit_site *)(j->arena + j->arena_used);
+    uint32_t at = (uint32_t)j->arena_used;
+    j->arena_used += (sizeof *s + 15) & ~15u;
+    s->in = e->u->insn[i];
+    s->rip = e->u->insn_rip[i];
+    s->block = e->block;
+    s->index = (uint16_t)i;
+    s->access = check ? check->access : 0;
+    s->size = check ? check->size : 0;
+    s->align = check ? check->align : 0;
+    s->is_single = is_single;
+    return at;
+}
+
+static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump) {
+    leave_stub *s = &e->leaves[e->nleave++];
+    memset(s, 0, sizeof *s);
+    s->reason = (uint8_t)reason;
+    s->jump = jump;
+    s->recipe = e->recipe;
+    s->regen = !e->mem && e->recipe >= 0;
+    s->save = !e->mem;
+    return s;
+}
+
+static int32_t tag_offset(const jit_unit *u, bool is_write) {
+    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) +
+                     (is_write ? offsetof(x86_tlb_entry, tag_w) : offsetof(x86_tlb_entry, tag_r)));
+}
+static int32_t host_offset(const jit_unit *u) {
+    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) + offsetof(x86_tlb_entry, host));
+}
+_Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
+
+static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
+    jit_writer *w = e->w;
+    const jit_info *f = &e->u->info[check->insn];
+    before_clobber(e);
+    /* Later instructions (or this one) need the flags in the host: what the instruction itself writes it need not keep. */
+    bool live = f->host_at != 0;
+    if (live && !e->mem && e->recipe < 0)
+        before_clobber(e);
+    slow_stub *s = &e->slow[e->nslow++];
+    memset(s, 0, sizeof *s);
+    s->check = check;
+    s->access = access;
+    s->recipe = e->recipe;
+    s->regen = !e->mem && e->recipe >= 0;
+    s->save = s->regen;
+    s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
+    if (check->align > 1) {
+        e_rex(w, 1, 0, 0, T0);
+        e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, check->align - 1u);      /* test r14b, align - 1 */
+        s->jump[1] = e_jcc(w, CC_NE);
+    }
+    e_mov(w, 4, T1, T0);
+    e_shift_imm(w, 4, 5, T1, 7);
+    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, check->access & X86_WRITE));
+    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - check->size));
+    s->jump[0] = e_jcc(w, CC_A);
+    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
+    e->host = false;
+    if (live) {
+        need_host(e);
+        s->restore = true;
+    }
+    emit_access(e, access);
+    s->resume = w->p;
+}
+
+static void emit_slow_stub(emitter *e, slow_stub *s) {
+    jit_writer *w = e->w;
+    jit *j = e->j;
+    bool vec = e->u->key & JIT_KEY_VEC, is_write = s->check->access & X86_WRITE, is_read = s->check->access & X86_READ;
+    e_patch(s->jump[0], w->p);
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    if (s->jump[1])
+        e_patch(s->jump[1], w->p);
+    if (s->regen)
+        emit_regen(e, s->recipe);
+    if (s->save)
+        emit_save(w);
+    e_mov_imm(w, T1, s->site);
+    e_call_to(w, j->begin[vec]);
+    uint8_t *handled = NULL, *leave = NULL;
+    if (is_write && is_read) {
+        e_alu_imm(w, 8, 7, T0, 1);
+        handled = e_jcc(w, CC_B);
+        leave = e_jcc(w, CC_E);
+    }
+    if (s->restore)
+        emit_restore(w);
+    emit_access(e, s->access);
+    if (is_write && !is_read) {
+        e_mov_imm(w, T1, s->site);
+        e_call_to(w, j->commit[vec]);
+        e_rr(w, 8, 0x85, T0, T0);
+        uint8_t *fine = e_jcc(w, CC_E);
+        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->check->insn);
+        e_mov_imm(w, T0, e->u->insn_rip[s->check->insn]);
+        e_mov_imm(w, T1, JIT_LEAVE_STEP);
+        e_jmp_to(w, j->leave[vec]);
+        e_patch(fine, w->p);
+        if (s->restore)
+            emit_restore(w);
+    }
+    e_jmp_to(w, s->resume);
+    if (handled) {
+        e_patch(handled, w->p);
+        emit_restore(w);
+        e_jmp_to(w, s->resume);
+        e_patch(leave, w->p);
+        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->check->insn + 1));
+        e_gs_load(w, 8, T0, JIT_OFF(rip));
+        e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
+        e_jmp_to(w, j->leave[vec]);
+    }
+}
+
+static void emit_leave_stub(emitter *e, leave_stub *s) {
+    jit_writer *w = e->w;
+    if (s->jump)
+        e_patch(s->jump, w->p);
+    if (s->link)
+        s->link->stub = w->p;
+    if (s->rip_in_tmp) {
+        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        e_gs_store(w, 8, T0, JIT_OFF(rip));
+    }
+    if (s->regen)
+        emit_regen(e, s->recipe);
+    if (s->save)
+        emit_save(w);
+    if (s->index)
+        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->index);
+    if (s->rip_in_memory || s->rip_in_tmp)
+        e_gs_load(w, 8, T0, JIT_OFF(rip));
+    else
+        e_mov_imm(w, T0, s->rip);
+    if (s->link) {
+        e_mov_imm(w, T1, (uint64_t)(uintptr_t)s->link);
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+    }
+    e_mov_imm(w, T1, s->reason);
+    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+}
+
+/* ---- control flow ---- */
+
+static int32_t jump_offset(const jit_unit *u, bool is_code) {
+    return (int32_t)(offsetof(x86_cpu, jump) + jit_table_index(u->key) * sizeof(x86_jump) * X86_JUMP_ENTRIES +
+                     (is_code ? offsetof(x86_jump, code) : offsetof(x86_jump, rip)));
+}
+_Static_assert(sizeof(x86_jump) == 16, "the jump cache is indexed by rip << 4");
+
+static void emit_count(emitter *e, unsigned n) { e_alu_imm(e->w, 8, 5, CNT, (int32_t)n); }
+
+/* One edge of the block: count, maybe leave, go. */
+static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
+    jit_unit *u = e->u;
+    jit_writer *w = e->w;
+    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = same_page || (u->key & JIT_KEY_CHAIN);
+    bool host = e->host, is_live = same_page && (need & JIT_NEED_HOST);
+    if (is_live && target > u->insn_rip[u->count ? u->count - 1 : 0])
+        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)u->count);
+    else {
+        emit_count(e, u->count);
+        new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
+        e->host = false;
+        if (is_live)
+            need_host(e);
+    }
+    if (is_chained) {
+        jit_link *l = &e->block->links[k];
+        l->from = e->block;
+        l->target = target;
+        l->is_chained = true;
+        l->needs_mem_entry = !same_page;
+        l->jump = e_jmp(w);
+        leave_stub *s = new_leave(e, JIT_LEAVE_LINK, l->jump);
+        s->rip = target;
+        s->link = l;
+        if (e->host)
+            s->regen = false;
+    } else {
+        int32_t at = (int32_t)((target << 4) & ((X86_JUMP_ENTRIES - 1) << 4));
+        e_mov_imm(w, T0, target);
+        e_r_gs(w, 8, 0x3b, T0, jump_offset(u, false) + at);
+        new_leave(e, JIT_LEAVE_INDIRECT, e_jcc(w, CC_NE))->rip = target;
+        e8(w, 0x65), e8(w, 0xff), e8(w, 0x24), e8(w, 0x25);                 /* jmp gs:[disp32] */
+        e32(w, (uint32_t)(jump_offset(u, true) + at));
+    }
+    e->host = host;
+}
+
+static void emit_indirect(emitter *e) {
+    jit_writer *w = e->w;
+    if (!e->mem)
+        e->tmp_in_t1 = false;
+    need_mem(e);
+    emit_count(e, e->u->count);
+    new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip_in_tmp = true;
+    if (e->tmp_in_t1)
+        e_mov(w, 8, T0, T1);
+    else {
+        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        e_mov(w, 4, T1, T0);
+    }
+    e_shift_imm(w, 4, 4, T1, 4);
+    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_JUMP_ENTRIES - 1) << 4));
+    e_r_gsb(w, 8, 0x3b, T0, T1, jump_offset(e->u, false));
+    new_leave(e, JIT_LEAVE_INDIRECT, e_jcc(w, CC_NE))->rip_in_tmp = true;
+    e8(w, 0x65), e8(w, 0x41), e8(w, 0xff), e8(w, 0xa0u | (T1 & 7));         /* jmp gs:[r13 + disp32] */
+    e32(w, (uint32_t)jump_offset(e->u, true));
+}
+
+/* The flags that the edges want, before the branch itself (nothing of this changes the host's flags). */
+static void prepare_edges(emitter *e, bool is_live) {
+    unsigned need = e->u->edge_need[0] | e->u->edge_need[1];
+    if (need & JIT_NEED_MEM)
+        need_mem(e);
+    if (is_live && !e->host)
+        need_host(e);
+    if (!recoverable(e) && e->host) {
+        emit_save(e->w);
+        e->mem = true;
+    }
+}
+
+static void emit_jcc(emitter *e, const jit_op *o) {
+    prepare_edges(e, true);
+    uint8_t *taken = e_jcc(e->w, o->cc);
+    bool host = e->host, mem = e->mem;
+    emit_edge(e, 1, o->fall, e->u->edge_need[1]);
+    e_patch(taken, e->w->p);
+    e->host = host;
+    e->mem = mem;
+    emit_edge(e, 0, o->target, e->u->edge_need[0]);
+}
+
+static void emit_fallback(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    bool vec = e->u->key & JIT_KEY_VEC;
+    need_mem(e);
+    e_mov_imm(w, T1, new_site(e, o->insn, NULL, true));
+    e_call_to(w, e->j->fallback[vec]);
+    e->host = false;
+    e->mem = true;
+    e->recipe = -1;
+    if (o->op == IR_FALLBACK_END) {
+        leave_stub *s = new_leave(e, JIT_LEAVE_LOOKUP, NULL);
+        s->rip_in_memory = true;
+        s->index = (uint8_t)(o->insn + 1);
+        emit_leave_stub(e, s);
+        e->nleave--;
+        return;
+    }
+    e_rr(w, 8, 0x85, T0, T0);
+    leave_stub *s = new_leave(e, JIT_LEAVE_LOOKUP, e_jcc(w, CC_NE));
+    s->rip_in_memory = true;
+    s->index = (uint8_t)(o->insn + 1);
+}
+
+static void emit_move_tmp(emitter *e, const jit_op *o) {
+    emit_reg_load(e->w, o->size, T1, o->reg);
+    e_gs_store(e->w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+}
+
+static void emit_op(emitter *e, unsigned k) {
+    const jit_unit *u = e->u;
+    const jit_op *o = &u->ops[k];
+    unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
+    if (o->op != IR_ADD_SP && o->op != IR_JUMP_TMP)
+        e->tmp_in_t1 = o->op == IR_MOVE_TMP || (o->op == IR_CHECK && u->ops[k + 1].op == IR_LOAD_TMP) || o->op == IR_LOAD_TMP;
+    switch (o->op) {
+    case IR_NATIVE:
+        if (u->info[o->insn].host_at)
+            need_host(e);
+        emit_renamed(e, o->insn);
+        after_insn(e, o->insn);
+        break;
+    case IR_LEA: emit_lea(e, o->insn); break;
+    case IR_EA: emit_ea(e, o->insn); break;
+    case IR_EA_SP: e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm); break;
+    case IR_EA_BP: e_mov(e->w, sp_size, T0, RBP); break;
+    case IR_CHECK:
+        emit_check(e, o, o + 1);
+        if (o[1].op == IR_ACCESS)
+            after_insn(e, o->insn);
+        break;
+    case IR_ADD_SP: e_lea(e->w, sp_size, R12, R12, 0xff, 1, (int32_t)o->imm); break;
+    case IR_MOVE_TMP: emit_move_tmp(e, o); break;
+    case IR_FALLBACK: case IR_FALLBACK_END: emit_fallback(e, o); break;
+    case IR_JUMP:
+        prepare_edges(e, e->u->edge_need[0] & JIT_NEED_HOST);
+        emit_edge(e, 0, o->target, u->edge_need[0]);
+        break;
+    case IR_JCC: emit_jcc(e, o); break;
+    case IR_JUMP_TMP: emit_indirect(e); break;
+    case IR_NEED_VEC: {
+        leave_stub *s = new_leave(e, JIT_LEAVE_VEC, NULL);
+        s->rip = u->rip;
+        emit_leave_stub(e, s);
+        e->nleave--;
+        break;
+    }
+    default: break;                       /* the accesses: done with their CHECK */
+    }
+}
+
+static void emit_block(emitter *e) {
+    jit_unit *u = e->u;
+    jit_block *b = e->block;
+    b->entry_mem = e->w->p;
+    if (u->entry_need & JIT_NEED_HOST)
+        emit_restore(e->w);
+    b->entry = e->w->p;
+    e->host = u->entry_need & JIT_NEED_HOST;
+    e->mem = u->entry_need & JIT_NEED_MEM;
+    e->recipe = -1;
+    for (unsigned k = 0; k < u->nops && e->failed < 0; k++)
+        emit_op(e, k);
+    for (unsigned k = 0; k < e->nslow && e->failed < 0; k++)
+        emit_slow_stub(e, &e->slow[k]);
+    for (unsigned k = 0; k < e->nleave && e->failed < 0; k++)
+        emit_leave_stub(e, &e->leaves[k]);
+}
+
+jit_block *jit_emit(jit_unit *u, int *failed) {
+    jit *j = u->j;
+    emitter e = { .u = u, .j = j, .w = &j->w, .failed = -1 };
+    *failed = -1;
+    if (j->w.end - j->w.p < JIT_BLOCK_BYTES || j->arena_bytes - j->arena_used < sizeof(jit_block) + JIT_MAX_SITES * (sizeof(jit_site) + 16))
+        return NULL;
+    uint8_t *start = j->w.p;
+    size_t arena = j->arena_used;
+    jit_block *b = e.block = (jit_block *)(j->arena + j->arena_used);
+    j->arena_used += (sizeof *b + 15) & ~(size_t)15;
+    memset(b, 0, sizeof *b);
+    b->rip = u->rip;
+    b->gpa = u->gpa;
+    b->key = u->key;
+    b->count = (uint16_t)u->count;
+    memcpy(b->extents, u->extents, sizeof b->extents);
+    emit_block(&e);
+    if (e.failed >= 0) {
+        *failed = e.failed;
+        j->w.p = start;
+        j->arena_used = arena;
+        return NULL;
+    }
+    return b;
+}
+
+/* ---- thunks ---- */
+
+static void emit_spill(jit_writer *w) {
+    for (unsigned g = 0; g < 12; g++)
+        e_gs_store(w, 8, home[g], GPR(g));
+}
+static void emit_reload(jit_writer *w) {
+    for (unsigned g = 0; g < 12; g++)
+        e_gs_load(w, 8, home[g], GPR(g));
+}
+
+#define FPU(n) ((int32_t)(offsetof(x86_cpu, fpu) + (n)))
+static void emit_mxcsr(jit_writer *w, unsigned op, int32_t disp) {          /* /2 ldmxcsr, /3 stmxcsr gs:[disp] */
+    e8(w, 0x65), e8(w, 0x0f), e8(w, 0xae), e8(w, op << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)disp);
+}
+/* movups/movups or vextractf128/vinsertf128 between register n and the XSAVE image */
+static void emit_vec(jit *j, unsigned n, bool is_store) {
+    jit_writer *w = &j->w;
+    unsigned r = n >= 8 ? 0x44 : 0;
+    if (is_store || !j->has_avx) {
+        e8(w, 0x65);
+        if (r)
+            e8(w, r);
+        e8(w, 0x0f), e8(w, is_store ? 0x11 : 0x10), e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
+    } else {                                                                /* vmovups xmm, m128 */
+        e8(w, 0x65), e8(w, 0xc5), e8(w, n >= 8 ? 0x78 : 0xf8), e8(w, 0x10);
+        e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
+    }
+    if (!j->has_avx)
+        return;
+    e8(w, 0x65), e8(w, 0xc4);
+    if (is_store) {                                                         /* vextractf128 m128, ymm, 1 */
+        e8(w, n >= 8 ? 0x63 : 0xe3), e8(w, 0x7d), e8(w, 0x19);
+    } else {                                                                /* vinsertf128 ymm, ymm, m128, 1 */
+        e8(w, n >= 8 ? 0x63 : 0xe3), e8(w, ((~n & 15) << 3) | 5), e8(w, 0x18);
+    }
+    e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(576 + 16 * n)), e8(w, 1);
+}
+static void emit_vec_spill(jit *j) {
+    emit_mxcsr(&j->w, 3, FPU(24));
+    emit_mxcsr(&j->w, 2, JIT_SLOT(JIT_SLOT_MXCSR));
+    for (unsigned n = 0; n < 16; n++)
+        emit_vec(j, n, true);
+}
+static void emit_vec_reload(jit *j) {
+    for (unsigned n = 0; n < 16; n++)
+        emit_vec(j, n, false);
+    emit_mxcsr(&j->w, 2, FPU(24));
+}
+
+static const uint8_t saved[] = { RBX, RBP, R12, R13, R14, R15 };
+static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
+    e_rex(w, 4, 0, 0, reg);
+    e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
+}
+
+/* void enter(const void *code): GS base is set. */
+static uint8_t *emit_enter(jit *j, bool vec) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    for (unsigned i = 0; i < sizeof saved; i++)
+        emit_push_pop(w, saved[i], true);
+    e_alu_imm(w, 8, 5, RSP, 8);
+    e_mov(w, 8, T0, RDI);
+    if (vec) {
+        emit_mxcsr(w, 3, JIT_SLOT(JIT_SLOT_MXCSR));
+        emit_vec_reload(j);
+    }
+    e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    emit_reload(w);
+    e_rex(w, 4, 0, 0, T0);
+    e8(w, 0xff), e8(w, 0xe0u | (T0 & 7));                                   /* jmp r14 */
+    return start;
+}
+
+/* T0 = rip, T1 = reason: back to C. */
+static uint8_t *emit_leave(jit *j, bool vec) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    e_gs_store(w, 8, T0, JIT_OFF(rip));
+    e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_REASON));
+    e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    emit_spill(w);
+    if (vec)
+        emit_vec_spill(j);
+    e_alu_imm(w, 8, 0, RSP, 8);
+    for (unsigned i = sizeof saved; i-- > 0;)
+        emit_push_pop(w, saved[i], false);
+    if (vec && j->has_avx)
+        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
+    e8(w, 0xc3);
+    return start;
+}
+
+/* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. */
+static uint8_t *emit_helper(jit *j, bool vec, const void *function, bool has_address) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    emit_spill(w);
+    if (vec)
+        emit_vec_spill(j);
+    if (vec && j->has_avx)
+        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
+    e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    e_alu_imm(w, 8, 5, RSP, 8);
+    e_gs_load(w, 8, RDI, JIT_SLOT(JIT_SLOT_SELF));
+    if (has_address)
+        e_mov(w, 8, RSI, T0);
+    e_mov(w, 4, has_address ? RDX : RSI, T1);
+    e_mov_imm(w, RAX, (uint64_t)(uintptr_t)function);
+    e8(w, 0xff), e8(w, 0xd0);                                               /* call rax */
+    e_alu_imm(w, 8, 0, RSP, 8);
+    e_mov(w, 8, T0, RAX);
+    if (vec)
+        emit_vec_reload(j);
+    e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    emit_reload(w);
+    e8(w, 0xc3);
+    return start;
+}
+
+void jit_emit_thunks(jit *j) {
+    for (unsigned vec = 0; vec < 2; vec++) {
+        j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
+        j->leave[vec] = emit_leave(j, vec);
+        j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);
+        j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false);
+        j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false);
+    }
+    j->code_start = j->w.p;
+}

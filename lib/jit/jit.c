@@ -1,0 +1,671 @@
+/* jit.c - guest code as host code.
+ *
+ * Guest and host are both x86-64, so most guest instructions run as they are with their operands renamed (emit.c has the
+ * register plan). What must differ is memory addresses (the inline TLB), control flow (blocks, links, a jump cache) and
+ * whatever is privileged or odd: that calls the interpreter's semantic function on the spilled CPU. So the JIT is complete from
+ * the first day, and each instruction has one meaning.
+ *
+ * Blocks. Code is translated a block at a time, keyed by linear address, guest-physical address and jit_key(): what else the
+ * code depends on. Each vCPU has a cache of its own, mapped twice (one view writable, the other executable), so that
+ * translation needs no lock and no block is ever changed under another thread. Direct jumps within a page (anywhere while
+ * paging is off) are linked; the rest go through a jump cache that is emptied whenever a linear address may have come to
+ * mean something else. When the cache is full it is emptied whole.
+ *
+ * Time. R15 counts instructions down; each edge subtracts its block's count and leaves when it turns negative, so the run
+ * loop's `attention` is looked at every SLICE instructions at the latest. A budget that must be exact runs all but its
+ * last EXACT_TAIL instructions here and those in the interpreter.
+ *
+ * State. rip is an immediate in each stub that may call C; flags are exact by emit.c's rules; general and vector registers are
+ * spilled around each call. A fault longjmps from a helper straight to jit_run().
+ *
+ * Writes to translated code arrive through jit_code_changed(). A block that dies while it executes (its own store hit it) is
+ * left before the next instruction, and that store is done again by the interpreter: it was plain RAM, so nothing is lost.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#include <cpuid.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include "interp/interp.h"
+#include "jit/jit.h"
+
+#define SLICE 16384
+#define EXACT_TAIL 2400                   /* more than a page of one-byte blocks with live flags can overshoot */
+#ifdef VM_TINY_CACHE
+#define DEFAULT_CODE (64u << 10)
+#define MIN_CODE (64u << 10)
+#else
+#define DEFAULT_CODE (32u << 20)
+#define MIN_CODE (256u << 10)
+#endif
+
+static inline uint64_t read_gs(void) { uint64_t v; __asm__ volatile("rdgsbase %0" : "=r"(v)); return v; }
+static inline void write_gs(uint64_t v) { __asm__ volatile("wrgsbase %0" : : "r"(v)); }
+
+/* ---- what translated code depends on ---- */
+
+static bool is_flat_data(const x86_seg *s) {
+    return !s->base && s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
+}
+static bool is_whole_data(const x86_seg *s) {
+    return s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
+}
+
+static bool vec_allowed(const x86_cpu *cpu) {
+    return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) && (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
+}
+
+static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
+    uint32_t key = cpu->ctx;
+    if (cpu->code_size == 8)
+        key |= JIT_KEY_64;
+    else {
+        const x86_seg *s = cpu->seg;
+        if (is_flat_data(&s[X86_ES]) && is_flat_data(&s[X86_SS]) && is_flat_data(&s[X86_DS]) && cpu->stack_size == 4)
+            key |= JIT_KEY_FLAT;
+        if (is_whole_data(&s[X86_FS]))
+            key |= JIT_KEY_FS;
+        if (is_whole_data(&s[X86_GS]))
+            key |= JIT_KEY_GS;
+    }
+    if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
+        key |= JIT_KEY_CHAIN;
+    if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC))
+        key |= JIT_KEY_AC;
+    if (j->has_vec && j->vec_ctx != cpu->ctx)
+        j->has_vec = false;
+    if (j->has_vec && vec_allowed(cpu)) {
+        key |= JIT_KEY_VEC;
+        if ((cpu->cr4 & X86_CR4_OSXSAVE) && (cpu->xcr0 & 6) == 6 && j->has_avx)
+            key |= JIT_KEY_AVX;
+    }
+    return key;
+}
+
+/* Modes and moments that the interpreter handles. */
+static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
+    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || (cpu->rflags & X86_FL_RF))
+        return true;
+    return cpu->code_size == 4 && (cpu->seg[X86_CS].base || cpu->seg[X86_CS].limit != 0xffffffffu);
+}
+
+/* ---- blocks: finding, linking, dropping ---- */
+
+static unsigned hash_block(uint64_t rip) { return (unsigned)((rip ^ rip >> 13 ^ rip >> 26) & (JIT_HASH - 1)); }
+static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 26) & (JIT_HASH - 1)); }
+
+bool jit_is_stop(const jit *j, uint64_t rip) {
+    for (unsigned i = 0; i < j->stop_count; i++)
+        if (j->stops[i] == rip)
+            return true;
+    return false;
+}
+
+static x86_jump *jump_slot(x86_cpu *cpu, uint32_t key, uint64_t rip) {
+    return &cpu->jump[jit_table_index(key)][rip & (X86_JUMP_ENTRIES - 1)];
+}
+
+static void clear_table(jit *j, unsigned t) {
+    x86_jump *table = j->vcpu->x86.jump[t];
+    memset(table, 0, sizeof j->vcpu->x86.jump[t]);
+    table[0].rip = ~UINT64_C(0);
+    j->table_used[t] = false;
+}
+
+static void clear_tables(jit *j) {
+    for (unsigned t = 0; t < JIT_TABLES; t++)
+        if (j->table_used[t])
+            clear_table(j, t);
+}
+
+static void use_table(jit *j, uint32_t key) {
+    unsigned t = jit_table_index(key);
+    if (j->table_key[t] != key && j->table_used[t])
+        clear_table(j, t);
+    if (!j->table_used[t])
+        j->vcpu->x86.jump[t][0].rip = ~UINT64_C(0);
+    j->table_key[t] = key;
+    j->table_used[t] = true;
+}
+
+static void unlink_in(jit_link *l) {
+    jit_link **p = &l->to->in;
+    while (*p && *p != l)
+        p = &(*p)->next_in;
+    if (*p)
+        *p = l->next_in;
+    l->to = NULL;
+}
+
+static void link_blocks(jit *j, jit_link *l, jit_block *to) {
+    if (l->to || l->from->is_dead || to->is_dead || jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
+        return;
+    e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
+    l->to = to;
+    l->next_in = to->in;
+    to->in = l;
+}
+
+static void remove_from(jit_block **p, jit_block *b, bool is_page) {
+    while (*p && *p != b)
+        p = is_page ? &(*p)->page_next : &(*p)->hash_next;
+    if (*p)
+        *p = is_page ? b->page_next : b->hash_next;
+}
+
+static void kill_block(jit *j, jit_block *b) {
+    b->is_dead = true;
+    remove_from(&j->hash[hash_block(b->rip)], b, false);
+    remove_from(&j->pages[hash_page(b->gpa)], b, true);
+    while (b->in) {
+        jit_link *l = b->in;
+        e_patch(l->jump, l->stub);
+        b->in = l->next_in;
+        l->to = NULL;
+    }
+    for (unsigned i = 0; i < 2; i++)
+        if (b->links[i].to)
+            unlink_in(&b->links[i]);
+    x86_jump *slot = jump_slot(&j->vcpu->x86, b->key, b->rip);
+    if (slot->rip == b->rip)
+        slot->rip = (b->rip & (X86_JUMP_ENTRIES - 1)) ? 0 : ~UINT64_C(0);
+}
+
+static void flush_all(jit *j) {
+    memset(j->hash, 0, sizeof j->hash);
+    memset(j->pages, 0, sizeof j->pages);
+    clear_tables(j);
+    j->w.p = j->code_start;
+    j->arena_used = 16;
+    j->must_flush = false;
+    j->flushes++;
+}
+
+static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
+    if ((b->gpa ^ gpa) & X86_PAGE_MASK)
+        return false;
+    uint64_t begin = gpa & 0xfff, end = begin + bytes;
+    for (unsigned i = 0; i < 3; i++)
+        if (b->extents[i].begin < end && begin < b->extents[i].end)
+            return true;
+    return false;
+}
+
+static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+    jit *j = cpu->x86.jit;
+    if (!j || !j->write_base)
+        return;
+    if (bytes > (256u << 12)) {
+        j->must_flush = true;
+        return;
+    }
+    while (bytes) {
+        uint64_t n = 4096 - (gpa & 0xfff);
+        if (n > bytes)
+            n = bytes;
+        jit_block *next;
+        for (jit_block *b = j->pages[hash_page(gpa)]; b; b = next) {
+            next = b->page_next;
+            if (block_overlaps(b, gpa, n))
+                kill_block(j, b);
+        }
+        gpa += n;
+        bytes -= n;
+    }
+}
+
+/* An address becomes a place where execution must come back to C. */
+static void add_stop(jit *j, uint64_t rip) {
+    if (jit_is_stop(j, rip))
+        return;
+    j->stops[j->stop_next] = rip;
+    j->stop_next = (j->stop_next + 1) % JIT_STOPS;
+    if (j->stop_count < JIT_STOPS)
+        j->stop_count++;
+    for (unsigned h = 0; h < JIT_HASH; h++) {
+        jit_block *next;
+        for (jit_block *b = j->hash[h]; b; b = next) {
+            next = b->hash_next;
+            if (!((b->rip ^ rip) & X86_PAGE_MASK) && block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
+                kill_block(j, b);
+        }
+    }
+}
+
+/* ---- translation ---- */
+
+/* Guest-physical address of the code at rip; raises the fetch's faults. */
+static uint64_t fetch_gpa(x86_cpu *cpu) {
+    unsigned i = X86_TLB_INDEX(cpu->rip);
+    const x86_tlb *t = &cpu->tlb[cpu->ctx];
+    if (((cpu->rip ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
+        return (t->meta[i] & X86_PAGE_MASK) | (cpu->rip & 0xfff);
+    uint64_t gpa;
+    if (cpu->code_size == 8 && !x86_canonical(cpu->rip))
+        x86_raise_error(cpu, X86_GP, 0);
+    if (!cpu->env->fill(cpu, cpu->rip, X86_EXEC, cpu->ctx, &gpa))
+        x86_raise_fault(cpu, &cpu->fault);
+    return gpa;
+}
+
+static void publish(jit *j, jit_block *b) {
+    unsigned h = hash_block(b->rip), p = hash_page(b->gpa);
+    b->hash_next = j->hash[h];
+    j->hash[h] = b;
+    b->page_next = j->pages[p];
+    j->pages[p] = b;
+    j->vcpu->x86.stat[X86_STAT_BLOCKS]++;
+}
+
+static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
+    if (!jit_lift(u, JIT_MAX_INSNS))
+        return NULL;
+    jit_optimise(u);
+    return jit_emit(u, failed);
+}
+
+/* NULL: this instruction is the interpreter's (not RAM, or it crosses the page). */
+static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    unsigned prot = 0;
+    cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    if (!page || !(prot & X86_EXEC))
+        return NULL;
+    jit_unit *u = j->unit;
+    u->j = j;
+    u->cpu = cpu;
+    u->rip = cpu->rip;
+    u->gpa = gpa;
+    u->key = key;
+    u->page = page;
+    u->forced = 0;
+    for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
+        int failed = -1;
+        jit_block *b = translate_with(j, u, &failed);
+        if (b) {
+            publish(j, b);
+            cpu->stat[X86_STAT_DECODED] += u->count;
+            if (vm_trace_mask(j->vcpu->machine) & (VM_TRACE_IR | VM_TRACE_MCODE))
+                jit_print(j, u, b);
+            return b;
+        }
+        if (failed >= 0)
+            u->forced |= UINT64_C(1) << failed;
+        else if (!u->nops)
+            return NULL;
+        else
+            flush_all(j);
+    }
+    return NULL;
+}
+
+static jit_block *find_block(jit *j, uint32_t key) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    uint64_t gpa = fetch_gpa(cpu);
+    for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
+        if (b->rip == cpu->rip && b->gpa == gpa && b->key == key)
+            return b;
+    return translate(j, gpa, key);
+}
+
+/* ---- helpers called by emitted code ---- */
+
+static void load_flags(x86_cpu *cpu) {
+    uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS];
+    cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
+}
+static void store_flags(x86_cpu *cpu) {
+    cpu->jit_scratch[JIT_SLOT_FLAGS] = (cpu->rflags & (X86_FL_ARITH & 0xff)) << 8 | (cpu->rflags >> 11 & 1);
+}
+
+/* Count what has retired since the last time; `index` instructions of the current block have. */
+static void count_retired(jit *j, x86_cpu *cpu, unsigned index) {
+    int64_t r15 = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] - index, done = j->r15_start - r15;
+    cpu->budget -= done;
+    cpu->retired += (uint64_t)done;
+    j->r15_start = r15;
+}
+
+static jit_site *begin_helper(x86_cpu *cpu, uint32_t at) {
+    jit *j = cpu->jit;
+    jit_site *s = (jit_site *)(j->arena + at);
+    count_retired(j, cpu, s->index);
+    load_flags(cpu);
+    cpu->rip = s->rip;
+    cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
+    return s;
+}
+
+/* Somebody wants the run loop: let the next edge leave. */
+static void hurry(jit *j, x86_cpu *cpu) {
+    int64_t extra = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + 1;
+    if (extra > 0) {
+        cpu->jit_scratch[JIT_SLOT_R15] -= (uint64_t)extra;
+        j->r15_start -= extra;
+    }
+}
+
+static void end_helper(jit *j, x86_cpu *cpu) {
+    store_flags(cpu);
+    if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush)
+        hurry(j, cpu);
+}
+
+/* The whole instruction by its semantic function. True: leave the block after it. */
+static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
+    uint64_t next = cpu->next_rip;
+    cpu->stat[X86_STAT_FALLBACKS]++;
+    for (;;) {
+        cpu->io_pos = 0;
+        s->in.exec(cpu, &s->in);
+        x86_io_retire(cpu);
+        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->in.flags & (X86_IF_REP | X86_IF_REPNE)))
+            break;
+        if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || s->block->is_dead) {
+            cpu->jit_scratch[JIT_SLOT_R15]++;          /* not finished: not retired */
+            return true;
+        }
+        cpu->next_rip = next;
+    }
+    cpu->rip = cpu->next_rip;
+    return s->block->is_dead || j->must_flush || cpu->rip != next || cpu->careful || cpu->inhibit ||
+           ((s->block->key & JIT_KEY_VEC) && !vec_allowed(cpu)) || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+}
+
+uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
+    jit *j = cpu->jit;
+    jit_site *s = begin_helper(cpu, at);
+    if (s->align > 1 && (la & (s->align - 1u)))
+        x86_raise_error(cpu, X86_GP, 0);
+    if (s->in.mode == 8 && (!x86_canonical(la) || !x86_canonical(la + s->size - 1))) {
+        unsigned seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
+        x86_linear(cpu, seg, seg == X86_FS || seg == X86_GS ? la - cpu->seg[seg].base : la, s->size, s->access);
+    }
+    x86_io_retire(cpu);
+    j->bounce_active = false;
+    uint8_t *p = x86_direct(cpu, la, s->size, s->access);
+    if (!p && s->access == (X86_READ | X86_WRITE))
+        p = (uint8_t *)(uintptr_t)(execute(j, cpu, s) ? 1 : 0);
+    else if (!p) {
+        if (s->access & X86_READ)
+            x86_read_linear(cpu, la, j->bounce, s->size);
+        else
+            x86_probe_write(cpu, la, s->size);
+        j->bounce_la = la;
+        j->bounce_active = true;
+        p = j->bounce;
+    }
+    end_helper(j, cpu);
+    return p;
+}
+
+uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
+    jit *j = cpu->jit;
+    if (!j->bounce_active)
+        return 0;
+    jit_site *s = begin_helper(cpu, at);
+    x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
+    end_helper(j, cpu);
+    return s->block->is_dead;
+}
+
+uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
+    jit *j = cpu->jit;
+    jit_site *s = begin_helper(cpu, at);
+    bool leave = execute(j, cpu, s);
+    end_helper(j, cpu);
+    return leave;
+}
+
+/* ---- the run loop's side ---- */
+
+static x86_stop interpret_one(jit *j) {
+    j->step_one = false;
+    return interp_step(j->vcpu);
+}
+
+/* Execute translated code from rip on, for at most a slice. Returns how it left. */
+static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
+    int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0);
+    if (slice > SLICE)
+        slice = SLICE;
+    cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
+    j->r15_start = slice;
+    store_flags(cpu);
+    write_gs((uint64_t)(uintptr_t)cpu);
+    ((void (*)(const void *))(uintptr_t)j->enter[!!(key & JIT_KEY_VEC)])(code);
+    write_gs(j->host_gs);
+    count_retired(j, cpu, 0);
+    load_flags(cpu);
+    return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
+}
+
+static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link) {
+    use_table(j, key);
+    x86_jump *slot = jump_slot(cpu, key, cpu->rip);
+    if (!link && slot->rip == cpu->rip && slot->code)
+        return slot->code;
+    uint64_t flushes = j->flushes;
+    jit_block *b = find_block(j, key);
+    if (!b)
+        return NULL;
+    use_table(j, key);
+    const uint8_t *code = b->entry_mem + j->w.to_exec;
+    if (!jit_is_stop(j, b->rip)) {
+        *slot = (x86_jump){ b->rip, code };
+        if (link && flushes == j->flushes)
+            link_blocks(j, link, b);
+    }
+    return code;
+}
+
+static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
+
+static x86_stop run_loop(jit *j) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    jit_link *link = NULL;
+    for (;;) {
+        if (j->must_flush) {
+            flush_all(j);
+            link = NULL;
+        }
+        if (cpu->budget <= 0)
+            return X86_STOP_SLICE;
+        if (atomic_load_explicit(&cpu->attention, memory_order_relaxed))
+            return X86_STOP_ATTENTION;
+        const uint8_t *code = NULL;
+        uint32_t key = 0;
+        if (!wants_interpreter(j, cpu) && !(j->vcpu->has_budget && cpu->budget <= EXACT_TAIL)) {
+            key = jit_key(j, cpu);
+            code = lookup(j, cpu, key, link);
+        }
+        link = NULL;
+        if (!code) {
+            x86_stop stop = interpret_one(j);
+            if (stop)
+                return stop;
+        } else {
+            unsigned reason = enter(j, cpu, key, code);
+            if (reason == JIT_LEAVE_LINK)
+                link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_TMP];
+            else if (reason == JIT_LEAVE_STEP)
+                j->step_one = true;
+            else if (reason == JIT_LEAVE_VEC) {
+                j->has_vec = vec_allowed(cpu);
+                j->vec_ctx = cpu->ctx;
+                j->step_one = !j->has_vec;
+            }
+        }
+        if (at_until(cpu) && !j->step_one)
+            return X86_STOP_UNTIL;
+    }
+}
+
+static bool jit_start(jit *j);
+
+static x86_stop jit_run(vm_vcpu *vcpu) {
+    x86_cpu *cpu = &vcpu->x86;
+    jit *j = cpu->jit;
+    if (!j->write_base && !jit_start(j))
+        return vm_backend_interp.run(vcpu);
+    if (cpu->has_until)
+        add_stop(j, cpu->until);
+    j->host_gs = read_gs();
+    jmp_buf door;
+    x86_stop stop;
+    for (;;) {
+        cpu->stop = X86_STOP_NONE;
+        cpu->fault_jmp = &door;
+        if (!_setjmp(door))
+            stop = run_loop(j);
+        else {
+            write_gs(j->host_gs);
+            stop = cpu->stop ? cpu->stop : x86_deliver_fault(cpu);
+        }
+        if (stop)
+            return stop;
+        if (at_until(cpu))
+            return X86_STOP_UNTIL;
+    }
+}
+
+/* ---- life ---- */
+
+static uint8_t *map_cache(size_t bytes, uint8_t **exec) {
+    int fd = memfd_create("libvm-code", MFD_CLOEXEC);
+    if (fd < 0)
+        return NULL;
+    uint8_t *w = MAP_FAILED, *x = MAP_FAILED;
+    if (!ftruncate(fd, (off_t)bytes)) {
+        w = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (w != MAP_FAILED)
+            x = mmap(NULL, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+    }
+    close(fd);
+    if (x == MAP_FAILED) {
+        if (w != MAP_FAILED)
+            munmap(w, bytes);
+        return NULL;
+    }
+    *exec = x;
+    return w;
+}
+
+static bool host_has_avx(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_AVX) || !(c & bit_OSXSAVE))
+        return false;
+    uint32_t lo, hi;
+    __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return (lo & 6) == 6;
+}
+
+/* The cache is made by the first run, so that a machine that never runs costs nothing. */
+static bool jit_start(jit *j) {
+    vm_machine *m = j->vcpu->machine;
+    size_t bytes = m->options.code_cache_bytes ? (size_t)m->options.code_cache_bytes : DEFAULT_CODE;
+    bytes = bytes / m->vcpu_count & ~(size_t)4095;
+    if (bytes < MIN_CODE)
+        bytes = MIN_CODE;
+    j->arena_bytes = bytes * 4;
+    j->arena = mmap(NULL, j->arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (j->arena == MAP_FAILED) {
+        j->arena = NULL;
+        return false;
+    }
+    j->write_base = map_cache(bytes, &j->exec_base);
+    if (!j->write_base) {
+        munmap(j->arena, j->arena_bytes);
+        j->arena = NULL;
+        return false;
+    }
+    j->code_bytes = bytes;
+    j->has_avx = host_has_avx();
+    j->w = (jit_writer){ j->write_base, j->write_base + bytes, j->exec_base - j->write_base };
+    j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;
+    jit_emit_thunks(j);
+    j->arena_used = 16;
+    return true;
+}
+
+static int jit_vcpu_create(vm_vcpu *cpu) {
+    int status = vm_backend_interp.vcpu_create(cpu);
+    if (status < 0)
+        return status;
+    size_t bytes = sizeof(jit) + sizeof(jit_unit);
+    jit *j = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (j == MAP_FAILED) {
+        vm_backend_interp.vcpu_destroy(cpu);
+        return vm_fail_errno(VM_E_NOMEM, "JIT tables");
+    }
+    j->vcpu = cpu;
+    j->unit = (jit_unit *)(j + 1);
+    cpu->x86.jit = j;
+    return VM_OK;
+}
+
+static void jit_vcpu_destroy(vm_vcpu *cpu) {
+    jit *j = cpu->x86.jit;
+    if (j) {
+        if (j->write_base) {
+            munmap(j->write_base, j->code_bytes);
+            munmap(j->exec_base, j->code_bytes);
+            munmap(j->arena, j->arena_bytes);
+        }
+        munmap(j, sizeof(jit) + sizeof(jit_unit));
+        cpu->x86.jit = NULL;
+    }
+    vm_backend_interp.vcpu_destroy(cpu);
+}
+
+static void jit_code_changed_both(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+    jit_code_changed(cpu, gpa, bytes);
+    vm_backend_interp.code_changed(cpu, gpa, bytes);
+}
+
+static void jit_flush_code(vm_vcpu *cpu) {
+    jit *j = cpu->x86.jit;
+    if (j->write_base)
+        j->must_flush = true;
+    vm_backend_interp.flush_code(cpu);
+}
+
+static void jit_tlb_flushed(vm_vcpu *cpu) {
+    jit *j = cpu->x86.jit;
+    if (j)
+        clear_tables(j);
+    if (vm_backend_interp.tlb_flushed)
+        vm_backend_interp.tlb_flushed(cpu);
+}
+
+static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; }    /* FSGSBASE for user code */
+
+static int jit_query(const char *capability, uint64_t *value) {
+    if (!strcmp(capability, "available"))
+        *value = is_usable();
+    else
+        return vm_backend_interp.query(capability, value);
+    return VM_OK;
+}
+
+static int jit_machine_create(vm_machine *m) {
+    (void)m;
+    return is_usable() ? VM_OK : vm_fail(VM_E_UNSUPPORTED, "JIT: the host kernel does not let programs use WRGSBASE");
+}
+
+const vm_backend_ops vm_backend_jit = {
+    .name = "jit",
+    .query = jit_query,
+    .machine_create = jit_machine_create,
+    .vcpu_create = jit_vcpu_create,
+    .vcpu_destroy = jit_vcpu_destroy,
+    .run = jit_run,
+    .code_changed = jit_code_changed_both,
+    .flush_code = jit_flush_code,
+    .tlb_flushed = jit_tlb_flushed,
+};

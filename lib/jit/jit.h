@@ -1,0 +1,175 @@
+/* jit.h - what the files of the JIT share. The essay is in jit.c. */
+#ifndef LIBVM_JIT_H
+#define LIBVM_JIT_H
+
+#include "core/core.h"
+#include "x86/insn.h"
+#include "jit/asm.h"
+
+#ifdef VM_TINY_BLOCKS
+#define JIT_MAX_INSNS 1
+#else
+#define JIT_MAX_INSNS 48
+#endif
+#define JIT_MAX_OPS (JIT_MAX_INSNS * 6)
+#define JIT_MAX_SITES (JIT_MAX_INSNS * 2)
+#define JIT_BLOCK_BYTES 32768             /* code one block may need, stubs included */
+#define JIT_HASH 16384
+#define JIT_STOPS 8
+
+/* Everything that emitted code assumes beyond the bytes it was made from. */
+#define JIT_KEY_CTX   0x0003u             /* X86_CTX_* */
+#define JIT_KEY_64    0x0004u             /* 64-bit code; else 32-bit */
+#define JIT_KEY_VEC   0x0008u             /* vector registers and MXCSR are in the host's; SSE may run natively */
+#define JIT_KEY_AVX   0x0010u             /* VEX instructions may */
+#define JIT_KEY_FLAT  0x0020u             /* 32-bit: ES, CS, SS, DS are flat 4 GiB, stack is 32 bits wide */
+#define JIT_KEY_FS    0x0040u             /* 32-bit: FS is usable with limit 4 GiB */
+#define JIT_KEY_GS    0x0080u             /* 32-bit: GS is */
+#define JIT_KEY_CHAIN 0x0100u             /* no paging: direct jumps may be linked across pages */
+#define JIT_KEY_AC    0x0200u             /* alignment checks may fault: memory operands go to the semantic functions */
+#define JIT_TABLES 16                     /* jump caches: by CTX | 64 | VEC */
+
+typedef struct jit_block jit_block;
+
+/* A place that may call C: what the helper must know to show exact state. */
+typedef struct jit_site {
+    x86_insn in;
+    uint64_t rip;
+    jit_block *block;
+    uint16_t index;                       /* instructions of the block retired before this one */
+    uint8_t access, size, align;
+    bool is_single;                       /* the access is the whole instruction: a failed RMW is done by its semantic function */
+} jit_site;
+
+/* A direct edge: a jmp that goes to its stub until linked. */
+typedef struct jit_link {
+    jit_block *from, *to;
+    uint64_t target;
+    uint8_t *jump;                        /* rel32, writable view */
+    uint8_t *stub;
+    struct jit_link *next_in;             /* list of links into `to` */
+    bool is_chained;                      /* may be linked: same page or no paging */
+    bool needs_mem_entry;                 /* provides flags in memory only */
+} jit_link;
+
+typedef struct jit_extent { uint16_t begin, end; } jit_extent;   /* page offsets */
+
+struct jit_block {
+    uint64_t rip, gpa;
+    uint32_t key;
+    uint16_t count;                       /* instructions */
+    bool is_dead;
+    uint8_t *entry;                       /* writable view: flags as `need` says */
+    uint8_t *entry_mem;                   /* flags in memory: from the dispatcher, indirect jumps, other pages */
+    jit_block *hash_next, *page_next;
+    jit_link links[2];
+    jit_link *in;
+    jit_extent extents[3];                /* bytes it was made from: itself, looked-ahead targets */
+};
+
+typedef struct jit_op {
+    uint8_t op, cc, access, size, reg, align;
+    uint16_t insn;                        /* index into the block's instructions */
+    int64_t imm;
+    uint64_t target, fall;
+} jit_op;
+
+enum { JIT_NEED_HOST = 1, JIT_NEED_MEM = 2 };
+enum jit_ir {
+#define IR(name, operands, meaning) IR_##name,
+#include "jit/ir.def"
+#undef IR
+};
+
+/* What is known of one guest instruction of the block being made. Flag masks are over X86_FL_ARITH. */
+typedef struct jit_info {
+    uint16_t read, written;               /* written: always */
+    uint16_t host_at;                     /* bits that must be in the host's flags when it executes, for itself or for later */
+    uint16_t exact_at;                    /* bits somebody may look at when it leaves (or later) */
+    uint16_t exact_after;
+    bool can_leave;                       /* may fault or call out */
+    bool falls_back;                      /* flags go in and come out through memory */
+} jit_info;
+
+typedef struct jit_unit {                 /* one block being translated */
+    struct jit *j;
+    x86_cpu *cpu;
+    uint64_t rip, gpa;
+    uint32_t key;
+    const uint8_t *page;                  /* host bytes of the code page */
+    unsigned count;
+    x86_insn insn[JIT_MAX_INSNS];
+    uint64_t insn_rip[JIT_MAX_INSNS];
+    jit_info info[JIT_MAX_INSNS];
+    unsigned nops;
+    jit_op ops[JIT_MAX_OPS];
+    unsigned entry_need, edge_need[2];    /* JIT_NEED_* */
+    jit_extent extents[3];
+    uint64_t forced;                      /* instructions that must fall back */
+} jit_unit;
+
+typedef struct jit {
+    vm_vcpu *vcpu;
+    struct jit_unit *unit;                /* the block being translated */
+    uint8_t *write_base, *exec_base;      /* the code cache, twice */
+    size_t code_bytes;
+    uint8_t *code_start;                  /* after the thunks */
+    jit_writer w;
+    uint8_t *arena;                       /* blocks and sites */
+    size_t arena_bytes, arena_used;
+    jit_block *hash[JIT_HASH], *pages[JIT_HASH];
+    uint32_t table_key[JIT_TABLES];
+    bool table_used[JIT_TABLES];
+    uint64_t stops[JIT_STOPS]; unsigned stop_count, stop_next;   /* addresses that no block contains or is linked to */
+    int64_t r15_start;                    /* value r15 had when instructions were last counted */
+    uint64_t host_gs;
+    uint64_t bounce_la;
+    bool bounce_active;
+    bool step_one;                        /* next instruction by the interpreter */
+    bool has_vec;                         /* guest code that runs now uses vector registers */
+    uint8_t vec_ctx;                      /* ...in this context */
+    bool must_flush;                      /* at the next block boundary */
+    bool has_avx;
+    uint64_t flushes;
+    uint8_t bounce[64] __attribute__((aligned(64)));
+    /* thunks, executable view */
+    uint8_t *enter[2];                    /* by vector state loaded */
+    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2];      /* writable view, for e_call_to */
+} jit;
+
+/* Slots of x86_cpu.jit_scratch that emitted code uses. */
+enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* word: AL = OF, AH = LAHF */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
+       JIT_SLOT_MXCSR_DEFAULT };
+/* jit_scratch[JIT_SLOT_REASON]: how emitted code left. */
+enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_STEP };
+
+#define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
+#define JIT_SLOT(n) ((int32_t)(offsetof(x86_cpu, jit_scratch) + 8 * (n)))
+
+static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
+
+/* lift.c */
+bool jit_lift(jit_unit *u, unsigned max_insns);                  /* false: the first instruction cannot be handled here (cut off by the page) */
+unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent);   /* JIT_NEED_* of code at rip on this page */
+void jit_classify_flags(const x86_insn *in, jit_info *info);
+bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
+bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
+unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */
+enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };
+unsigned jit_recipe_kind(const x86_insn *in);
+uint16_t jit_changed_regs(const x86_insn *in);                   /* general-purpose registers a natively handled form may change */
+/* opt.c */
+void jit_optimise(jit_unit *u);
+/* emit.c */
+/* NULL: out of room (*failed < 0: flush and try again), or instruction *failed cannot be spelled natively. */
+jit_block *jit_emit(jit_unit *u, int *failed);
+void jit_emit_thunks(jit *j);
+/* print.c */
+void jit_print(jit *j, const jit_unit *u, const jit_block *b);   /* after a translation, by LIBVM_TRACE=ir,mcode */
+/* jit.c: helpers called by emitted code */
+uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
+uint64_t jit_help_commit(x86_cpu *cpu, uint32_t site);           /* non-zero: leave, the instruction is done again by the interpreter */
+uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);         /* non-zero: leave the block */
+bool jit_is_stop(const jit *j, uint64_t rip);
+
+#endif

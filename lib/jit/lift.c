@@ -1,0 +1,462 @@
+/* lift.c - guest instructions to IR.
+ *
+ * Each instruction falls into a class (the table below). GPR classes run natively with their operands renamed; memory operands
+ * become EA, CHECK, ACCESS; stack and branch instructions are taken apart; whatever is left calls its semantic function
+ * (FALLBACK). A class only says what may be native: operand forms that 64-bit host code cannot spell, or that need checks
+ * this file does not make, fall back one by one in native_form().
+ */
+#include <Zydis/Zydis.h>
+#include "jit/jit.h"
+
+enum insn_class { C_FALLBACK, C_MOVE /* memory destination is only written */, C_ALU /* read-modify-write */, C_TEST /* reads only */,
+                  C_LEA, C_NOP, C_PUSH, C_POP, C_CALL, C_RET, C_JMP, C_JCC, C_LEAVE };
+
+#define M(name, class) [ZYDIS_MNEMONIC_##name] = class
+static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
+    M(MOV, C_MOVE), M(MOVZX, C_MOVE), M(MOVSX, C_MOVE), M(MOVSXD, C_MOVE), M(MOVBE, C_MOVE), M(LEA, C_LEA),
+    M(ADD, C_ALU), M(ADC, C_ALU), M(SUB, C_ALU), M(SBB, C_ALU), M(AND, C_ALU), M(OR, C_ALU), M(XOR, C_ALU),
+    M(CMP, C_TEST), M(TEST, C_TEST), M(INC, C_ALU), M(DEC, C_ALU), M(NEG, C_ALU), M(NOT, C_ALU),
+    M(SHL, C_ALU), M(SHR, C_ALU), M(SAR, C_ALU), M(ROL, C_ALU), M(ROR, C_ALU), M(RCL, C_ALU), M(RCR, C_ALU),
+    M(SHLD, C_ALU), M(SHRD, C_ALU), M(IMUL, C_TEST), M(MUL, C_TEST),
+    M(BT, C_TEST), M(BTS, C_ALU), M(BTR, C_ALU), M(BTC, C_ALU),
+    M(BSF, C_TEST), M(BSR, C_TEST), M(TZCNT, C_TEST), M(LZCNT, C_TEST), M(POPCNT, C_TEST), M(CRC32, C_TEST),
+    M(BSWAP, C_ALU), M(XCHG, C_ALU), M(XADD, C_ALU), M(CMPXCHG, C_ALU), M(CMPXCHG8B, C_ALU), M(CMPXCHG16B, C_ALU),
+    M(CBW, C_TEST), M(CWDE, C_TEST), M(CDQE, C_TEST), M(CWD, C_TEST), M(CDQ, C_TEST), M(CQO, C_TEST),
+    M(LAHF, C_TEST), M(SAHF, C_TEST), M(CLC, C_TEST), M(STC, C_TEST), M(CMC, C_TEST),
+    M(ANDN, C_TEST), M(BEXTR, C_TEST), M(BLSI, C_TEST), M(BLSMSK, C_TEST), M(BLSR, C_TEST), M(BZHI, C_TEST), M(MULX, C_TEST),
+    M(PDEP, C_TEST), M(PEXT, C_TEST), M(RORX, C_TEST), M(SARX, C_TEST), M(SHLX, C_TEST), M(SHRX, C_TEST),
+    M(ADCX, C_TEST), M(ADOX, C_TEST),
+    M(CMOVB, C_TEST), M(CMOVBE, C_TEST), M(CMOVL, C_TEST), M(CMOVLE, C_TEST), M(CMOVNB, C_TEST), M(CMOVNBE, C_TEST),
+    M(CMOVNL, C_TEST), M(CMOVNLE, C_TEST), M(CMOVNO, C_TEST), M(CMOVNP, C_TEST), M(CMOVNS, C_TEST), M(CMOVNZ, C_TEST),
+    M(CMOVO, C_TEST), M(CMOVP, C_TEST), M(CMOVS, C_TEST), M(CMOVZ, C_TEST),
+    M(SETB, C_MOVE), M(SETBE, C_MOVE), M(SETL, C_MOVE), M(SETLE, C_MOVE), M(SETNB, C_MOVE), M(SETNBE, C_MOVE), M(SETNL, C_MOVE),
+    M(SETNLE, C_MOVE), M(SETNO, C_MOVE), M(SETNP, C_MOVE), M(SETNS, C_MOVE), M(SETNZ, C_MOVE), M(SETO, C_MOVE), M(SETP, C_MOVE),
+    M(SETS, C_MOVE), M(SETZ, C_MOVE),
+    M(NOP, C_NOP), M(ENDBR32, C_NOP), M(ENDBR64, C_NOP), M(PREFETCHT0, C_NOP), M(PREFETCHT1, C_NOP), M(PREFETCHT2, C_NOP),
+    M(PREFETCHNTA, C_NOP), M(PREFETCHW, C_NOP), M(PAUSE, C_NOP), M(LFENCE, C_NOP), M(MFENCE, C_TEST), M(SFENCE, C_NOP),
+    M(PUSH, C_PUSH), M(POP, C_POP), M(CALL, C_CALL), M(RET, C_RET), M(LEAVE, C_LEAVE), M(JMP, C_JMP),
+    M(JB, C_JCC), M(JBE, C_JCC), M(JL, C_JCC), M(JLE, C_JCC), M(JNB, C_JCC), M(JNBE, C_JCC), M(JNL, C_JCC), M(JNLE, C_JCC),
+    M(JNO, C_JCC), M(JNP, C_JCC), M(JNS, C_JCC), M(JNZ, C_JCC), M(JO, C_JCC), M(JP, C_JCC), M(JS, C_JCC), M(JZ, C_JCC),
+};
+#undef M
+
+/* Vector instructions that must not run natively although they only touch their operands: conditional or implicit memory. */
+static bool is_odd_vector(uint16_t m) {
+    switch (m) {
+    case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVPS: case ZYDIS_MNEMONIC_VMASKMOVPD:
+    case ZYDIS_MNEMONIC_VPMASKMOVD: case ZYDIS_MNEMONIC_VPMASKMOVQ: case ZYDIS_MNEMONIC_VGATHERDPD: case ZYDIS_MNEMONIC_VGATHERDPS:
+    case ZYDIS_MNEMONIC_VGATHERQPD: case ZYDIS_MNEMONIC_VGATHERQPS: case ZYDIS_MNEMONIC_VPGATHERDD: case ZYDIS_MNEMONIC_VPGATHERDQ:
+    case ZYDIS_MNEMONIC_VPGATHERQD: case ZYDIS_MNEMONIC_VPGATHERQQ: case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR:
+    case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Vector instructions with a vector or memory destination they read first or that only compare: memory operand 0 is read. */
+static bool is_unaligned_ok(uint16_t m) {
+    switch (m) {
+    case ZYDIS_MNEMONIC_MOVUPS: case ZYDIS_MNEMONIC_MOVUPD: case ZYDIS_MNEMONIC_MOVDQU: case ZYDIS_MNEMONIC_LDDQU:
+    case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM: case ZYDIS_MNEMONIC_PCMPISTRI: case ZYDIS_MNEMONIC_PCMPISTRM:
+        return true;
+    default:
+        return false;
+    }
+}
+static bool is_vex_aligned(uint16_t m) {
+    switch (m) {
+    case ZYDIS_MNEMONIC_VMOVAPS: case ZYDIS_MNEMONIC_VMOVAPD: case ZYDIS_MNEMONIC_VMOVDQA: case ZYDIS_MNEMONIC_VMOVNTDQ:
+    case ZYDIS_MNEMONIC_VMOVNTPS: case ZYDIS_MNEMONIC_VMOVNTPD: case ZYDIS_MNEMONIC_VMOVNTDQA:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static unsigned memory_size(const x86_insn *in) {
+    for (unsigned i = 0; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS)
+            return in->op[i].size;
+    return 0;
+}
+
+unsigned jit_insn_access(const x86_insn *in) {
+    if (!(in->flags & X86_IF_MEM))
+        return 0;
+    bool first = in->op[0].kind == X86_OP_MEM || in->op[0].kind == X86_OP_MOFFS;
+    if (in->flags & X86_IF_VEC)
+        return first ? X86_WRITE : X86_READ;
+    switch (classes[in->mnemonic]) {
+    case C_MOVE: return first ? X86_WRITE : X86_READ;
+    case C_ALU: return first || in->mnemonic == ZYDIS_MNEMONIC_XCHG ? X86_READ | X86_WRITE : X86_READ;
+    default: return X86_READ;
+    }
+}
+
+static bool is_vector(const x86_insn *in) {
+    return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) && !is_odd_vector(in->mnemonic);
+}
+
+/* Alignment that the instruction itself demands of its memory operand, or 1. */
+static unsigned demanded_alignment(const x86_insn *in) {
+    unsigned size = memory_size(in);
+    if (in->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)
+        return 16;
+    if (!(in->flags & X86_IF_VEC) || size < 16)
+        return 1;
+    if (in->flags & X86_IF_VEX)
+        return is_vex_aligned(in->mnemonic) ? size : 1;
+    return is_unaligned_ok(in->mnemonic) ? 1 : 16;
+}
+
+/* Can the memory operand's address be made inline? */
+static bool address_form(const jit_unit *u, const x86_insn *in) {
+    if (in->asz == 2 || (u->key & JIT_KEY_AC))
+        return false;
+    if (u->key & JIT_KEY_64)
+        return true;
+    if (in->seg == X86_FS || in->seg == X86_GS)
+        return u->key & (in->seg == X86_FS ? JIT_KEY_FS : JIT_KEY_GS);
+    return (u->key & JIT_KEY_FLAT) && !(in->seg == X86_CS && (jit_insn_access(in) & X86_WRITE));
+}
+
+static bool needs_rex(unsigned reg, unsigned size) {
+    return reg >= 8 || reg == X86_RSP || (size == 1 && reg >= 4 && reg < 16);
+}
+
+/* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs one. */
+static bool native_form(const jit_unit *u, const x86_insn *in) {
+    bool high = false, rex = in->flags & X86_IF_MEM;
+    unsigned in_memory = 0;
+    for (unsigned i = 0; i < in->nops; i++) {
+        const x86_operand *o = &in->op[i];
+        switch (o->kind) {
+        case X86_OP_GPR:
+            if (o->reg >= 16)
+                high = true;
+            else {
+                rex |= needs_rex(o->reg, o->size) || o->size == 8;
+                in_memory += o->reg >= X86_R12;
+            }
+            break;
+        case X86_OP_MEM: case X86_OP_MOFFS: case X86_OP_IMM: case X86_OP_NONE: case X86_OP_VEC:
+            break;
+        default:
+            return false;
+        }
+    }
+    if (high && rex)
+        return false;
+    if ((in->flags & X86_IF_MEM) && (in_memory > 1 || !address_form(u, in)))
+        return false;
+    if (in_memory > 2)
+        return false;
+    return true;
+}
+
+static bool is_bit_string(const x86_insn *in) {
+    return (in->flags & X86_IF_MEM) && in->op[1].kind == X86_OP_GPR &&
+           (in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_BTS || in->mnemonic == ZYDIS_MNEMONIC_BTR ||
+            in->mnemonic == ZYDIS_MNEMONIC_BTC);
+}
+
+/* The stack is as wide as this code pushes. */
+static bool stack_form(const jit_unit *u, const x86_insn *in) {
+    if (u->key & JIT_KEY_AC)
+        return false;
+    return u->key & JIT_KEY_64 ? in->osz == 8 : in->osz == 4 && (u->key & JIT_KEY_FLAT);
+}
+
+/* The class under which this very form is handled, or C_FALLBACK. */
+static unsigned class_of(const jit_unit *u, const x86_insn *in) {
+    unsigned c = classes[in->mnemonic];
+    if (is_vector(in)) {
+        if (!(u->key & JIT_KEY_VEC) || ((in->flags & X86_IF_VEX) && !(u->key & JIT_KEY_AVX)) || !native_form(u, in))
+            return C_FALLBACK;
+        return C_MOVE;
+    }
+    if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_PRIV))
+        return C_FALLBACK;
+    switch (c) {
+    case C_PUSH:
+        if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG)
+            return C_FALLBACK;
+        return in->flags & X86_IF_MEM ? (address_form(u, in) ? c : C_FALLBACK) : c;
+    case C_POP:
+        return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
+    case C_LEAVE: case C_RET: case C_CALL: case C_JMP:
+        if (in->op[0].kind == X86_OP_FAR || in->opcode == 0xca || in->opcode == 0xcb)
+            return C_FALLBACK;
+        if (c != C_JMP && !stack_form(u, in))
+            return C_FALLBACK;
+        if (in->osz != (u->key & JIT_KEY_64 ? 8 : 4))
+            return C_FALLBACK;
+        if ((in->flags & X86_IF_MEM) && (in->op[0].size != in->osz || !address_form(u, in)))
+            return C_FALLBACK;
+        return c;
+    case C_JCC:
+        return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
+    case C_LEA:
+        return in->asz == 2 || in->osz == 2 ? C_FALLBACK : c;
+    case C_NOP:
+        return (in->flags & X86_IF_LOCK) ? C_FALLBACK : c;
+    case C_MOVE: case C_ALU: case C_TEST:
+        if ((in->flags & (X86_IF_BRANCH | X86_IF_END)) || is_bit_string(in) || !native_form(u, in))
+            return C_FALLBACK;
+        return c;
+    default:
+        return C_FALLBACK;
+    }
+}
+
+/* ---- flags ---- */
+
+void jit_classify_flags(const x86_insn *in, jit_info *info) {
+    info->read = in->flags_read & X86_FL_ARITH;
+    info->written = in->flags_written & X86_FL_ARITH & ~in->flags_maybe;
+}
+
+bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
+    switch (class_of(u, in)) {
+    case C_FALLBACK: case C_PUSH: case C_POP: case C_CALL: case C_RET: case C_LEAVE:
+        return true;
+    case C_LEA: case C_NOP: case C_JCC:
+        return false;
+    default:
+        return in->flags & X86_IF_MEM;
+    }
+}
+
+bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in) { return class_of(u, in) == C_FALLBACK; }
+
+unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
+    uint16_t written = 0;
+    unsigned need = 0, offset = rip & 0xfff;
+    extent->begin = extent->end = (uint16_t)offset;
+    if ((rip ^ u->rip) & X86_PAGE_MASK)
+        return JIT_NEED_MEM;              /* such edges enter where the flags are loaded from memory */
+    if (JIT_MAX_INSNS < 8)                /* blocks may end before what is seen here */
+        return JIT_NEED_HOST | JIT_NEED_MEM;
+    for (unsigned i = 0; i < 8; i++) {
+        x86_insn in;
+        unsigned avail = 4096 - offset;
+        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, &in) < 0)
+            break;
+        jit_info info;
+        jit_classify_flags(&in, &info);
+        offset += in.length;
+        extent->end = (uint16_t)offset;
+        unsigned c = class_of(u, &in);
+        if (c == C_FALLBACK || jit_is_stop(u->j, rip + (offset - (rip & 0xfff))))
+            return need | JIT_NEED_MEM;
+        if (jit_insn_can_leave(u, &in))
+            need |= JIT_NEED_MEM;
+        uint16_t partial = info.written && info.written != X86_FL_ARITH ? X86_FL_ARITH & ~info.written : 0;
+        if ((info.read | partial | (in.flags_maybe & X86_FL_ARITH)) & ~written)
+            return need | JIT_NEED_HOST;
+        written |= info.written;
+        if (written == X86_FL_ARITH)
+            return need;
+        if ((in.flags & (X86_IF_BRANCH | X86_IF_END)) || offset >= 4096)
+            break;
+    }
+    return need | JIT_NEED_HOST | JIT_NEED_MEM;
+}
+
+unsigned jit_recipe_kind(const x86_insn *in) {
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_CMP: return JIT_RECIPE_CMP;
+    case ZYDIS_MNEMONIC_TEST: return JIT_RECIPE_TEST;
+    case ZYDIS_MNEMONIC_ADD: return JIT_RECIPE_ADD;
+    case ZYDIS_MNEMONIC_SUB: return JIT_RECIPE_SUB;
+    case ZYDIS_MNEMONIC_AND: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_XOR: return JIT_RECIPE_LOGIC;
+    default: return JIT_RECIPE_NONE;
+    }
+}
+
+static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_MUL: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_IMUL: return nops == 1 ? 1u << X86_RAX | 1u << X86_RDX : 0;
+    case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO: return 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE: case ZYDIS_MNEMONIC_LAHF:
+    case ZYDIS_MNEMONIC_CMPXCHG: return 1u << X86_RAX;
+    case ZYDIS_MNEMONIC_CMPXCHG8B: case ZYDIS_MNEMONIC_CMPXCHG16B: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPISTRI: case ZYDIS_MNEMONIC_VPCMPESTRI: case ZYDIS_MNEMONIC_VPCMPISTRI:
+        return 1u << X86_RCX;
+    case ZYDIS_MNEMONIC_LEAVE: return 1u << X86_RSP | 1u << X86_RBP;
+    case ZYDIS_MNEMONIC_PUSH: case ZYDIS_MNEMONIC_POP: case ZYDIS_MNEMONIC_CALL: case ZYDIS_MNEMONIC_RET: return 1u << X86_RSP;
+    default: return 0;
+    }
+}
+
+uint16_t jit_changed_regs(const x86_insn *in) {
+    uint16_t changed = implicit_changes(in->mnemonic, in->nops);
+    bool reads_first = in->mnemonic == ZYDIS_MNEMONIC_CMP || in->mnemonic == ZYDIS_MNEMONIC_TEST || in->mnemonic == ZYDIS_MNEMONIC_BT ||
+                       in->mnemonic == ZYDIS_MNEMONIC_PUSH || in->mnemonic == ZYDIS_MNEMONIC_CALL || in->mnemonic == ZYDIS_MNEMONIC_JMP;
+    bool writes_second = in->mnemonic == ZYDIS_MNEMONIC_XCHG || in->mnemonic == ZYDIS_MNEMONIC_XADD || in->mnemonic == ZYDIS_MNEMONIC_MULX;
+    for (unsigned i = 0; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_GPR && ((i == 0 && !reads_first) || (i == 1 && writes_second)))
+            changed |= (uint16_t)(1u << (in->op[i].reg & 15 & (in->op[i].reg >= 16 ? 3 : 15)));
+    return changed;
+}
+
+/* ---- instructions to IR ---- */
+
+static jit_op *add_op(jit_unit *u, unsigned op, unsigned insn) {
+    jit_op *o = &u->ops[u->nops++];
+    memset(o, 0, sizeof *o);
+    o->op = (uint8_t)op;
+    o->insn = (uint16_t)insn;
+    return o;
+}
+
+static void add_check(jit_unit *u, unsigned i, unsigned access, unsigned size, unsigned align) {
+    jit_op *o = add_op(u, IR_CHECK, i);
+    o->access = (uint8_t)access;
+    o->size = (uint8_t)size;
+    o->align = (uint8_t)align;
+}
+
+static void lift_native(jit_unit *u, unsigned i, const x86_insn *in) {
+    if (!(in->flags & X86_IF_MEM)) {
+        add_op(u, IR_NATIVE, i);
+        return;
+    }
+    add_op(u, IR_EA, i);
+    add_check(u, i, jit_insn_access(in), memory_size(in), demanded_alignment(in));
+    add_op(u, IR_ACCESS, i);
+}
+
+static unsigned stack_bytes(const jit_unit *u) { return u->key & JIT_KEY_64 ? 8 : 4; }
+
+static void add_sp(jit_unit *u, unsigned i, int64_t delta) { add_op(u, IR_ADD_SP, i)->imm = delta; }
+
+static void lift_load_tmp(jit_unit *u, unsigned i, unsigned size) {
+    add_op(u, IR_EA, i);
+    add_check(u, i, X86_READ, size, 1);
+    add_op(u, IR_LOAD_TMP, i)->size = (uint8_t)size;
+}
+
+static void lift_store_stack(jit_unit *u, unsigned i, unsigned op, unsigned reg, int64_t imm) {
+    unsigned n = stack_bytes(u);
+    add_op(u, IR_EA_SP, i)->imm = -(int64_t)n;
+    add_check(u, i, X86_WRITE, n, 1);
+    jit_op *o = add_op(u, op, i);
+    o->size = (uint8_t)n;
+    o->reg = (uint8_t)reg;
+    o->imm = imm;
+    add_sp(u, i, -(int64_t)n);
+}
+
+static void lift_push(jit_unit *u, unsigned i, const x86_insn *in) {
+    if (in->flags & X86_IF_MEM) {
+        lift_load_tmp(u, i, stack_bytes(u));
+        lift_store_stack(u, i, IR_PUSH_TMP, 0, 0);
+    } else if (in->op[0].kind == X86_OP_IMM)
+        lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)in->imm);
+    else
+        lift_store_stack(u, i, IR_PUSH_REG, in->op[0].reg, 0);
+}
+
+static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
+    unsigned n = stack_bytes(u);
+    add_op(u, IR_EA_SP, i);
+    add_check(u, i, X86_READ, n, 1);
+    jit_op *o = add_op(u, IR_POP_REG, i);
+    o->size = (uint8_t)n;
+    o->reg = in->op[0].reg;
+    if (in->op[0].reg != X86_RSP)
+        add_sp(u, i, n);
+}
+
+static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_64 ? rip : (uint32_t)rip; }
+
+static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned class) {
+    uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
+    unsigned n = stack_bytes(u);
+    bool is_direct = in->op[0].kind == X86_OP_REL;
+    if (class == C_RET) {
+        add_op(u, IR_EA_SP, i);
+        add_check(u, i, X86_READ, n, 1);
+        add_op(u, IR_LOAD_TMP, i)->size = (uint8_t)n;
+        add_sp(u, i, n + (in->nops && in->op[0].kind == X86_OP_IMM ? (int64_t)(uint16_t)in->imm : 0));
+        add_op(u, IR_JUMP_TMP, i);
+        return;
+    }
+    if (!is_direct) {
+        if (in->flags & X86_IF_MEM)
+            lift_load_tmp(u, i, n);
+        else {
+            jit_op *o = add_op(u, IR_MOVE_TMP, i);
+            o->reg = in->op[0].reg;
+            o->size = (uint8_t)n;
+        }
+    }
+    if (class == C_CALL)
+        lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
+    jit_op *o = add_op(u, is_direct ? (class == C_JCC ? IR_JCC : IR_JUMP) : IR_JUMP_TMP, i);
+    o->target = target;
+    o->fall = next;
+    o->cc = in->cc;
+}
+
+static void lift_insn(jit_unit *u, unsigned i) {
+    const x86_insn *in = &u->insn[i];
+    unsigned c = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), n = stack_bytes(u);
+    switch (c) {
+    case C_FALLBACK:
+        add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i);
+        break;
+    case C_LEA: add_op(u, IR_LEA, i); break;
+    case C_NOP: break;
+    case C_PUSH: lift_push(u, i, in); break;
+    case C_POP: lift_pop(u, i, in); break;
+    case C_LEAVE:
+        add_op(u, IR_EA_BP, i);
+        add_check(u, i, X86_READ, n, 1);
+        add_op(u, IR_LEAVE_SP, i)->size = (uint8_t)n;
+        break;
+    case C_CALL: case C_RET: case C_JMP: case C_JCC: lift_branch(u, i, in, c); break;
+    default: lift_native(u, i, in); break;
+    }
+}
+
+bool jit_lift(jit_unit *u, unsigned max_insns) {
+    unsigned offset = u->rip & 0xfff;
+    uint64_t rip = u->rip;
+    bool is_open = true;
+    u->count = u->nops = 0;
+    while (is_open && u->count < max_insns) {
+        unsigned avail = 4096 - offset, i = u->count;
+        if (!avail || (i && jit_is_stop(u->j, rip)) || u->nops + 8 > JIT_MAX_OPS)
+            break;
+        x86_insn *in = &u->insn[i];
+        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, in) < 0)
+            break;
+        /* Vector code starts a block of its own, entered with the vector registers loaded. */
+        if (is_vector(in) && !(u->key & JIT_KEY_VEC)) {
+            if (!i) {
+                add_op(u, IR_NEED_VEC, 0);
+                offset += in->length;
+                is_open = false;
+            }
+            break;
+        }
+        u->insn_rip[i] = rip;
+        u->count++;
+        lift_insn(u, i);
+        is_open = !(in->flags & (X86_IF_BRANCH | X86_IF_END));
+        offset += in->length;
+        rip = wrap(u, rip + in->length);
+    }
+    if (!u->nops && !u->count)
+        return false;
+    if (is_open) {
+        jit_op *o = add_op(u, IR_JUMP, u->count - 1);
+        o->target = rip;
+    }
+    u->extents[0] = (jit_extent){ u->rip & 0xfff, (uint16_t)offset };
+    return true;
+}
