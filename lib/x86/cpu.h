@@ -270,7 +270,8 @@ struct x86_cpu {
     uint64_t sysenter_cs, sysenter_esp, sysenter_eip;
     uint64_t tsc_aux, tsc_adjust, pat, misc_enable, spec_ctrl;
     uint64_t mtrr_def, mtrr_fixed[11], mtrr_var[16];
-    uint64_t mcg_status, mcg_ctl;
+    uint64_t mcg_status, mcg_ctl, mc_bank[16];     /* four machine-check banks: CTL, STATUS, ADDR, MISC */
+    uint64_t hwcr, syscfg, de_cfg;                 /* AMD: C001_0015, C001_0010, C001_1029 */
     uint64_t pdpte[4];                 /* PAE paging: loaded at MOV CR3 (SDM vol. 3, 4.4.1) */
     bool flat;                         /* VM_MODE_FLAT64: long mode with linear = physical until CR3 is written */
     bool halted;
@@ -278,8 +279,6 @@ struct x86_cpu {
     bool nmi_blocked, nmi_pending;
     bool irq_waiting;                  /* an interrupt waits for IF: backends return X86_STOP_ATTENTION at the first block boundary
                                           where x86_can_interrupt() */
-    bool irq_waiting;                  /* the run loop has an interrupt or NMI that it may not deliver yet: see x86_irq_window() */
-    bool monitor_armed;                /* MONITOR ... MWAIT */
 
     /* -- how execution is going -- */
     bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
@@ -300,6 +299,8 @@ struct x86_cpu {
     uint64_t until;
     uint64_t phys_mask;                /* guest-physical address bits: (1 << MAXPHYADDR) - 1 */
     const struct x86_model *model;     /* CPUID leaves */
+    uint32_t host_features[4];         /* what the host CPU offers, asked once: CPUID words that bound the model's */
+    bool host_known;
     const x86_env *env;
     void *env_data;
     void *interp;                      /* the interpreter's per-CPU data (decoded blocks) */

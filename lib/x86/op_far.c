@@ -462,6 +462,7 @@ static void iret_protected(x86_cpu *cpu, unsigned n)
 
 void x86_op_iret(x86_cpu *cpu, const x86_insn *in)
 {
+    cpu->nmi_blocked = false;          /* even if it faults */
     if (x86_is_real(cpu)) {
         iret_real(cpu, in->osz);
     } else if (x86_is_v86(cpu)) {
@@ -473,5 +474,5 @@ void x86_op_iret(x86_cpu *cpu, const x86_insn *in)
     } else {
         iret_protected(cpu, in->osz);
     }
-    cpu->nmi_blocked = false;
+    cpu->keep_rf = true;
 }

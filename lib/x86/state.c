@@ -71,7 +71,10 @@ static void reset_persistent(x86_cpu *cpu)
     cpu->mtrr_def = 0;
     memset(cpu->mtrr_fixed, 0, sizeof cpu->mtrr_fixed);
     memset(cpu->mtrr_var, 0, sizeof cpu->mtrr_var);
-    cpu->mcg_status = cpu->mcg_ctl = 0;
+    cpu->mcg_status = cpu->mcg_ctl = cpu->syscfg = 0;
+    memset(cpu->mc_bank, 0, sizeof cpu->mc_bank);
+    cpu->hwcr = UINT64_C(1) << 24;     /* the TSC counts at the P0 frequency */
+    cpu->de_cfg = 2;                   /* LFENCE is dispatch serialising */
 }
 
 void x86_cpu_reset(x86_cpu *cpu, bool is_init)
@@ -98,7 +101,6 @@ void x86_cpu_reset(x86_cpu *cpu, bool is_init)
     cpu->flat = cpu->halted = cpu->no_trap = false;
     cpu->nmi_blocked = cpu->nmi_pending = false;
     cpu->inhibit = cpu->ext = cpu->dr_hit = 0;
-    cpu->monitor_armed = false;
     x86_io_retire(cpu);
     x86_mode_changed(cpu);
     if (cpu->env)

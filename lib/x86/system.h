@@ -102,9 +102,32 @@ void x86_require_cpl0(x86_cpu *cpu);                                 /* #GP(0) *
 bool x86_load_pdptes(x86_cpu *cpu, uint64_t cr3);                     /* PAE; false: reserved bits set, nothing loaded */
 void x86_paging_changed(x86_cpu *cpu, bool keep_global);              /* flush, tell the MMU, end flat mode */
 void x86_paging_changed_in_place(x86_cpu *cpu);                       /* the same, all of it, but flat mode stays */
-uint64_t x86_cr4_allowed(const x86_cpu *cpu);
-uint64_t x86_xcr0_allowed(const x86_cpu *cpu);
-bool x86_has(x86_cpu *cpu, unsigned feature);                         /* X86_FEAT_*, see cpuid.c */
+uint64_t x86_cr4_allowed(x86_cpu *cpu);
+uint64_t x86_xcr0_allowed(x86_cpu *cpu);
+/* CPUID words that features live in; a feature is word * 32 + bit. */
+enum { X86_W_1_EDX, X86_W_1_ECX, X86_W_7_EBX, X86_W_7_ECX, X86_W_7_EDX, X86_W_E1_EDX, X86_W_E1_ECX, X86_W_D1_EAX,
+       X86_W_E8_EBX, X86_W_E21_EAX, X86_NWORDS };
+#define X86_FEAT(word, bit) ((word) * 32 + (bit))
+enum {
+    X86_FEAT_VME = X86_FEAT(X86_W_1_EDX, 1), X86_FEAT_DE = X86_FEAT(X86_W_1_EDX, 2), X86_FEAT_PSE = X86_FEAT(X86_W_1_EDX, 3),
+    X86_FEAT_TSC = X86_FEAT(X86_W_1_EDX, 4), X86_FEAT_MSR = X86_FEAT(X86_W_1_EDX, 5), X86_FEAT_PAE = X86_FEAT(X86_W_1_EDX, 6),
+    X86_FEAT_MCE = X86_FEAT(X86_W_1_EDX, 7), X86_FEAT_SEP = X86_FEAT(X86_W_1_EDX, 11),
+    X86_FEAT_MTRR = X86_FEAT(X86_W_1_EDX, 12), X86_FEAT_PGE = X86_FEAT(X86_W_1_EDX, 13),
+    X86_FEAT_MCA = X86_FEAT(X86_W_1_EDX, 14), X86_FEAT_PAT = X86_FEAT(X86_W_1_EDX, 16),
+    X86_FEAT_MMX = X86_FEAT(X86_W_1_EDX, 23), X86_FEAT_FXSR = X86_FEAT(X86_W_1_EDX, 24),
+    X86_FEAT_SSE = X86_FEAT(X86_W_1_EDX, 25),
+    X86_FEAT_PCID = X86_FEAT(X86_W_1_ECX, 17), X86_FEAT_XSAVE = X86_FEAT(X86_W_1_ECX, 26),
+    X86_FEAT_AVX = X86_FEAT(X86_W_1_ECX, 28), X86_FEAT_RDRAND = X86_FEAT(X86_W_1_ECX, 30),
+    X86_FEAT_FSGSBASE = X86_FEAT(X86_W_7_EBX, 0), X86_FEAT_TSC_ADJUST = X86_FEAT(X86_W_7_EBX, 1),
+    X86_FEAT_SMEP = X86_FEAT(X86_W_7_EBX, 7), X86_FEAT_INVPCID = X86_FEAT(X86_W_7_EBX, 10),
+    X86_FEAT_RDSEED = X86_FEAT(X86_W_7_EBX, 18), X86_FEAT_SMAP = X86_FEAT(X86_W_7_EBX, 20),
+    X86_FEAT_UMIP = X86_FEAT(X86_W_7_ECX, 2), X86_FEAT_RDPID = X86_FEAT(X86_W_7_ECX, 22),
+    X86_FEAT_SYSCALL = X86_FEAT(X86_W_E1_EDX, 11), X86_FEAT_NX = X86_FEAT(X86_W_E1_EDX, 20),
+    X86_FEAT_RDTSCP = X86_FEAT(X86_W_E1_EDX, 27), X86_FEAT_LM = X86_FEAT(X86_W_E1_EDX, 29),
+    X86_FEAT_AUTO_IBRS = X86_FEAT(X86_W_E21_EAX, 8)
+};
+bool x86_has(x86_cpu *cpu, unsigned feature);
+bool x86_is_amd(const x86_cpu *cpu);
 uint64_t x86_read_tsc(x86_cpu *cpu);
 void x86_check_io_breakpoint(x86_cpu *cpu, uint16_t port, unsigned n);
 #define X86_DR6_INIT UINT64_C(0xffff0ff0)

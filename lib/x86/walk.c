@@ -1,0 +1,210 @@
+/* walk.c - the guest's page tables: 32-bit, PAE and 4-level paging (SDM vol. 3, chapter 4).
+ *
+ * A walk reads entries straight from guest RAM, decides permission for one access context, and only when the access is
+ * allowed sets accessed bits from the top down and, for a write, the leaf's dirty bit, each with a compare-and-exchange: an
+ * entry that another CPU changed meanwhile restarts the walk. Tables that are not in RAM read as all ones.
+ */
+#include "x86/system.h"
+
+#define PTE_P 1u
+#define PTE_RW 2u
+#define PTE_US 4u
+#define PTE_A 0x20u
+#define PTE_D 0x40u
+#define PTE_PS 0x80u
+#define PTE_G 0x100u
+#define PTE_NX (UINT64_C(1) << 63)
+enum { ERR_P = 1, ERR_W = 2, ERR_U = 4, ERR_RSVD = 8, ERR_I = 16 };
+#define MAX_RESTARTS 64
+
+typedef struct step { uint64_t gpa, pte; } step;
+
+/* What a walk has found so far. `rights` is the AND of RW and US over the levels, `nx` the OR of NX. */
+typedef struct walk_path {
+    step steps[4];
+    unsigned count, entry_bytes;
+    uint64_t rights, nx;
+    uint64_t gpa, page_bytes;
+    bool is_reserved;
+} walk_path;
+
+static uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
+{
+    unsigned prot;
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    if (!page)
+        return ~UINT64_C(0);
+    page += gpa & 0xfff;
+    return bytes == 8 ? __atomic_load_n((const uint64_t *)page, __ATOMIC_ACQUIRE)
+                      : __atomic_load_n((const uint32_t *)page, __ATOMIC_ACQUIRE);
+}
+
+static uint64_t take_entry(x86_cpu *cpu, walk_path *p, uint64_t gpa)
+{
+    uint64_t pte = read_entry(cpu, gpa, p->entry_bytes);
+    p->steps[p->count++] = (step){ gpa, pte };
+    p->rights &= pte;
+    return pte;
+}
+
+/* 4-level paging from `level` 3 (PML4), or PAE from level 1 (page directory). False: not present or reserved bits. */
+static bool walk_wide(x86_cpu *cpu, uint64_t la, uint64_t table, int level, uint64_t reserved, walk_path *p)
+{
+    for (;; level--) {
+        unsigned shift = 12 + 9 * level;
+        uint64_t pte = take_entry(cpu, p, table + (la >> shift & 511) * 8), bad = reserved;
+        if (!(pte & PTE_P))
+            return false;
+        bool is_leaf = level == 0 || (level < 3 && (pte & PTE_PS));
+        if (level == 3)
+            bad |= PTE_PS;
+        else if (is_leaf && level)
+            bad |= (UINT64_C(1) << shift) - 0x2000;                     /* address bits below the page, above PAT */
+        if (pte & bad) {
+            p->is_reserved = true;
+            return false;
+        }
+        p->nx |= pte & PTE_NX;
+        uint64_t base = pte & UINT64_C(0x000ffffffffff000);
+        if (is_leaf) {
+            p->page_bytes = UINT64_C(1) << shift;
+            p->gpa = (base & ~(p->page_bytes - 1)) | (la & (p->page_bytes - 1));
+            return true;
+        }
+        table = base;
+    }
+}
+
+static bool walk_narrow(x86_cpu *cpu, uint64_t la, walk_path *p)
+{
+    p->entry_bytes = 4;
+    uint64_t pde = take_entry(cpu, p, (cpu->cr3 & 0xfffff000) + (la >> 22 & 1023) * 4);
+    if (!(pde & PTE_P))
+        return false;
+    if ((pde & PTE_PS) && (cpu->cr4 & X86_CR4_PSE)) {                   /* PSE-36: bits 20..13 are address bits 39..32 */
+        p->gpa = (pde & 0xffc00000) | (pde >> 13 & 0xff) << 32 | (la & 0x3fffff);
+        p->page_bytes = 0x400000;
+        p->is_reserved = (pde & 0x200000) || (p->gpa & ~cpu->phys_mask);
+        return !p->is_reserved;
+    }
+    uint64_t pte = take_entry(cpu, p, (pde & 0xfffff000) + (la >> 12 & 1023) * 4);
+    p->gpa = (pte & 0xfffff000) | (la & 0xfff);
+    p->page_bytes = 0x1000;
+    return pte & PTE_P;
+}
+
+static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p)
+{
+    uint64_t reserved = ~cpu->phys_mask & UINT64_C(0x000fffffffffffff);
+    *p = (walk_path){ .rights = PTE_RW | PTE_US, .entry_bytes = 8 };
+    if (!(cpu->efer & X86_EFER_NXE))
+        reserved |= PTE_NX;
+    if (x86_lma(cpu))
+        return walk_wide(cpu, la, cpu->cr3 & cpu->phys_mask & X86_PAGE_MASK, 3, reserved, p);
+    if (!(cpu->cr4 & X86_CR4_PAE))
+        return walk_narrow(cpu, la, p);
+    uint64_t pdpte = cpu->pdpte[la >> 30 & 3];                          /* checked when CR3 was loaded; no rights of its own */
+    if (!(pdpte & PTE_P))
+        return false;
+    reserved |= UINT64_C(0x7ff0000000000000);
+    return walk_wide(cpu, la, pdpte & cpu->phys_mask & X86_PAGE_MASK, 1, reserved, p);
+}
+
+/* X86_READ, _WRITE, _EXEC that `ctx` has, dirty bit aside (SDM vol. 3, 4.6.1). */
+static unsigned permissions(const x86_cpu *cpu, const walk_path *p, unsigned ctx)
+{
+    bool is_user_page = p->rights & PTE_US, is_writable = p->rights & PTE_RW, is_executable = !p->nx;
+    if (ctx == X86_CTX_USER) {
+        if (!is_user_page)
+            return 0;
+        return X86_READ | (is_writable ? X86_WRITE : 0) | (is_executable ? X86_EXEC : 0);
+    }
+    unsigned prot = X86_READ;
+    if (is_writable || !(cpu->cr0 & X86_CR0_WP))
+        prot |= X86_WRITE;
+    if (is_user_page && (cpu->cr4 & X86_CR4_SMAP) && ctx != X86_CTX_KERNEL_AC)
+        prot = 0;
+    if (is_executable && !(is_user_page && (cpu->cr4 & X86_CR4_SMEP)))
+        prot |= X86_EXEC;
+    return prot;
+}
+
+/* False: an entry changed under us. */
+static bool set_accessed_dirty(x86_cpu *cpu, const walk_path *p, bool is_write)
+{
+    for (unsigned i = 0; i < p->count; i++) {
+        uint64_t pte = p->steps[i].pte, want = pte | PTE_A;
+        if (i == p->count - 1 && is_write)
+            want |= PTE_D;
+        if (pte != want && !x86_cmpxchg_phys(cpu, p->steps[i].gpa, p->entry_bytes, pte, want))
+            return false;
+    }
+    return true;
+}
+
+static bool page_fault(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint32_t error, x86_walk *w)
+{
+    bool has_fetch_bit = (cpu->cr4 & X86_CR4_SMEP) || ((cpu->cr4 & X86_CR4_PAE) && (cpu->efer & X86_EFER_NXE));
+    if (access & X86_WRITE)
+        error |= ERR_W;
+    if (ctx == X86_CTX_USER)
+        error |= ERR_U;
+    if ((access & X86_EXEC) && has_fetch_bit)
+        error |= ERR_I;
+    w->fault = (x86_fault){ .vector = X86_PF, .has_error = true, .error = error, .address = la };
+    return false;
+}
+
+static bool walk_identity(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    if (la & ~cpu->phys_mask)          /* flat mode: nothing above the guest-physical space */
+        return page_fault(cpu, la, access, ctx, 0, w);
+    w->gpa = la;
+    w->page_bytes = 0x1000;
+    w->prot = X86_READ | X86_WRITE | X86_EXEC;
+    return true;
+}
+
+bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, bool set_ad, x86_walk *w)
+{
+    walk_path p;
+    w->global = false;
+    w->refs = 0;
+    if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
+        return walk_identity(cpu, la, access, ctx, w);
+
+    cpu->stat[X86_STAT_WALKS]++;
+    for (unsigned restarts = 0;; restarts++) {
+        bool is_mapped = walk_tables(cpu, la, &p);
+        cpu->stat[X86_STAT_WALK_REFS] += p.count;
+        w->refs += p.count;
+        if (!is_mapped)
+            return page_fault(cpu, la, access, ctx, p.is_reserved ? ERR_P | ERR_RSVD : 0, w);
+        unsigned prot = permissions(cpu, &p, ctx);
+        if ((prot & access) != access)
+            return page_fault(cpu, la, access, ctx, ERR_P, w);
+        uint64_t leaf = p.steps[p.count - 1].pte;
+        if (set_ad && !set_accessed_dirty(cpu, &p, access & X86_WRITE) && restarts < MAX_RESTARTS)
+            continue;                  /* tables in ROM never take the bits: the walk ends all the same */
+        if (!(leaf & PTE_D) && !(set_ad && (access & X86_WRITE)))
+            prot &= ~(unsigned)X86_WRITE;
+        w->gpa = p.gpa;
+        w->page_bytes = p.page_bytes;
+        w->prot = prot;
+        w->global = (leaf & PTE_G) && (cpu->cr4 & X86_CR4_PGE);
+        return true;
+    }
+}
+
+bool x86_load_pdptes(x86_cpu *cpu, uint64_t cr3)
+{
+    uint64_t loaded[4], reserved = (~cpu->phys_mask & X86_PAGE_MASK) | 0x1e6;
+    for (unsigned i = 0; i < 4; i++) {
+        loaded[i] = read_entry(cpu, (cr3 & 0xffffffe0) + 8 * i, 8);
+        if ((loaded[i] & PTE_P) && (loaded[i] & reserved))
+            return false;
+    }
+    for (unsigned i = 0; i < 4; i++)
+        cpu->pdpte[i] = loaded[i];
+    return true;
+}
