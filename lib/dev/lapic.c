@@ -638,7 +638,7 @@ void vm_apics_reset(vm_apics *a) {
         l->s.base = UINT64_C(0xfee00000) | BASE_ENABLE | (i ? 0 : BASE_BSP);
         vm_lapic_init(l);
     }
-    if (a->region)
+    if (a->region && a->region->gpa != UINT64_C(0xfee00000))
         vm_region_move(a->region, UINT64_C(0xfee00000), true);
 }
 
