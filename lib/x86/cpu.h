@@ -278,7 +278,7 @@ struct x86_cpu {
     uint8_t inhibit;                   /* 1: STI shadow, 2: MOV SS / POP SS shadow (also hides #DB); for the next instruction */
     bool nmi_blocked, nmi_pending;
     bool irq_waiting;                  /* an interrupt waits for IF: backends return X86_STOP_ATTENTION at the first block boundary
-                                          where x86_can_interrupt() */
+                                          where x86_can_interrupt(); see x86_irq_window() */
 
     /* -- how execution is going -- */
     bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */

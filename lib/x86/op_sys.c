@@ -393,7 +393,6 @@ void x86_op_hlt(x86_cpu *cpu, const x86_insn *in)
     cpu->halted = true;
     cpu->inhibit = 0;
     cpu->rip = cpu->next_rip;
-    cpu->stat[X86_STAT_HALTS]++;
     x86_io_retire(cpu);
     x86_leave(cpu, X86_STOP_HALT);
 }

@@ -32,7 +32,9 @@ void x86_mode_changed(x86_cpu *cpu)
         cpu->ctx = (cpu->cr4 & X86_CR4_SMAP) && (cpu->rflags & X86_FL_AC) ? X86_CTX_KERNEL_AC : X86_CTX_KERNEL;
     cpu->code_size = is_long ? 8 : cpu->seg[X86_CS].attr & X86_SEG_DB ? 4 : 2;
     cpu->stack_size = is_long ? 8 : cpu->seg[X86_SS].attr & X86_SEG_DB ? 4 : 2;
-    cpu->careful = cpu->step_asked || (cpu->rflags & (X86_FL_TF | X86_FL_RF)) || (cpu->dr[7] & DR7_ENABLES);
+    bool checks_alignment = cpu->cpl == 3 && (cpu->rflags & X86_FL_AC) && (cpu->cr0 & X86_CR0_AM);
+    cpu->careful = cpu->step_asked || checks_alignment || (cpu->rflags & (X86_FL_TF | X86_FL_RF)) ||
+                   (cpu->dr[7] & DR7_ENABLES);
     x86_irq_window(cpu);
 }
 
