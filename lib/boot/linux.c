@@ -220,10 +220,9 @@ static int load_real(linux_image *k, vm_placer *placer, const vm_modules *initrd
     if (!is_high && k->payload_bytes > 0x80000)
         return vm_fail(VM_E_FORMAT, "%s: zImage of %llu bytes, at most 524288 fit", k->image->path, (unsigned long long)k->payload_bytes);
     int status = vm_place_at(placer, base, span, true, "Linux set-up code");
-    if (status == VM_OK) {
-        uint64_t room = k->init_size > k->payload_bytes ? k->init_size : k->payload_bytes;
-        status = vm_place_at(placer, k->load, room, true, "Linux kernel");
-    }
+    if (status == VM_OK) status = vm_place_at(placer, k->load, k->payload_bytes, true, "Linux kernel");
+    /* It unpacks itself to its preferred address: keep the initrd away from there. */
+    if (status == VM_OK && k->init_size) status = vm_place_at(placer, k->pref_address, k->init_size, false, "Linux kernel");
     if (status == VM_OK) status = vm_boot_copy(placer->machine, k->load, k->image->data + k->setup_bytes, k->payload_bytes, "Linux kernel");
     if (status == VM_OK) status = place_initrd(k, placer, initrd, &ramdisk, &ramdisk_bytes);
     if (status == VM_OK) status = vm_boot_services(placer);
