@@ -8,7 +8,7 @@ int vm_placer_init(vm_placer *placer, vm_machine *m) {
     memset(placer, 0, sizeof *placer);
     placer->machine = m;
     placer->map_count = vm_pc_e820(m, placer->map, VM_BOOT_MAX_E820);
-    return VM_OK;
+    return vm_pc_install_tables(m);             /* firmware or a guest may have been where they lie */
 }
 
 void vm_placer_free(vm_placer *placer) {
