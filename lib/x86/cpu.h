@@ -419,6 +419,10 @@ bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, boo
 uint64_t x86_model_phys_mask(const struct x86_model *model);
 uint32_t x86_model_signature(const struct x86_model *model);      /* CPUID.1:EAX, EDX after RESET */
 const char *x86_model_name(const struct x86_model *model);
+/* A copy of `base` without the features whose bit `allowed(user, leaf, subleaf, register 0..3 = EAX..EDX)` lacks; free() it.
+ * NULL: no memory. For backends that can do less than the software CPU. */
+struct x86_model *x86_model_cut(const struct x86_model *base,
+                                uint32_t (*allowed)(void *user, uint32_t leaf, uint32_t sub, unsigned reg), void *user);
 void x86_cpuid(x86_cpu *cpu, uint32_t leaf, uint32_t sub, uint32_t out[4]);
 const struct x86_model *x86_model_find(const char *name);        /* NULL or "max": all that works here; NULL result: unknown */
 bool x86_msr_read(x86_cpu *cpu, uint32_t msr, uint64_t *value);  /* false: no such MSR (#GP in the guest) */

@@ -7,6 +7,7 @@
 #include "x86/system.h"
 
 #include <cpuid.h>
+#include <stdlib.h>
 #include <string.h>
 
 struct x86_model {
@@ -117,6 +118,30 @@ static uint32_t feature_word(x86_cpu *cpu, unsigned word)
 bool x86_has(x86_cpu *cpu, unsigned feature)
 {
     return feature_word(cpu, feature / 32) >> (feature % 32) & 1;
+}
+
+struct x86_model *x86_model_cut(const struct x86_model *base,
+                                uint32_t (*allowed)(void *user, uint32_t leaf, uint32_t sub, unsigned reg), void *user)
+{
+    static const struct { uint32_t leaf; uint8_t word, reg, sub; } places[] = {
+        { 1, X86_W_1_EDX, 3, 0 }, { 1, X86_W_1_ECX, 2, 0 }, { 7, X86_W_7_EBX, 1, 0 }, { 7, X86_W_7_ECX, 2, 0 },
+        { 7, X86_W_7_EDX, 3, 0 }, { 0x80000001, X86_W_E1_EDX, 3, 0 }, { 0x80000001, X86_W_E1_ECX, 2, 0 },
+        { 0xd, X86_W_D1_EAX, 0, 1 }, { 0x80000008, X86_W_E8_EBX, 1, 0 }, { 0x80000021, X86_W_E21_EAX, 0, 0 },
+    };
+    struct x86_model *model = malloc(sizeof *model);
+    if (!model)
+        return NULL;
+    *model = *base;
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++)
+        model->words[places[i].word] &= allowed(user, places[i].leaf, places[i].sub, places[i].reg);
+    if (!(model->words[X86_W_1_ECX] & B(26)))
+        model->words[X86_W_D1_EAX] = 0;
+    if (!(model->words[X86_W_1_ECX] & B(26)) || !(allowed(user, 0xd, 0, 0) & 4)) {     /* no YMM state, nothing of AVX */
+        model->words[X86_W_1_ECX] &= ~AVX_1_ECX;
+        model->words[X86_W_7_EBX] &= ~AVX_7_EBX;
+        model->words[X86_W_7_ECX] &= ~AVX_7_ECX;
+    }
+    return model;
 }
 
 uint64_t x86_xcr0_allowed(x86_cpu *cpu)
