@@ -1,3 +1,3 @@
 # lib/interp: the reference interpreter.
-noinst_HEADERS += 
-libvm_la_SOURCES += 
+noinst_HEADERS += lib/interp/interp.h lib/interp/blocks.h
+libvm_la_SOURCES += lib/interp/blocks.c lib/interp/interp.c lib/interp/backend.c

@@ -29,6 +29,7 @@ static inline void x86_store_host(uint8_t *p, unsigned n, uint64_t v)
 {
     memcpy(p, &v, n == 1 ? 1 : n == 2 ? 2 : n == 4 ? 4 : 8);
 }
+uint8_t x86_fetch_byte(x86_cpu *cpu, uint64_t gpa, uint64_t la);
 
 /* n is 1, 2, 4 or 8. */
 static inline uint64_t x86_load(x86_cpu *cpu, uint64_t la, unsigned n)

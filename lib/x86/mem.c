@@ -148,6 +148,16 @@ static void piece_write(x86_cpu *cpu, uint8_t *host, uint64_t gpa, uint64_t la, 
     }
 }
 
+/* One byte of code that lies where it cannot be cached. */
+uint8_t x86_fetch_byte(x86_cpu *cpu, uint64_t gpa, uint64_t la)
+{
+    unsigned prot = 0;
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    uint8_t b;
+    piece_read(cpu, page && (prot & X86_EXEC) ? page + (gpa & 0xfff) : NULL, gpa, la, &b, 1, X86_EXEC);
+    return b;
+}
+
 /* ---- whole accesses ---- */
 
 typedef struct span {

@@ -1,0 +1,403 @@
+/* interp.c - the reference interpreter: find the block, call its semantic functions in order.
+ *
+ * One setjmp serves a whole run; x86_raise and x86_leave come back to it. What had been done by then is found from rip: blocks
+ * are straight lines, so the instruction at rip names how many before it retired. Between instructions rip, RFLAGS and
+ * every register are exact.
+ *
+ * Where a decision is made once a block instead of once an instruction (attention, budget, until, CS limit), the block is
+ * cut so that the result is the same.
+ */
+#include <string.h>
+#include "interp/blocks.h"
+#include "interp/interp.h"
+#include "x86/access.h"
+
+static inline uint64_t rip_mask(const x86_cpu *cpu)
+{
+    return cpu->code_size == 8 ? ~UINT64_C(0) : UINT32_MAX;
+}
+
+/* ---- fetching ---- */
+
+static uint64_t code_la(const x86_cpu *cpu, uint64_t rip)
+{
+    return cpu->code_size == 8 ? rip : (uint32_t)(cpu->seg[X86_CS].base + rip);
+}
+
+/* Guest-physical address of code at la. Raises #GP for a non-canonical address, #PF. */
+static uint64_t code_gpa(x86_cpu *cpu, uint64_t la)
+{
+    const x86_tlb *t = &cpu->tlb[cpu->ctx];
+    unsigned i = X86_TLB_INDEX(la);
+    uint64_t offset = la ^ t->e[i].tag_x, gpa = 0;
+    if (offset <= 4095)
+        return (t->meta[i] & X86_PAGE_MASK) | offset;
+    if (cpu->code_size == 8 && !x86_canonical(la))
+        x86_raise_error(cpu, X86_GP, 0);
+    if (!cpu->env->fill(cpu, la, X86_EXEC, cpu->ctx, &gpa))
+        x86_raise_fault(cpu, &cpu->fault);
+    return gpa;
+}
+
+/* The page's bytes when code may be cached from it. */
+static const uint8_t *code_page(x86_cpu *cpu, uint64_t gpa)
+{
+    unsigned prot = 0;
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    return page && (prot & X86_EXEC) ? page : NULL;
+}
+
+/* Bytes from rip that CS allows; raises #GP when there is none. */
+static uint64_t code_room(x86_cpu *cpu, uint64_t rip)
+{
+    if (cpu->code_size == 8)
+        return UINT64_MAX;
+    uint64_t limit = cpu->seg[X86_CS].limit;
+    if (rip > limit)
+        x86_raise_error(cpu, X86_GP, 0);
+    return limit - rip + 1;
+}
+
+/* One instruction byte by byte: across a page end, or from where code cannot be cached. Fills scratch. */
+static block *fetch_slow(x86_cpu *cpu, block_cache *c, uint64_t rip)
+{
+    uint8_t bytes[15];
+    uint64_t room = code_room(cpu, rip);
+    block *b = c->scratch;
+    const uint8_t *page = NULL;
+    uint64_t gpa = 0;
+    for (unsigned n = 0; n < 15; n++) {
+        if (n >= room)
+            x86_raise_error(cpu, X86_GP, 0);
+        uint64_t la = code_la(cpu, (rip + n) & rip_mask(cpu));
+        if (n == 0 || !(la & 0xfff)) {
+            gpa = code_gpa(cpu, la);
+            page = code_page(cpu, gpa);
+            if (!n)
+                b->gpa = gpa;
+        }
+        bytes[n] = page ? page[la & 0xfff] : x86_fetch_byte(cpu, (gpa & X86_PAGE_MASK) | (la & 0xfff), la);
+        if (x86_decode(bytes, n + 1, cpu->code_size, b->insn) == 0)
+            break;
+    }
+    b->count = 1;
+    b->bytes = b->insn->length;
+    b->mode = cpu->code_size;
+    b->crosses = true;
+    return b;
+}
+
+static bool ends_block(const x86_insn *in)
+{
+    return (in->flags & X86_IF_END) || ((in->flags & X86_IF_STRING) && (in->flags & (X86_IF_REP | X86_IF_REPNE)));
+}
+
+/* Decode from `page` at gpa into scratch. False: not even one instruction fits before the page's end. */
+static bool decode_block(x86_cpu *cpu, block_cache *c, const uint8_t *page, uint64_t gpa)
+{
+    block *b = c->scratch;
+    unsigned at = gpa & 0xfff;
+    b->gpa = gpa;
+    b->mode = cpu->code_size;
+    b->crosses = false;
+    b->count = b->bytes = 0;
+    while (b->count < BLOCK_INSNS) {
+        x86_insn *in = &b->insn[b->count];
+        unsigned room = 4096 - at;
+        if (!room || x86_decode(page + at, room < 15 ? room : 15, b->mode, in) < 0)
+            break;
+        at += in->length;
+        b->bytes += in->length;
+        b->count++;
+        if (ends_block(in))
+            break;
+    }
+    return b->count;
+}
+
+/* A crossing instruction is known only by its first byte: read it again and decode when it differs. */
+static block *fetch_crossing(x86_cpu *cpu, block_cache *c, uint64_t rip, block *known)
+{
+    if (known) {
+        const unsigned n = known->insn->length, first = 4096 - (known->gpa & 0xfff);
+        const uint8_t *p = code_page(cpu, known->gpa);
+        if (p && n > first && n <= code_room(cpu, rip) && !memcmp(p + (known->gpa & 0xfff), known->insn->bytes, first)) {
+            uint64_t gpa2 = code_gpa(cpu, code_la(cpu, (rip + first) & rip_mask(cpu)));
+            p = code_page(cpu, gpa2);
+            if (p && !memcmp(p, known->insn->bytes + first, n - first))
+                return known;
+        }
+    }
+    block *b = fetch_slow(cpu, c, rip);
+    if (known) {
+        *known->insn = *b->insn;
+        known->bytes = b->bytes;
+        return known;
+    }
+    cpu->stat[X86_STAT_DECODED]++;
+    block *added = block_add(c);
+    return added ? added : b;
+}
+
+/* The block at rip; what it needs to be executed has been checked. Raises. */
+static block *find_block(x86_cpu *cpu, block_cache *c)
+{
+    const uint64_t rip = cpu->rip, la = code_la(cpu, rip), key = c->jump_generation | cpu->ctx << 4 | cpu->code_size;
+    block_jump *j = &c->jumps[(la ^ la >> 12) & (BLOCK_JUMPS - 1)];
+    if (X86_LIKELY(j->la == la && j->key == key))
+        return j->b;
+    (void)code_room(cpu, rip);
+    uint64_t gpa = code_gpa(cpu, la);
+    block *b = block_find(c, gpa, cpu->code_size);
+    if (b && b->crosses)
+        return fetch_crossing(cpu, c, rip, b);
+    if (!b) {
+        const uint8_t *page = code_page(cpu, gpa);
+        if (!page)
+            return fetch_slow(cpu, c, rip);
+        cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+        if (!decode_block(cpu, c, page, gpa))
+            return fetch_crossing(cpu, c, rip, NULL);
+        cpu->stat[X86_STAT_BLOCKS]++;
+        cpu->stat[X86_STAT_DECODED] += c->scratch->count;
+        b = block_add(c);
+        if (!b)
+            return c->scratch;
+    }
+    /* Adding may have emptied the cache: the key is made anew. */
+    *j = (block_jump){ .la = la, .key = c->jump_generation | cpu->ctx << 4 | cpu->code_size, .b = b };
+    return b;
+}
+
+/* ---- executing ---- */
+
+/* How many of the block's first instructions may run now. */
+static unsigned cut_block(const x86_cpu *cpu, const block *b)
+{
+    unsigned n = b->count;
+    if (cpu->budget < n)
+        n = (unsigned)cpu->budget;
+    if (cpu->code_size != 8 && cpu->rip + b->bytes - 1 > cpu->seg[X86_CS].limit) {
+        uint64_t at = cpu->rip;
+        for (unsigned i = 0; i < n; i++) {
+            at += b->insn[i].length;
+            if (at - 1 > cpu->seg[X86_CS].limit) {
+                n = i;
+                break;
+            }
+        }
+    }
+    if (cpu->has_until && cpu->until - cpu->rip < b->bytes) {
+        uint64_t at = cpu->rip;
+        for (unsigned i = 1; i < n; i++) {
+            at += b->insn[i - 1].length;
+            if (at == cpu->until)
+                return i;
+        }
+    }
+    return n;
+}
+
+static inline bool is_unfinished_string(const x86_cpu *cpu, const x86_insn *in, uint64_t rip)
+{
+    return cpu->next_rip == rip && (in->flags & X86_IF_STRING) && (in->flags & (X86_IF_REP | X86_IF_REPNE));
+}
+
+static inline void retire(x86_cpu *cpu, unsigned n)
+{
+    cpu->retired += n;
+    cpu->budget -= n;
+}
+
+/* The whole hot path. */
+static void run_block(x86_cpu *cpu, block_cache *c, const block *b, unsigned n)
+{
+    const x86_insn *in = b->insn, *end = in + n;
+    const uint64_t generation = c->generation, mask = rip_mask(cpu);
+    uint64_t rip = cpu->rip, here;
+    c->running_rip = rip;
+    c->running = (block *)b;
+    do {
+        here = rip;
+        cpu->next_rip = (rip + in->length) & mask;
+        in->exec(cpu, in);
+        if (X86_UNLIKELY(cpu->io_count))
+            x86_io_retire(cpu);
+        cpu->rip = rip = cpu->next_rip;
+        in++;
+    } while (in != end && X86_LIKELY(c->generation == generation));
+    c->running = NULL;
+    retire(cpu, (unsigned)(in - b->insn) - is_unfinished_string(cpu, in - 1, here));
+}
+
+/* One instruction, with shadows and careful mode. */
+static void run_one(x86_cpu *cpu, block_cache *c)
+{
+    const bool is_careful = cpu->careful;
+    const uint8_t inhibit = cpu->inhibit;
+    const uint64_t rflags = cpu->rflags, rip = cpu->rip;
+    c->running = NULL;
+    if (is_careful)
+        x86_before_careful(cpu);
+    const block *b = find_block(cpu, c);
+    const x86_insn *in = b->insn;
+    if (cpu->code_size != 8 && rip + in->length - 1 > cpu->seg[X86_CS].limit)
+        x86_raise_error(cpu, X86_GP, 0);
+    cpu->next_rip = (rip + in->length) & rip_mask(cpu);
+    in->exec(cpu, in);
+    x86_io_retire(cpu);
+    if (inhibit && cpu->inhibit == inhibit) {
+        cpu->inhibit = 0;
+        x86_irq_window(cpu);
+    }
+    if (!is_unfinished_string(cpu, in, rip))
+        retire(cpu, 1);
+    cpu->rip = cpu->next_rip;
+    if (is_careful)
+        x86_after_careful(cpu, rflags, inhibit);
+}
+
+/* After a longjmp: count what retired before the instruction at rip (an instruction that left on purpose with rip after itself
+ * counts too). */
+static void settle(x86_cpu *cpu, block_cache *c)
+{
+    const block *b = c->running;
+    const bool has_retired = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL;
+    c->running = NULL;
+    if (!b) {
+        if (has_retired)
+            retire(cpu, 1);
+        return;
+    }
+    const uint64_t mask = rip_mask(cpu);
+    uint64_t at = c->running_rip;
+    unsigned n = 0;
+    while (n < b->count && at != cpu->rip) {
+        at = (at + b->insn[n].length) & mask;
+        n++;
+    }
+    retire(cpu, n);
+}
+
+enum { FAULTS_IN_A_ROW = 256 };
+
+static x86_stop loop(x86_cpu *cpu, block_cache *c)
+{
+    for (;;) {
+        if (c->has_begun && cpu->has_until && cpu->rip == cpu->until)
+            return X86_STOP_UNTIL;
+        if (X86_UNLIKELY(atomic_load_explicit(&cpu->attention, memory_order_relaxed)))
+            return X86_STOP_ATTENTION;
+        if (cpu->budget <= 0)
+            return X86_STOP_SLICE;
+        uint64_t retired = cpu->retired;
+        if (X86_UNLIKELY(cpu->careful || cpu->inhibit)) {
+            run_one(cpu, c);
+            if (cpu->step_asked && cpu->retired != retired)
+                return X86_STOP_STEP;
+        } else {
+            c->running = NULL;
+            const block *b = find_block(cpu, c);
+            unsigned n = cut_block(cpu, b);
+            if (X86_LIKELY(n))
+                run_block(cpu, c, b, n);
+            else
+                run_one(cpu, c);                             /* raises the CS limit fault */
+        }
+        if (cpu->retired != retired)
+            c->has_begun = true;
+    }
+}
+
+static block_cache *cache_of(x86_cpu *cpu)
+{
+    if (!cpu->interp)
+        cpu->interp = block_cache_new();
+    return cpu->interp;
+}
+
+x86_stop interp_run_cpu(x86_cpu *cpu)
+{
+    jmp_buf here, *saved = cpu->fault_jmp;
+    block_cache *c = cache_of(cpu);
+    volatile unsigned faults = 0;
+    volatile uint64_t retired = cpu->retired;
+    volatile x86_stop stop = X86_STOP_NONE;
+    if (!c)
+        return X86_STOP_INTERNAL;
+    cpu->fault_jmp = &here;
+    cpu->io_pos = 0;
+    cpu->stop = X86_STOP_NONE;
+    c->running = NULL;
+    c->has_begun = false;
+    if (setjmp(here)) {
+        settle(cpu, c);
+        stop = cpu->stop;
+        if (stop == X86_STOP_NONE) {
+            stop = x86_deliver_fault(cpu);
+            faults = cpu->retired == retired ? faults + 1 : 0;
+            retired = cpu->retired;
+            c->has_begun = true;
+        }
+    }
+    if (faults >= FAULTS_IN_A_ROW && stop == X86_STOP_NONE)
+        stop = X86_STOP_ATTENTION;       /* faults that fault: nothing retires, so let the run loop look at its deadline */
+    if (stop == X86_STOP_NONE)
+        stop = loop(cpu, c);
+    cpu->fault_jmp = saved;
+    cpu->io_pos = 0;
+    return stop;
+}
+
+x86_stop interp_step_cpu(x86_cpu *cpu)
+{
+    jmp_buf here, *saved = cpu->fault_jmp;
+    block_cache *c = cache_of(cpu);
+    volatile x86_stop stop = X86_STOP_NONE;
+    if (!c)
+        return X86_STOP_INTERNAL;
+    cpu->fault_jmp = &here;
+    cpu->io_pos = 0;
+    cpu->stop = X86_STOP_NONE;
+    if (setjmp(here) == 0) {
+        run_one(cpu, c);
+    } else {
+        settle(cpu, c);
+        stop = cpu->stop != X86_STOP_NONE ? cpu->stop : x86_deliver_fault(cpu);
+    }
+    cpu->fault_jmp = saved;
+    cpu->io_pos = 0;
+    return stop;
+}
+
+int interp_create_cpu(x86_cpu *cpu)
+{
+    return cache_of(cpu) ? 0 : -1;
+}
+
+void interp_destroy_cpu(x86_cpu *cpu)
+{
+    block_cache_free(cpu->interp);
+    cpu->interp = NULL;
+}
+
+void interp_code_changed_cpu(x86_cpu *cpu, uint64_t gpa, uint64_t bytes)
+{
+    if (cpu->interp)
+        block_cache_drop(cpu->interp, gpa, bytes);
+}
+
+void interp_flush_code_cpu(x86_cpu *cpu)
+{
+    if (cpu->interp)
+        block_cache_clear(cpu->interp);
+}
+
+void interp_tlb_flushed_cpu(x86_cpu *cpu)
+{
+    block_cache *c = cpu->interp;
+    if (c) {
+        c->generation++;
+        c->jump_generation += 256;
+    }
+}
