@@ -23,14 +23,12 @@ static unsigned word_size(const x86_cpu *cpu) { return x86_is_long(cpu) ? 8 : 4;
 
 void x86_paging_changed_in_place(x86_cpu *cpu)
 {
-    cpu->stat[X86_STAT_FLUSHES]++;
     cpu->env->root_changed(cpu, false);
 }
 
 void x86_paging_changed(x86_cpu *cpu, bool keep_global)
 {
     cpu->flat = false;
-    cpu->stat[X86_STAT_FLUSHES]++;
     cpu->env->root_changed(cpu, keep_global);
 }
 
@@ -352,7 +350,6 @@ void x86_op_invpcid(x86_cpu *cpu, const x86_insn *in)
         cpu->env->invalidate(cpu, desc[1] & X86_PAGE_MASK, 0x1000);
         return;
     }
-    cpu->stat[X86_STAT_FLUSHES]++;
     cpu->env->root_changed(cpu, type != ALL_AND_GLOBAL);
 }
 

@@ -61,40 +61,42 @@ void x86_desc_to_seg(const x86_desc *d, uint16_t sel, x86_seg *seg)
     seg->limit = d->hi & 1u << 23 ? limit << 12 | 0xfff : limit;
 }
 
-/* Change bits of one byte of a descriptor table without losing another CPU's update. */
-static uint8_t update_byte(x86_cpu *cpu, uint64_t la, uint8_t set, uint8_t clear)
+/* Change bits of a descriptor's upper half without losing another CPU's update. */
+static void update_upper_half(x86_cpu *cpu, uint64_t la, uint32_t set, uint32_t clear)
 {
-    uint8_t old, new_value;
+    uint32_t old, new_value, again;
     uint64_t gpa;
     for (;;) {
-        x86_read_system(cpu, la, &old, 1);
-        new_value = (uint8_t)((old | set) & ~clear);
+        x86_read_system(cpu, la, &old, 4);
+        new_value = (old | set) & ~clear;
         if (new_value == old)
-            return old;
+            return;
         if (!cpu->env->fill(cpu, la, X86_WRITE, X86_CTX_KERNEL, &gpa))
             x86_raise_fault(cpu, &cpu->fault);
-        if (x86_cmpxchg_phys(cpu, gpa, 1, old, new_value))
-            return new_value;
-        uint8_t again;
-        x86_read_system(cpu, la, &again, 1);
+        if ((la & 3) == 0 && x86_cmpxchg_phys(cpu, gpa, 4, old, new_value))
+            return;
+        x86_read_system(cpu, la, &again, 4);
         if (again == old) {            /* not RAM that can be exchanged: a plain write */
-            x86_write_system(cpu, la, &new_value, 1);
-            return new_value;
+            x86_write_system(cpu, la, &new_value, 4);
+            return;
         }
     }
 }
 
+#define DESC_ACCESSED 0x100u
+#define DESC_BUSY 0x200u
+
 void x86_desc_set_accessed(x86_cpu *cpu, x86_desc *d)
 {
-    if (d->hi & 0x100)
+    if (d->hi & DESC_ACCESSED)
         return;
-    update_byte(cpu, d->la + 5, 1, 0);
-    d->hi |= 0x100;
+    update_upper_half(cpu, d->la + 4, DESC_ACCESSED, 0);
+    d->hi |= DESC_ACCESSED;
 }
 
 void x86_desc_set_busy(x86_cpu *cpu, uint64_t la, bool busy)
 {
-    update_byte(cpu, la + 5, busy ? 2 : 0, busy ? 0 : 2);
+    update_upper_half(cpu, la + 4, busy ? DESC_BUSY : 0, busy ? 0 : DESC_BUSY);
 }
 
 /* ---- segment registers ---- */

@@ -173,10 +173,8 @@ bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, boo
     if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
         return walk_identity(cpu, la, access, ctx, w);
 
-    cpu->stat[X86_STAT_WALKS]++;
     for (unsigned restarts = 0;; restarts++) {
         bool is_mapped = walk_tables(cpu, la, &p);
-        cpu->stat[X86_STAT_WALK_REFS] += p.count;
         w->refs += p.count;
         if (!is_mapped)
             return page_fault(cpu, la, access, ctx, p.is_reserved ? ERR_P | ERR_RSVD : 0, w);
