@@ -43,12 +43,13 @@ unsigned x86_reencode(const x86_insn *in, const x86_rename *map, uint8_t *out);
 /* ---- what kind of instruction it is (op_simd.c) ---- */
 enum x86_simd_props {
     SIMD_FP = 1, SIMD_UNALIGNED = 2, SIMD_ALIGN = 4, SIMD_NODEST = 8, SIMD_FLAGS = 16, SIMD_STR = 32, SIMD_XMM0 = 64,
-    SIMD_Y2 = 128, SIMD_R2 = 256, SIMD_YVAES = 512, SIMD_YVPCLMUL = 1024
+    SIMD_Y2 = 128, SIMD_R2 = 256, SIMD_YVAES = 512, SIMD_YVPCLMUL = 1024,
+    SIMD_TPS = 0x1000, SIMD_TPD = 0x2000, SIMD_TSS = 0x3000, SIMD_TSD = 0x4000, SIMD_TINY_MASK = 0x7000
 };
 /* SIMD_* of an instruction of the SIMD() table in ops_simd.def; 0 for all others. SIMD_FP: reads MXCSR and may raise #XM, so
  * run it natively only while the host MXCSR holds the guest's control bits with every exception masked. */
 unsigned x86_simd_properties(const x86_insn *in);
-/* Alignment that the memory operand must have or #GP: 1, 16 or 32. */
+/* Alignment that the memory operand must have or #GP: 1, 16 or 32. What this allows, the host processor accepts too. */
 unsigned x86_simd_alignment(const x86_insn *in);
 /* True when the CPU model offers the instruction's extension and the host has it. State (CR0, CR4, XCR0) is not looked at. */
 bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in);

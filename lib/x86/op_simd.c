@@ -57,6 +57,7 @@ static const feature isa_features[][2] = {
     [ISA_AVXGFNI] = { { LEAF1_ECX, 28 }, { LEAF7_ECX, 8 } },
 };
 
+/* The model's words; x86_cpuid() has already taken out what the host lacks. */
 static void guest_words(x86_cpu *cpu, uint32_t words[NWORDS]) {
     uint32_t r[4];
     x86_cpuid(cpu, 1, 0, r);
@@ -66,27 +67,6 @@ static void guest_words(x86_cpu *cpu, uint32_t words[NWORDS]) {
     words[LEAF7_EBX] = r[1];
     words[LEAF7_ECX] = r[2];
     x86_cpuid(cpu, 0x80000001u, 0, r);
-    words[LEAF81_ECX] = r[2];
-}
-
-static void host_leaf(uint32_t leaf, uint32_t r[4]) {
-    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(0));
-}
-
-static void host_words(uint32_t words[NWORDS]) {
-    uint32_t r[4];
-    host_leaf(0, r);
-    uint32_t last = r[0];
-    memset(words, 0, NWORDS * sizeof *words);
-    host_leaf(1, r);
-    words[LEAF1_ECX] = r[2];
-    words[LEAF1_EDX] = r[3];
-    if (last >= 7) {
-        host_leaf(7, r);
-        words[LEAF7_EBX] = r[1];
-        words[LEAF7_ECX] = r[2];
-    }
-    host_leaf(0x80000001u, r);
     words[LEAF81_ECX] = r[2];
 }
 
@@ -110,12 +90,8 @@ static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const
 
 bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in) {
     uint32_t words[NWORDS];
-    const simd_row *row = row_of(in);
-    host_words(words);
-    if (!words_offer(words, row, in))
-        return false;
     guest_words(cpu, words);
-    return words_offer(words, row, in);
+    return words_offer(words, row_of(in), in);
 }
 
 static bool uses_kind(const x86_insn *in, unsigned kind) {
@@ -151,7 +127,15 @@ unsigned x86_simd_alignment(const x86_insn *in) {
         return 1;
     if (in->flags & X86_IF_VEX)
         return props & SIMD_ALIGN ? in->op[m].size : 1;
+    if (row_of(in)->isa == ISA_SHA)                        /* AMD's processors take any address, others fault */
+        return __builtin_cpu_is("amd") ? 1 : 16;
     return in->op[m].size == 16 && !(props & SIMD_UNALIGNED) ? 16 : 1;
+}
+
+/* In 64-bit mode misalignment comes before the canonical check of a stack reference: #GP, not #SS. */
+static bool is_misaligned_long(const x86_cpu *cpu, const x86_insn *in, unsigned align) {
+    uint64_t base = in->seg >= X86_FS ? cpu->seg[in->seg].base : 0;
+    return cpu->code_size == 8 && (x86_offset(cpu, in) + base) & (align - 1);
 }
 
 typedef struct operand_view {
@@ -170,6 +154,8 @@ static void open_memory(x86_cpu *cpu, const x86_insn *in, unsigned props, operan
     v->size = in->op[m].size <= sizeof frame->memory ? in->op[m].size : (unsigned)sizeof frame->memory;
     v->is_store = m == 0 && !(props & SIMD_NODEST);
     unsigned access = v->is_store ? X86_WRITE : X86_READ, align = x86_simd_alignment(in);
+    if (is_misaligned_long(cpu, in, align))
+        x86_raise_error(cpu, X86_GP, 0);
     v->la = x86_op_linear(cpu, in, v->size, access);
     if (align > 1 && v->la & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
@@ -230,6 +216,30 @@ static bool finish_mxcsr(x86_cpu *cpu, const x86_thunk_frame *frame) {
     return raised & unmasked;
 }
 
+static bool any_denormal(const x86_cpu *cpu, unsigned reg, unsigned size, unsigned bytes) {
+    for (unsigned at = 0; at < bytes; at += size) {
+        const uint8_t *p = at < 16 ? X86_FPU_XMM(cpu, reg) + at : X86_FPU_YMMH(cpu, reg) + (at - 16);
+        uint64_t v = 0, fraction = size == 8 ? (UINT64_C(1) << 52) - 1 : (1u << 23) - 1;
+        memcpy(&v, p, size);
+        v &= size == 8 ? INT64_MAX : INT32_MAX;
+        if (v && v <= fraction)
+            return true;
+    }
+    return false;
+}
+
+/* While underflow is unmasked, a tiny result raises it even when it is exact, which a masked run does not flag. */
+static bool is_tiny_result(const x86_cpu *cpu, const x86_insn *in) {
+    unsigned reg = in->op[0].reg & 15, bytes = in->op[0].size == 32 ? 32 : 16;
+    switch (row_of(in)->props & SIMD_TINY_MASK) {
+    case SIMD_TPS: return any_denormal(cpu, reg, 4, bytes);
+    case SIMD_TPD: return any_denormal(cpu, reg, 8, bytes);
+    case SIMD_TSS: return any_denormal(cpu, reg, 4, 4);
+    case SIMD_TSD: return any_denormal(cpu, reg, 8, 8);
+    default: return false;
+    }
+}
+
 static _Noreturn void raise_xm(x86_cpu *cpu) {
     x86_raise(cpu, cpu->cr4 & X86_CR4_OSXMMEXCPT ? X86_XM : X86_UD);
 }
@@ -242,6 +252,8 @@ static void run_fp(x86_cpu *cpu, const x86_insn *in, x86_thunk_fn fn, void *memo
     if (can_raise)
         save_destination(cpu, in, &saved);
     fn(cpu, memory, frame);
+    if (!(X86_FPU_MXCSR(cpu) & 0x10u << 7) && is_tiny_result(cpu, in))
+        frame->mxcsr_after |= 0x10;
     if (finish_mxcsr(cpu, frame)) {
         restore_destination(cpu, in, &saved);
         raise_xm(cpu);
@@ -408,8 +420,10 @@ void x86_op_vgather(x86_cpu *cpu, const x86_insn *in) {
         x86_raise(cpu, X86_UD);
     for (unsigned i = 0; i < g.count; i++) {
         uint8_t *mask = vec_element(cpu, g.mask, i, g.element), value[8];
-        if (!(mask[g.element - 1] & 0x80))
+        if (!(mask[g.element - 1] & 0x80)) {
+            memset(mask, 0, g.element);                    /* passed elements are cleared whether read or not */
             continue;
+        }
         uint64_t la = x86_linear(cpu, in->seg, gather_offset(cpu, in, &g, i), g.element, X86_READ);
         x86_read_linear(cpu, la, value, g.element);
         memcpy(vec_element(cpu, g.dest, i, g.element), value, g.element);
