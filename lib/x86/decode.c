@@ -418,6 +418,9 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
     }
     in->exec = r->exec;
     in->flags |= r->flags;
+    for (unsigned i = 0; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_MMX)
+            in->flags |= X86_IF_FPU;
     if (in->flags & X86_IF_STRING)
         in->flags |= prefix_flags & (X86_IF_REP | X86_IF_REPNE);
     take_layout(&zi, in);
