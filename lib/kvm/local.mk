@@ -1,5 +1,11 @@
-# lib/kvm: the KVM backend. Add sources and the feature define inside the conditional.
+# lib/kvm: the KVM backend.
 if BUILD_KVM
-# LIBVM_FEATURES += -DVM_HAVE_KVM=1
-# libvm_la_SOURCES += lib/kvm/kvm.c
+LIBVM_FEATURES += -DVM_HAVE_KVM=1
+libvm_la_SOURCES += \
+	lib/kvm/kvm.h \
+	lib/kvm/kvm_cpuid.c \
+	lib/kvm/kvm_exit.c \
+	lib/kvm/kvm_machine.c \
+	lib/kvm/kvm_run.c \
+	lib/kvm/kvm_state.c
 endif
