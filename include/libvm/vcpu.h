@@ -72,7 +72,7 @@ typedef struct vm_fpu {
  * word) 2; MXCSR 4; MM0-MM7 8; XMM 16; YMM 32. */
 typedef enum vm_reg_id {
     VM_REG_NONE = 0,
-#define VM_REG(name, bytes, cls, index) VM_REG_##name,
+#define VM_REG(name, text, bytes, cls, index) VM_REG_##name,
 #include <libvm/reg.def>
 #undef VM_REG
     VM_REG_COUNT

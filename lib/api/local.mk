@@ -1,3 +1,3 @@
 # lib/api: argument checks of the public functions.
-noinst_HEADERS += 
-libvm_la_SOURCES += 
+noinst_HEADERS += lib/api/api.h
+libvm_la_SOURCES += lib/api/check.c lib/api/machine.c lib/api/memory.c lib/api/vcpu.c

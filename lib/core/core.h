@@ -61,6 +61,7 @@ struct vm_region {
     vm_prot prot;
     vm_io_ops ops; void *user;         /* MMIO, PIO */
     bool is_internal;                  /* made by the platform: vm_unmap refuses */
+    bool is_read_only;                 /* the host mapping: nobody may write, not even vm_write() */
     bool is_enabled;                   /* in the view (vm_region_move can take it out) */
     bool is_dying;                     /* unmapped while one of its callbacks was running */
     unsigned busy;                     /* callbacks running; under device_lock */
@@ -99,14 +100,15 @@ struct vm_vcpu {
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
     unsigned lock_depth;               /* x86_env.lock_begin without lock_end */
+    uint64_t deadline;                 /* host time (CLOCK_MONOTONIC ns) this run must end; UINT64_MAX: none. For backends that
+                                          cannot be cut into slices */
+    _Atomic bool is_hopeless;          /* halted with IF = 0 */
     bool irq_look;                     /* the interrupt source may have something */
     bool is_shut_down;                 /* triple fault: until reset */
     struct { bool is_set, has_error; uint8_t vector; uint32_t error; } inject;
     unsigned event_seen;               /* machine->event_seq already reported */
     uint8_t bare_cr8;
     uint64_t random_state;
-    uint64_t large_lo[2], large_hi[2]; /* linear addresses (lower, upper half) with large pages in the inline TLB */
-    uint32_t tlb_touched[X86_NCTX];    /* 1/32nds of each TLB table that hold entries */
     bool has_budget;                   /* this run was given max_instructions: backends that cannot count must find another way */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
@@ -135,7 +137,9 @@ typedef struct vm_backend_ops {
     int  (*vcpu_create)(vm_vcpu *cpu);
     void (*vcpu_destroy)(vm_vcpu *cpu);
     x86_stop (*run)(vm_vcpu *cpu);
-    void (*map_changed)(vm_machine *m);                                     /* vCPUs are paused */
+    void (*map_changed)(vm_machine *m);                                     /* vCPUs are paused; after every edit of regions,
+                                                                               permissions, and of m->dirty_log */
+    void (*dirty_sync)(vm_machine *m);                                      /* KVM: bring page_flags' VM_PAGE_DIRTY up to date */
     void (*code_changed)(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);       /* on the vCPU's own thread, or paused */
     void (*flush_code)(vm_vcpu *cpu);                                       /* all of it: hooks changed, snapshot restored */
     void (*tlb_flushed)(vm_vcpu *cpu);                                      /* linear-address caches (jump caches) are stale */
@@ -162,7 +166,7 @@ struct vm_machine {
     uint64_t ram_total;
     vm_view view;                      /* MMIO, RAM by gpa */
     vm_view ports;                     /* PIO ranges, gpa = port */
-    struct vm_grave *graves;           /* host memory of unmapped regions that an instruction under way may still reach */
+    vm_region *graves;                 /* unmapped RAM that an instruction under way may still reach */
     vm_region *ram;                    /* PC main memory (low part) */
     bool dirty_log;
     const struct vm_mmu_ops *mmu; void *mmu_state;
@@ -177,6 +181,7 @@ struct vm_machine {
     _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
     _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
     bool is_pc;
+    bool has_backend, has_pc;          /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
 };
 static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
@@ -194,6 +199,10 @@ void vm_resume(vm_machine *m);
 void vm_vcpu_notify(vm_vcpu *cpu, uint32_t attention_bits);       /* set bits, wake from HLT, backend kick; any thread */
 /* The vCPU of m that the calling thread is driving; NULL: none. */
 vm_vcpu *vm_vcpu_self(vm_machine *m);
+/* Begin and end a run: false when the vCPU is taken. After release the machine may be gone. wait_idle: for destruction. */
+bool vm_vcpu_claim(vm_vcpu *cpu);
+void vm_vcpu_release(vm_vcpu *cpu);
+void vm_vcpu_wait_idle(vm_vcpu *cpu);
 /* Sleep until attention is non-zero or host time (CLOCK_MONOTONIC ns) is `until_ns`; UINT64_MAX: no limit. */
 void vm_vcpu_sleep(vm_vcpu *cpu, uint64_t until_ns);
 /* Run loop side of pausing: wait while the world is stopped. At an instruction boundary. */
@@ -219,6 +228,7 @@ uint64_t vm_clock_now(vm_machine *m);
 uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC at VM_TSC_HZ */
 #define VM_TSC_HZ UINT64_C(1000000000)
 int  vm_clock_create(vm_machine *m);
+void vm_clock_stop(vm_machine *m);                                 /* end the timer thread; timers stay */
 void vm_clock_destroy(vm_machine *m);
 /* BARE: move virtual time forward beside the instructions retired, firing what falls due (tests of devices). */
 void vm_clock_advance(vm_machine *m, uint64_t ns);
@@ -237,8 +247,9 @@ typedef struct vm_irq_source {
 extern const vm_irq_source vm_pc_irq_source;                       /* platform/pc.c */
 
 /* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller; categories in machine.h ---- */
+void vm_trace_init(vm_machine *m);
 static inline unsigned vm_trace_mask(const vm_machine *m) { return atomic_load_explicit(&m->trace_mask, memory_order_relaxed); }
-void vm_trace_line(vm_machine *m, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void vm_trace_line(vm_machine *m, vm_trace_category category, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 
 /* ---- bus.c: accesses of a vCPU that are not plain RAM. X86_IO_EXIT: nobody answered ---- */
@@ -252,17 +263,18 @@ extern const x86_env vm_env;                                       /* env.c */
 int  vm_machine_create(const vm_options *options, vm_machine **out);
 void vm_machine_destroy(vm_machine *m);
 int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *value);
-const vm_backend_ops *vm_backend_find(vm_backend backend, const char **why_not);
 int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
 void vm_vcpu_free(vm_vcpu *cpu);
 int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit);                /* exit: full-size, never NULL */
 void vm_vcpu_reset(vm_vcpu *cpu);                                  /* forget exits, injections, shutdown; not the registers */
 /* memory.c */
 int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);            /* takes proto's fields; frees nothing on failure */
-int  vm_region_remove(vm_region *r);
+/* Removal in two steps, because the second needs the device lock, which is not to be asked for under machine->lock: out of
+ * the map (RAM kinds are freed or buried), then the owner's destroy callback. */
+void vm_region_detach(vm_region *r);
+void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r);
 void vm_region_leave(vm_region *r);                                /* a callback has returned: finish a delayed removal */
 void vm_regions_free(vm_machine *m);                               /* destruction: callbacks, then memory */
-void vm_graves_free(vm_machine *m);
 int  vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot);
 int  vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool is_write);    /* VM_E_FAULT; no message limit */
 int  vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes);                            /* vm_invalidate */
@@ -285,5 +297,8 @@ int  vm_fpu_set(vm_vcpu *cpu, const vm_fpu *fpu);
 int  vm_stats_get(vm_machine *m, const char *name, uint64_t *value);
 /* exit.c */
 void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit);
+void vm_exit_from_exception(vm_vcpu *cpu, vm_exit *exit);
+void vm_exit_from_hypercall(vm_vcpu *cpu, vm_exit *exit);
+void vm_exit_complete(vm_vcpu *cpu, const vm_exit *given);
 
 #endif

@@ -1,0 +1,216 @@
+/* bus.c - guest accesses that are not plain RAM accesses: device memory, ports, holes, forbidden and observed writes.
+ *
+ * Called on the vCPU's thread in VM_GUEST. The region is looked up with the device lock held, because waiting for the lock
+ * may let an edit through. One access is one callback at its true width; widths a callback cannot have (3, 5, 6, 7) and
+ * accesses across a region's end are split, lowest address first. What nobody answers is an exit on BARE machines and all
+ * ones (writes: nothing) on a PC.
+ */
+#include "core/core.h"
+
+#include <string.h>
+
+static uint64_t ones(unsigned n)
+{
+    return n >= 8 ? ~UINT64_C(0) : (UINT64_C(1) << 8 * n) - 1;
+}
+
+/* The largest callback width for the first part of n bytes with `room` bytes before the region's end. */
+static unsigned part_width(unsigned n, uint64_t room)
+{
+    unsigned width = 8;
+    while (width > n || width > room)
+        width /= 2;
+    return width;
+}
+
+static void trace_access(vm_vcpu *cpu, const char *what, uint64_t at, unsigned width, uint64_t value, int status)
+{
+    vm_trace_line(cpu->machine, VM_TRACE_MMIO, "cpu%u %s 0x%llx width %u value 0x%llx rip 0x%llx%s", cpu->index, what,
+                  (unsigned long long)at, width, (unsigned long long)(value & ones(width)),
+                  (unsigned long long)cpu->x86.rip, status == X86_IO_DONE ? "" : " (nobody)");
+}
+
+static int call_read(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t *value)
+{
+    if (!r->ops.read)
+        return X86_IO_EXIT;
+    uint64_t v = ~UINT64_C(0);
+    r->busy++;
+    int status = r->ops.read(r->user, cpu, offset, width, &v);
+    vm_region_leave(r);
+    *value = v & ones(width);
+    return status < 0 ? X86_IO_EXIT : X86_IO_DONE;
+}
+
+static int call_write(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t value)
+{
+    if (!r->ops.write)
+        return X86_IO_EXIT;
+    r->busy++;
+    int status = r->ops.write(r->user, cpu, offset, width, value & ones(width));
+    vm_region_leave(r);
+    return status < 0 ? X86_IO_EXIT : X86_IO_DONE;
+}
+
+/* ---- memory ---- */
+
+/* What an access to nothing does; X86_IO_EXIT for the caller, or all ones. */
+static int nobody(vm_vcpu *cpu, unsigned n, uint64_t *value)
+{
+    if (!cpu->machine->is_pc)
+        return X86_IO_EXIT;
+    if (value)
+        *value = ones(n);
+    return X86_IO_DONE;
+}
+
+static int read_part(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, unsigned *width, uint64_t *value)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    *width = 1;
+    if (!range) {
+        *width = part_width(n, 8);
+        return nobody(cpu, *width, value);
+    }
+    vm_region *r = range->region;
+    uint64_t offset = gpa - range->gpa;
+    *width = part_width(n, range->bytes - offset);
+    if (r->kind == VM_REGION_MMIO)
+        return call_read(cpu, r, offset, *width, value);
+    if (!(vm_region_prot(r, offset) & access))
+        return nobody(cpu, *width, value);
+    *value = 0;
+    memcpy(value, r->host + offset, *width);
+    return X86_IO_DONE;
+}
+
+static int write_part(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned *width, uint64_t value)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    if (!range) {
+        *width = part_width(n, 8);
+        return nobody(cpu, *width, NULL);
+    }
+    vm_region *r = range->region;
+    uint64_t offset = gpa - range->gpa;
+    *width = part_width(n, range->bytes - offset);
+    if (r->kind == VM_REGION_MMIO)
+        return call_write(cpu, r, offset, *width, value);
+    if (!(vm_region_prot(r, offset) & VM_PROT_W))
+        return nobody(cpu, *width, NULL);
+    memcpy(r->host + offset, &value, *width);
+    vm_page_written(cpu->machine, cpu, r, offset, *width);
+    return X86_IO_DONE;
+}
+
+int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+{
+    uint64_t result = 0;
+    unsigned width;
+    int status = X86_IO_DONE;
+    vm_device_lock(cpu->machine);
+    for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width) {
+        uint64_t part = 0;
+        status = read_part(cpu, gpa + done, n - done, access, &width, &part);
+        result |= (part & ones(width)) << 8 * done;
+    }
+    vm_device_unlock(cpu->machine);
+    cpu->x86.stat[X86_STAT_MMIO]++;
+    if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
+        trace_access(cpu, "read", gpa, n, result, status);
+    *value = result;
+    return status;
+}
+
+/* A store to RAM that only has to be seen (code, dirty log) needs no device lock. */
+static bool write_ram(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    if (!range || range->region->kind > VM_REGION_FILE || range->bytes - (gpa - range->gpa) < n ||
+        !(vm_region_prot(range->region, gpa - range->gpa) & VM_PROT_W))
+        return false;
+    vm_region *r = range->region;
+    uint64_t offset = gpa - range->gpa;
+    switch (n) {                       /* aligned stores stay single ones for other vCPUs */
+    case 1: *(volatile uint8_t *)(r->host + offset) = (uint8_t)value; break;
+    case 2: *(volatile uint16_t *)(r->host + offset) = (uint16_t)value; break;
+    case 4: *(volatile uint32_t *)(r->host + offset) = (uint32_t)value; break;
+    case 8: *(volatile uint64_t *)(r->host + offset) = value; break;
+    default: memcpy(r->host + offset, &value, n);
+    }
+    vm_page_written(cpu->machine, cpu, r, offset, n);
+    return true;
+}
+
+int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+{
+    unsigned width;
+    int status = X86_IO_DONE;
+    cpu->x86.stat[X86_STAT_MMIO]++;
+    if (write_ram(cpu, gpa, n, value))
+        return X86_IO_DONE;
+    vm_device_lock(cpu->machine);
+    for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width)
+        status = write_part(cpu, gpa + done, n - done, &width, value >> 8 * done);
+    vm_device_unlock(cpu->machine);
+    if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
+        trace_access(cpu, "write", gpa, n, value, status);
+    return status;
+}
+
+/* ---- ports ---- */
+
+static const vm_range *find_port(vm_vcpu *cpu, uint16_t port)
+{
+    vm_range *last = &cpu->last_port;
+    if (port - last->gpa < last->bytes)
+        return last;
+    const vm_range *r = vm_view_find(&cpu->machine->ports, port);
+    if (r)
+        *last = *r;
+    return r;
+}
+
+static int port_part(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, unsigned *width, uint64_t *value)
+{
+    const vm_range *range = find_port(cpu, port);
+    if (!range) {
+        *width = cpu->machine->is_pc ? 1 : part_width(n, 8);         /* the next port may have a device again */
+        return nobody(cpu, *width, is_write ? NULL : value);
+    }
+    *width = part_width(n, range->bytes - (port - range->gpa));
+    if (is_write)
+        return call_write(cpu, range->region, port - range->gpa, *width, *value);
+    return call_read(cpu, range->region, port - range->gpa, *width, value);
+}
+
+static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
+{
+    uint64_t result = 0;
+    unsigned width;
+    int status = X86_IO_DONE;
+    vm_device_lock(cpu->machine);
+    for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width) {
+        uint64_t part = is_write ? *value >> 8 * done : 0;
+        status = port_part(cpu, (uint16_t)(port + done), n - done, is_write, &width, &part);
+        if (!is_write)
+            result |= (part & ones(width)) << 8 * done;
+    }
+    vm_device_unlock(cpu->machine);
+    cpu->x86.stat[X86_STAT_IO]++;
+    if (!is_write)
+        *value = result;
+    if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
+        trace_access(cpu, is_write ? "out" : "in", port, n, *value, status);
+    return status;
+}
+
+int vm_bus_in(vm_vcpu *cpu, uint16_t port, unsigned n, uint64_t *value)
+{
+    return port_access(cpu, port, n, false, value);
+}
+
+int vm_bus_out(vm_vcpu *cpu, uint16_t port, unsigned n, uint64_t value)
+{
+    return port_access(cpu, port, n, true, &value);
+}

@@ -1,0 +1,244 @@
+/* clock.c - guest time and timers.
+ *
+ * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine, started with the first timer that is armed,
+ * fires timers under the device lock. BARE machines: time is vCPU 0's retired instructions, one nanosecond each, plus what
+ * vm_clock_advance() added; timers fire from vCPU 0's run loop, which cuts its slices at the next deadline.
+ *
+ * Lock order: device_lock, then clock->lock. A timer is freed with the device lock held (or with the machine at its end), and
+ * fires with it held: so it cannot go away while its function runs, except by its own doing.
+ */
+#include "core/core.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <time.h>
+
+struct vm_timer {
+    vm_machine *machine;
+    void (*fn)(void *user);
+    void *user;
+    uint64_t deadline;                 /* guest time; UINT64_MAX: off */
+    vm_timer *next, **link;
+};
+
+struct vm_clock {
+    uint64_t start_ns;                 /* host time of guest time 0 (PC) */
+    uint64_t advanced;                 /* BARE; under lock */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    vm_timer *timers;                  /* unsorted: a machine has a dozen */
+    pthread_t thread;
+    bool has_thread, is_ending;
+};
+
+uint64_t vm_host_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+uint64_t vm_clock_now(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (m->is_pc)
+        return vm_host_now() - c->start_ns;
+    return m->vcpus[0]->x86.retired + __atomic_load_n(&c->advanced, __ATOMIC_RELAXED);
+}
+
+uint64_t vm_clock_tsc(vm_machine *m)
+{
+    return vm_clock_now(m);            /* VM_TSC_HZ is 1 GHz */
+}
+
+/* ---- firing ---- */
+
+/* Earliest deadline; clock->lock held. */
+static uint64_t next_deadline(const struct vm_clock *c)
+{
+    uint64_t next = UINT64_MAX;
+    for (const vm_timer *t = c->timers; t; t = t->next)
+        if (t->deadline < next)
+            next = t->deadline;
+    return next;
+}
+
+/* Take one timer that is due; NULL: none. */
+static vm_timer *take_due(struct vm_clock *c, uint64_t now)
+{
+    vm_timer *due = NULL;
+    pthread_mutex_lock(&c->lock);
+    for (vm_timer *t = c->timers; t; t = t->next)
+        if (t->deadline <= now && (!due || t->deadline < due->deadline))
+            due = t;
+    if (due)
+        due->deadline = UINT64_MAX;
+    pthread_mutex_unlock(&c->lock);
+    return due;
+}
+
+static void fire_due(vm_machine *m)
+{
+    vm_timer *t;
+    vm_device_lock(m);
+    uint64_t now = vm_clock_now(m);    /* once: a timer that is armed in the past again waits for the next round */
+    while ((t = take_due(m->clock, now)) != NULL)
+        t->fn(t->user);
+    vm_device_unlock(m);
+}
+
+static void *clock_thread(void *arg)
+{
+    vm_machine *m = arg;
+    struct vm_clock *c = m->clock;
+    pthread_mutex_lock(&c->lock);
+    while (!c->is_ending) {
+        uint64_t next = next_deadline(c), now = vm_clock_now(m);
+        if (next == UINT64_MAX) {
+            pthread_cond_wait(&c->changed, &c->lock);
+        } else if (next > now) {
+            uint64_t at = next > UINT64_MAX / 2 ? UINT64_MAX / 2 : next + c->start_ns;
+            struct timespec until = { .tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u) };
+            pthread_cond_timedwait(&c->changed, &c->lock, &until);
+        } else {
+            pthread_mutex_unlock(&c->lock);
+            fire_due(m);
+            pthread_mutex_lock(&c->lock);
+        }
+    }
+    pthread_mutex_unlock(&c->lock);
+    return NULL;
+}
+
+/* The thread takes no signals: those are for the host's own threads. */
+static void start_thread(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    c->has_thread = pthread_create(&c->thread, NULL, clock_thread, m) == 0;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+uint64_t vm_clock_poll(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (!__atomic_load_n(&c->timers, __ATOMIC_ACQUIRE))
+        return UINT64_MAX;
+    pthread_mutex_lock(&c->lock);
+    uint64_t next = next_deadline(c);
+    pthread_mutex_unlock(&c->lock);
+    if (next > vm_clock_now(m))
+        return next;
+    fire_due(m);
+    pthread_mutex_lock(&c->lock);
+    next = next_deadline(c);
+    pthread_mutex_unlock(&c->lock);
+    return next;
+}
+
+void vm_clock_advance(vm_machine *m, uint64_t ns)
+{
+    uint64_t end = vm_clock_now(m) + ns;
+    for (uint64_t now; (now = vm_clock_now(m)) <= end;) {
+        uint64_t next = vm_clock_poll(m);                /* fires what is due now */
+        if (next <= now)
+            continue;                                    /* armed again for now */
+        uint64_t step = (next < end ? next : end) - now;
+        if (now == end)
+            break;
+        __atomic_fetch_add(&m->clock->advanced, step, __ATOMIC_RELAXED);
+    }
+}
+
+/* ---- timers ---- */
+
+vm_timer *vm_timer_new(vm_machine *m, void (*fn)(void *user), void *user)
+{
+    struct vm_clock *c = m->clock;
+    vm_timer *t = malloc(sizeof *t);
+    if (!t)
+        return NULL;
+    pthread_mutex_lock(&c->lock);
+    *t = (vm_timer){ .machine = m, .fn = fn, .user = user, .deadline = UINT64_MAX, .next = c->timers, .link = &c->timers };
+    if (t->next)
+        t->next->link = &t->next;
+    __atomic_store_n(&c->timers, t, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&c->lock);
+    return t;
+}
+
+void vm_timer_set(vm_timer *t, uint64_t deadline_ns)
+{
+    vm_machine *m = t->machine;
+    struct vm_clock *c = m->clock;
+    pthread_mutex_lock(&c->lock);
+    bool is_sooner = deadline_ns < next_deadline(c);
+    t->deadline = deadline_ns;
+    if (m->is_pc && deadline_ns != UINT64_MAX && !c->has_thread)
+        start_thread(m);
+    else if (is_sooner && m->is_pc)
+        pthread_cond_signal(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+    if (!m->is_pc && is_sooner)
+        vm_vcpu_notify(m->vcpus[0], X86_ATT_IRQ);        /* its slice may be too long now */
+}
+
+void vm_timer_free(vm_timer *t)
+{
+    if (!t)
+        return;
+    struct vm_clock *c = t->machine->clock;
+    pthread_mutex_lock(&c->lock);
+    *t->link = t->next;
+    if (t->next)
+        t->next->link = t->link;
+    pthread_mutex_unlock(&c->lock);
+    free(t);
+}
+
+/* ---- life ---- */
+
+int vm_clock_create(vm_machine *m)
+{
+    struct vm_clock *c = calloc(1, sizeof *c);
+    pthread_condattr_t attr;
+    if (!c)
+        return vm_fail(VM_E_NOMEM, "no memory for the clock");
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&c->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    c->start_ns = vm_host_now();
+    m->clock = c;
+    return VM_OK;
+}
+
+void vm_clock_stop(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (!c || !c->has_thread)
+        return;
+    pthread_mutex_lock(&c->lock);
+    c->is_ending = true;
+    pthread_cond_signal(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+    pthread_join(c->thread, NULL);
+    c->has_thread = false;
+}
+
+void vm_clock_destroy(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (!c)
+        return;
+    vm_clock_stop(m);
+    while (c->timers)
+        vm_timer_free(c->timers);
+    pthread_cond_destroy(&c->changed);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+    m->clock = NULL;
+}

@@ -1,0 +1,688 @@
+/* memory.c - regions, the views made of them, and what happens when memory changes.
+ *
+ * A region lies in exactly one view (memory or ports) while it is enabled. Views are sorted arrays, edited in place while the
+ * world is stopped (vm_pause), so a reader in VM_GUEST or under machine->lock needs no lock of its own.
+ *
+ * Pages of RAM carry flags shared by all vCPUs:
+ *   VM_PAGE_CODE   somebody has decoded code from it. Set before the bytes are read, after every vCPU's write tag for the page
+ *                  is gone; so each later write comes through vm_page_written() and is announced to all of them.
+ *   VM_PAGE_CLEAN  the dirty log is on and has not seen a write.
+ * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it, so that
+ * a page that merely once held code, or holds data beside code, does not stay slow.
+ *
+ * Host memory of a region removed while some instruction is under way (VM_BLOCKED) is buried in m->graves and freed when the
+ * world is next found at rest.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#include "core/core.h"
+#include "mmu/mmu.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define PAGE 4096u
+#define WRITE_COUNT 8u                 /* page_flags: one write to a code page */
+#define WRITE_LIMIT 0xf8u
+
+/* ---- views ---- */
+
+/* Index of the first range that ends beyond addr. */
+static size_t lower_bound(const vm_view *view, uint64_t addr)
+{
+    size_t low = 0, high = view->count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const vm_range *r = &view->ranges[middle];
+        if (r->gpa + (r->bytes - 1) < addr)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+const vm_range *vm_view_find(const vm_view *view, uint64_t gpa)
+{
+    size_t i = lower_bound(view, gpa);
+    return i < view->count && view->ranges[i].gpa <= gpa ? &view->ranges[i] : NULL;
+}
+
+const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa)
+{
+    vm_range *last = &cpu->last_range;
+    if (gpa - last->gpa < last->bytes)
+        return last;
+    const vm_range *r = vm_view_find(&cpu->machine->view, gpa);
+    if (r)
+        *last = *r;
+    return r;
+}
+
+static vm_view *view_of(vm_region *r)
+{
+    return r->kind == VM_REGION_PIO ? &r->machine->ports : &r->machine->view;
+}
+
+static bool is_ram(const vm_region *r)
+{
+    return r->kind <= VM_REGION_FILE;
+}
+
+static bool is_free(const vm_view *view, uint64_t gpa, uint64_t bytes)
+{
+    size_t i = lower_bound(view, gpa);
+    return i == view->count || view->ranges[i].gpa > gpa + (bytes - 1);
+}
+
+static int reserve(vm_view *view)
+{
+    if (view->count < view->capacity)
+        return VM_OK;
+    size_t capacity = view->capacity ? view->capacity * 2 : 8;
+    vm_range *ranges = realloc(view->ranges, capacity * sizeof *ranges);
+    if (!ranges)
+        return vm_fail(VM_E_NOMEM, "no memory for %zu map entries", capacity);
+    view->ranges = ranges;
+    view->capacity = capacity;
+    return VM_OK;
+}
+
+static void insert(vm_view *view, vm_region *r)
+{
+    size_t i = lower_bound(view, r->gpa);
+    memmove(&view->ranges[i + 1], &view->ranges[i], (view->count - i) * sizeof *view->ranges);
+    view->ranges[i] = (vm_range){ .gpa = r->gpa, .bytes = r->bytes, .region = r };
+    view->count++;
+    r->is_enabled = true;
+}
+
+static void take_out(vm_view *view, vm_region *r)
+{
+    size_t i = lower_bound(view, r->gpa);
+    view->count--;
+    memmove(&view->ranges[i], &view->ranges[i + 1], (view->count - i) * sizeof *view->ranges);
+    r->is_enabled = false;
+}
+
+/* ---- telling the vCPUs (world stopped) ---- */
+
+static void flush_tlb(vm_vcpu *cpu)
+{
+    x86_tlb_clear(&cpu->x86);
+    if (cpu->machine->backend->tlb_flushed)
+        cpu->machine->backend->tlb_flushed(cpu);
+}
+
+static void drop_code(vm_vcpu *cpu, vm_vcpu *self, uint64_t gpa, uint64_t bytes)
+{
+    vm_machine *m = cpu->machine;
+    if ((cpu->state & ~VM_WAITED) == VM_BLOCKED && cpu != self)
+        vm_vcpu_request(cpu, gpa, bytes);
+    else if (m->backend->code_changed)
+        m->backend->code_changed(cpu, gpa, bytes);
+}
+
+static void map_changed(vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i])
+            m->vcpus[i]->last_range = m->vcpus[i]->last_port = (vm_range){ 0 };
+    if (m->backend->map_changed)
+        m->backend->map_changed(m);
+}
+
+/* Memory at [gpa, + bytes) went away or came under other permissions. */
+static void range_gone(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    vm_vcpu *self = vm_vcpu_self(m);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i]) {
+            drop_code(m->vcpus[i], self, gpa, bytes);
+            flush_tlb(m->vcpus[i]);
+        }
+}
+
+/* ---- graves ---- */
+
+static void free_ram(vm_region *r)
+{
+    if (r->host && r->kind != VM_REGION_HOST)
+        munmap(r->host, r->bytes);
+    free((void *)r->page_flags);
+    free(r->page_prot);
+    free(r);
+}
+
+static void free_graves(vm_machine *m)
+{
+    while (m->graves) {
+        vm_region *r = m->graves;
+        m->graves = r->next;
+        free_ram(r);
+    }
+}
+
+static bool is_at_rest(vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        int state = m->vcpus[i] ? m->vcpus[i]->state & ~VM_WAITED : VM_IDLE;
+        if (state == VM_BLOCKED || state == VM_GUEST)
+            return false;
+    }
+    return true;
+}
+
+/* ---- adding and removing ---- */
+
+static int add_checked(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    vm_view *view = view_of(r);
+    int status = VM_OK;
+    vm_pause(m);
+    if (r->is_enabled && !is_free(view, r->gpa, r->bytes))
+        status = vm_fail(VM_E_EXISTS, "%s 0x%llx + 0x%llx overlaps a region at 0x%llx",
+                         r->kind == VM_REGION_PIO ? "ports" : "memory", (unsigned long long)r->gpa,
+                         (unsigned long long)r->bytes,
+                         (unsigned long long)view->ranges[lower_bound(view, r->gpa)].gpa);
+    else
+        status = reserve(view);
+    if (status == VM_OK) {
+        if (m->graves && is_at_rest(m))
+            free_graves(m);
+        if (r->is_enabled)
+            insert(view, r);
+        r->next = m->regions;
+        r->link = &m->regions;
+        if (r->next)
+            r->next->link = &r->next;
+        m->regions = r;
+        m->region_count++;
+        if (is_ram(r))
+            m->ram_total += r->bytes;
+        map_changed(m);
+    }
+    vm_resume(m);
+    return status;
+}
+
+int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
+{
+    vm_region *r = malloc(sizeof *r);
+    if (!r)
+        return vm_fail(VM_E_NOMEM, "no memory for a region");
+    *r = *proto;
+    r->machine = m;
+    r->is_enabled = true;
+    if (is_ram(r)) {
+        r->page_flags = calloc(r->bytes / PAGE, 1);
+        if (!r->page_flags) {
+            free(r);
+            return vm_fail(VM_E_NOMEM, "no memory for the page flags of 0x%llx bytes", (unsigned long long)proto->bytes);
+        }
+        if (m->dirty_log)
+            memset((void *)r->page_flags, VM_PAGE_CLEAN, r->bytes / PAGE);
+    }
+    int status = add_checked(r);
+    if (status != VM_OK) {
+        free((void *)r->page_flags);
+        free(r);
+        return status;
+    }
+    if (out)
+        *out = r;
+    return VM_OK;
+}
+
+static void unlink_region(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    *r->link = r->next;
+    if (r->next)
+        r->next->link = r->link;
+    m->region_count--;
+    if (is_ram(r))
+        m->ram_total -= r->bytes;
+}
+
+/* The region is out of the map and no callback of it runs: tell its owner, free it. */
+static void finish(vm_region *r)
+{
+    if (r->ops.destroy)
+        r->ops.destroy(r->user);
+    free(r);
+}
+
+void vm_region_leave(vm_region *r)
+{
+    if (--r->busy == 0 && r->is_dying)
+        finish(r);
+}
+
+static void bury(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    r->next = m->graves;
+    m->graves = r;
+    if (is_at_rest(m))
+        free_graves(m);
+}
+
+void vm_region_detach(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    vm_pause(m);
+    if (r->is_enabled)
+        take_out(view_of(r), r);
+    unlink_region(r);
+    map_changed(m);
+    if (is_ram(r)) {
+        range_gone(m, r->gpa, r->bytes);
+        bury(r);
+    }
+    vm_resume(m);
+}
+
+void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r)
+{
+    if (kind <= VM_REGION_FILE)
+        return;
+    vm_device_lock(m);                 /* nobody is in its callbacks now, except perhaps this thread further up */
+    if (r->busy)
+        r->is_dying = true;
+    else
+        finish(r);
+    vm_device_unlock(m);
+}
+
+int vm_region_move(vm_region *r, uint64_t gpa, bool enabled)
+{
+    vm_machine *m = r->machine;
+    vm_view *view = view_of(r);
+    int status = VM_OK;
+    vm_pause(m);
+    bool was_enabled = r->is_enabled;
+    if (was_enabled)
+        take_out(view, r);
+    if (enabled && (gpa + (r->bytes - 1) < gpa || !is_free(view, gpa, r->bytes)))
+        status = vm_fail(VM_E_EXISTS, "no room for 0x%llx bytes at 0x%llx", (unsigned long long)r->bytes,
+                         (unsigned long long)gpa);
+    else if (enabled)
+        status = reserve(view);
+    if (status == VM_OK && is_ram(r) && was_enabled)
+        range_gone(m, r->gpa, r->bytes);
+    if (status == VM_OK)
+        r->gpa = gpa;
+    if (status == VM_OK ? enabled : was_enabled)
+        insert(view, r);
+    map_changed(m);
+    vm_resume(m);
+    return status;
+}
+
+void vm_regions_free(vm_machine *m)
+{
+    while (m->regions) {
+        vm_region *r = m->regions;
+        unlink_region(r);
+        if (is_ram(r)) {
+            free_ram(r);
+        } else {
+            finish(r);
+        }
+    }
+    free_graves(m);
+    free(m->view.ranges);
+    free(m->ports.ranges);
+}
+
+static int add_io(vm_machine *m, vm_region_kind kind, uint64_t at, uint64_t bytes, const vm_io_ops *ops, void *user,
+                  vm_region **out)
+{
+    vm_region proto = { .kind = kind, .gpa = at, .bytes = bytes, .ops = *ops, .user = user, .prot = VM_PROT_RWX,
+                        .is_internal = true };
+    return vm_region_add(m, &proto, out);
+}
+
+int vm_add_mmio(vm_machine *m, uint64_t gpa, uint64_t bytes, const vm_io_ops *ops, void *user, vm_region **out)
+{
+    return add_io(m, VM_REGION_MMIO, gpa, bytes, ops, user, out);
+}
+
+int vm_add_pio(vm_machine *m, uint16_t port, unsigned count, const vm_io_ops *ops, void *user, vm_region **out)
+{
+    return add_io(m, VM_REGION_PIO, port, count, ops, user, out);
+}
+
+/* ---- permissions ---- */
+
+unsigned vm_region_prot(const vm_region *r, uint64_t offset)
+{
+    return r->page_prot ? r->page_prot[offset / PAGE] : r->prot;
+}
+
+/* Give every region in the range an array of its own, so that the change itself cannot fail. */
+static int prepare_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot)
+{
+    for (uint64_t at = gpa, left = bytes; left;) {
+        const vm_range *range = vm_view_find(&m->view, at);
+        if (!range || !is_ram(range->region))
+            return vm_fail(VM_E_FAULT, "no RAM at 0x%llx", (unsigned long long)at);
+        vm_region *r = range->region;
+        uint64_t offset = at - r->gpa, n = r->bytes - offset < left ? r->bytes - offset : left;
+        if (r->is_read_only && (prot & VM_PROT_W))
+            return vm_fail(VM_E_UNSUPPORTED, "the file mapped at 0x%llx is open for reading only", (unsigned long long)r->gpa);
+        if (!r->page_prot && n != r->bytes) {
+            r->page_prot = malloc(r->bytes / PAGE);
+            if (!r->page_prot)
+                return vm_fail(VM_E_NOMEM, "no memory for permissions of 0x%llx bytes", (unsigned long long)r->bytes);
+            memset(r->page_prot, r->prot, r->bytes / PAGE);
+        }
+        at += n;
+        left -= n;
+    }
+    return VM_OK;
+}
+
+static void set_prot(vm_region *r, uint64_t offset, uint64_t n, vm_prot prot)
+{
+    if (n == r->bytes) {
+        free(r->page_prot);
+        r->page_prot = NULL;
+        r->prot = prot;
+    } else {
+        memset(r->page_prot + offset / PAGE, prot, n / PAGE);
+    }
+}
+
+int vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot)
+{
+    vm_pause(m);
+    int status = prepare_protect(m, gpa, bytes, prot);
+    if (status == VM_OK) {
+        for (uint64_t at = gpa, left = bytes; left;) {
+            vm_region *r = vm_view_find(&m->view, at)->region;
+            uint64_t offset = at - r->gpa, n = r->bytes - offset < left ? r->bytes - offset : left;
+            set_prot(r, offset, n, prot);
+            at += n;
+            left -= n;
+        }
+        range_gone(m, gpa, bytes);
+        map_changed(m);
+    }
+    vm_resume(m);
+    return status;
+}
+
+/* ---- writes that must be seen ---- */
+
+static void set_flags(_Atomic uint8_t *f, uint8_t set, uint8_t clear)
+{
+    uint8_t old = atomic_load_explicit(f, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak(f, &old, (uint8_t)((old & ~clear) | set)))
+        ;
+}
+
+static void drop_all_code(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    vm_pause(m);
+    vm_vcpu *self = vm_vcpu_self(m);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i])
+            drop_code(m->vcpus[i], self, gpa, bytes);
+    vm_resume(m);
+}
+
+void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes)
+{
+    if (!by) {
+        drop_all_code(m, gpa, bytes);
+        return;
+    }
+    by->x86.stat[X86_STAT_CODE_WRITES]++;
+    if (m->backend->code_changed)
+        m->backend->code_changed(by, gpa, bytes);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i] && m->vcpus[i] != by)
+            vm_vcpu_request(m->vcpus[i], gpa, bytes);
+}
+
+/* Many writes to a page with code: let all of its code go, so that it can be written at full speed again. */
+static void forget_code(vm_machine *m, _Atomic uint8_t *flags, uint64_t gpa)
+{
+    vm_pause(m);
+    drop_all_code(m, gpa, PAGE);
+    set_flags(flags, 0, VM_PAGE_CODE | WRITE_LIMIT);
+    vm_resume(m);
+}
+
+static bool any_blocked(vm_machine *m, vm_vcpu *self)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i] && m->vcpus[i] != self && (m->vcpus[i]->state & ~VM_WAITED) == VM_BLOCKED)
+            return true;
+    return false;
+}
+
+static void code_page_written(vm_machine *m, vm_vcpu *by, _Atomic uint8_t *flags, uint64_t gpa, uint64_t bytes)
+{
+    uint8_t now = atomic_load_explicit(flags, memory_order_relaxed);
+    vm_code_changed(m, by, gpa, bytes);
+    if ((now & WRITE_LIMIT) == WRITE_LIMIT && !any_blocked(m, by))
+        forget_code(m, flags, gpa & X86_PAGE_MASK);
+    else if ((now & WRITE_LIMIT) != WRITE_LIMIT)
+        atomic_fetch_add_explicit(flags, WRITE_COUNT, memory_order_relaxed);
+}
+
+void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes)
+{
+    for (uint64_t page = offset / PAGE; page <= (offset + bytes - 1) / PAGE; page++) {
+        _Atomic uint8_t *flags = &r->page_flags[page];
+        uint8_t now = atomic_load(flags);
+        if (now & VM_PAGE_CLEAN)
+            set_flags(flags, VM_PAGE_DIRTY, VM_PAGE_CLEAN);
+        if (now & VM_PAGE_CODE) {
+            uint64_t first = page * PAGE > offset ? page * PAGE : offset;
+            uint64_t end = (page + 1) * PAGE < offset + bytes ? (page + 1) * PAGE : offset + bytes;
+            code_page_written(m, by, flags, r->gpa + first, end - first);
+        }
+    }
+}
+
+/* SMP: a write tag for the page was found in another vCPU's TLB and taken away; a store through it may be under way. */
+static bool take_write_tags(vm_machine *m, vm_vcpu *self, uint64_t gpa)
+{
+    bool found = false;
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i] && m->vcpus[i] != self)
+            found |= vm_mmu_protect_page(m->vcpus[i], gpa);
+    return found;
+}
+
+void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
+{
+    vm_machine *m = cpu->machine;
+    const vm_range *range = vm_find(cpu, gpa);
+    if (!range || !is_ram(range->region))
+        return;
+    _Atomic uint8_t *flags = &range->region->page_flags[(gpa - range->gpa) / PAGE];
+    if (atomic_load_explicit(flags, memory_order_acquire) & VM_PAGE_CODE)
+        return;
+    set_flags(flags, VM_PAGE_CODE, WRITE_LIMIT);
+    vm_mmu_protect_page(cpu, gpa);
+    if (m->vcpu_count > 1 && take_write_tags(m, cpu, gpa)) {
+        vm_pause(m);                   /* once every vCPU has stopped, stores through the old tags are done */
+        vm_resume(m);
+    }
+}
+
+/* ---- access from outside ---- */
+
+/* Direct host pointer to [gpa, gpa + *bytes), *bytes shortened to what the region holds. Map locked or VM_GUEST. */
+static uint8_t *ram_ptr(vm_machine *m, uint64_t gpa, uint64_t *bytes, vm_region **region)
+{
+    const vm_range *range = vm_view_find(&m->view, gpa);
+    if (!range || !is_ram(range->region))
+        return NULL;
+    uint64_t offset = gpa - range->gpa;
+    if (*bytes > range->bytes - offset)
+        *bytes = range->bytes - offset;
+    *region = range->region;
+    return range->region->host + offset;
+}
+
+static bool reading_is_safe(vm_machine *m, vm_vcpu *self)
+{
+    return self && (atomic_load(&self->state) & ~VM_WAITED) == VM_GUEST && m->pause_count == 0;
+}
+
+/* First address in the range that is not RAM, or that not even the host may write. */
+static bool find_hole(vm_machine *m, uint64_t gpa, size_t bytes, bool is_write, uint64_t *hole)
+{
+    vm_region *r;
+    for (uint64_t n; bytes; gpa += n, bytes -= n) {
+        n = bytes;
+        if (!ram_ptr(m, gpa, &n, &r) || (is_write && r->is_read_only)) {
+            *hole = gpa;
+            return true;
+        }
+    }
+    return false;
+}
+
+static int copy_locked(vm_machine *m, vm_vcpu *self, uint64_t gpa, uint8_t *buffer, size_t bytes, bool is_write)
+{
+    vm_region *r;
+    uint64_t hole;
+    if (find_hole(m, gpa, bytes, is_write, &hole))
+        return vm_fail(VM_E_FAULT, "no %sRAM at guest-physical 0x%llx", is_write ? "writable " : "", (unsigned long long)hole);
+    for (uint64_t n; bytes; gpa += n, buffer += n, bytes -= n) {
+        n = bytes;
+        uint8_t *p = ram_ptr(m, gpa, &n, &r);
+        if (!is_write) {
+            memcpy(buffer, p, n);
+        } else {
+            memcpy(p, buffer, n);
+            vm_page_written(m, self, r, gpa - r->gpa, n);
+        }
+    }
+    return VM_OK;
+}
+
+int vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool is_write)
+{
+    if (!bytes)
+        return VM_OK;
+    if (gpa + (bytes - 1) < gpa)
+        return vm_fail(VM_E_FAULT, "0x%llx + 0x%zx runs past the end of the address space", (unsigned long long)gpa, bytes);
+    vm_vcpu *self = vm_vcpu_self(m);
+    if (reading_is_safe(m, self))
+        return copy_locked(m, self, gpa, buffer, bytes, is_write);
+    vm_machine_lock(m);
+    int status = copy_locked(m, self, gpa, buffer, bytes, is_write);
+    vm_machine_unlock(m);
+    return status;
+}
+
+bool vm_dma_read(vm_machine *m, uint64_t gpa, void *buf, size_t bytes)
+{
+    return vm_memory_copy(m, gpa, buf, bytes, false) == VM_OK;
+}
+
+bool vm_dma_write(vm_machine *m, uint64_t gpa, const void *buf, size_t bytes)
+{
+    return vm_memory_copy(m, gpa, (void *)(uintptr_t)buf, bytes, true) == VM_OK;
+}
+
+void *vm_memory_ptr(vm_machine *m, uint64_t gpa, size_t *bytes)
+{
+    vm_region *r;
+    uint64_t n = *bytes;
+    vm_machine_lock(m);
+    void *p = n ? ram_ptr(m, gpa, &n, &r) : NULL;
+    vm_machine_unlock(m);
+    *bytes = p ? (size_t)n : 0;
+    return p;
+}
+
+int vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    vm_region *r;
+    vm_pause(m);
+    for (uint64_t at = gpa, left = bytes, n; left; at += n, left -= n) {
+        n = left;
+        if (!ram_ptr(m, at, &n, &r)) {
+            n = PAGE - at % PAGE < left ? PAGE - at % PAGE : left;
+            const vm_view *v = &m->view;             /* jump over a hole in one step */
+            size_t i = lower_bound(v, at);
+            uint64_t next = i < v->count && v->ranges[i].gpa > at ? v->ranges[i].gpa - at : i < v->count ? n : left;
+            n = next < left ? next : left;
+            continue;
+        }
+        for (uint64_t page = (at - r->gpa) / PAGE; page <= (at - r->gpa + n - 1) / PAGE; page++)
+            if (r->page_flags[page] & VM_PAGE_CLEAN)
+                set_flags(&r->page_flags[page], VM_PAGE_DIRTY, VM_PAGE_CLEAN);
+    }
+    drop_all_code(m, gpa, bytes);
+    vm_resume(m);
+    return VM_OK;
+}
+
+/* ---- dirty log ---- */
+
+static void all_clean(vm_region *r, bool on)
+{
+    for (uint64_t page = 0; page < r->bytes / PAGE; page++) {
+        uint8_t now = r->page_flags[page];
+        if (on ? !(now & VM_PAGE_CLEAN) || now & VM_PAGE_DIRTY : now & (VM_PAGE_CLEAN | VM_PAGE_DIRTY))
+            set_flags(&r->page_flags[page], on ? VM_PAGE_CLEAN : 0, VM_PAGE_DIRTY | (on ? 0 : VM_PAGE_CLEAN));
+    }
+}
+
+static void protect_all(vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i])
+            vm_mmu_protect_page(m->vcpus[i], UINT64_MAX);
+}
+
+void vm_memory_dirty_log(vm_machine *m, bool on)
+{
+    vm_pause(m);
+    m->dirty_log = on;
+    for (vm_region *r = m->regions; r; r = r->next)
+        if (is_ram(r))
+            all_clean(r, on);
+    if (on)
+        protect_all(m);
+    vm_resume(m);
+}
+
+void vm_memory_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap)
+{
+    bool any = false;
+    memset(bitmap, 0, (bytes / PAGE + 63) / 64 * 8);
+    vm_pause(m);
+    for (size_t i = lower_bound(&m->view, gpa);
+         i < m->view.count && (m->view.ranges[i].gpa < gpa || m->view.ranges[i].gpa - gpa < bytes); i++) {
+        const vm_range *range = &m->view.ranges[i];
+        if (!is_ram(range->region))
+            continue;
+        uint64_t first = range->gpa > gpa ? range->gpa : gpa;
+        uint64_t end = range->gpa + range->bytes - gpa < bytes ? range->gpa + range->bytes : gpa + bytes;
+        for (uint64_t at = first; at != end; at += PAGE) {
+            _Atomic uint8_t *flags = &range->region->page_flags[(at - range->gpa) / PAGE];
+            if (!(atomic_load_explicit(flags, memory_order_relaxed) & VM_PAGE_DIRTY))
+                continue;
+            bitmap[(at - gpa) / PAGE / 64] |= UINT64_C(1) << ((at - gpa) / PAGE % 64);
+            set_flags(flags, VM_PAGE_CLEAN, VM_PAGE_DIRTY);
+            any = true;
+        }
+    }
+    if (any)
+        protect_all(m);
+    vm_resume(m);
+}

@@ -1,0 +1,327 @@
+/* run.c - the run loop: everything that happens between two stretches of guest code.
+ *
+ * A round looks at what others asked for (attention), at interrupts, then lets the backend execute until something comes up, and
+ * decides whether that is for the caller. The thread is in VM_GUEST throughout, except while it sleeps or the world is stopped.
+ */
+#include "core/core.h"
+#include "platform/pc.h"
+
+#include <string.h>
+
+/* No run is cut up unless something has to be looked at that cannot ring. */
+#define SLICE_FOREVER (INT64_C(1) << 62)
+#define SLICE_DEADLINE INT64_C(50000)  /* a millisecond or so between looks at the host's clock */
+#define SLICE_WINDOW INT64_C(1000)     /* an interrupt waits for the guest to allow it; x86_irq_window() should ring before */
+
+typedef struct run {
+    uint64_t left;                     /* instructions of the budget */
+    uint64_t deadline;                 /* host time; UINT64_MAX: none */
+    const vm_run_options *options;
+    vm_exit *exit;
+    int status;                        /* of the call, if the host failed */
+    bool is_window;                    /* an interrupt waits */
+    bool skips_until;                  /* the run began at `until`: execute one instruction before looking */
+} run;
+
+/* ---- what others asked for ---- */
+
+static int machine_event(vm_vcpu *cpu, vm_exit *exit)
+{
+    vm_machine *m = cpu->machine;
+    unsigned seq = atomic_load(&m->event_seq);
+    if (m->is_pc)
+        vm_pc_vcpu_event(cpu);
+    if (cpu->is_parked)
+        cpu->is_shut_down = false;     /* INIT ends a shutdown */
+    if (cpu->event_seen == seq)
+        return 0;
+    cpu->event_seen = seq;
+    if (m->event == VM_EXIT_GUEST_EXIT)
+        exit->guest_exit.code = m->event_code;
+    return m->event;
+}
+
+static int attend(vm_vcpu *cpu, run *r)
+{
+    uint32_t bits = atomic_exchange(&cpu->x86.attention, 0);
+    int reason = 0;
+    if (bits & X86_ATT_REQUEST) {
+        vm_vcpu_safe_point(cpu);
+        vm_vcpu_take_requests(cpu);
+    }
+    if (bits & X86_ATT_IRQ)
+        cpu->irq_look = true;
+    if (bits & X86_ATT_EVENT)
+        reason = machine_event(cpu, r->exit);
+    if (cpu->machine->is_ending)
+        reason = VM_EXIT_KICK;
+    if (bits & X86_ATT_KICK) {
+        if (reason)
+            atomic_fetch_or(&cpu->x86.attention, X86_ATT_KICK);
+        else
+            reason = VM_EXIT_KICK;
+    }
+    return reason;
+}
+
+/* ---- interrupts and sleep ---- */
+
+static int shut_down(vm_vcpu *cpu)
+{
+    cpu->is_shut_down = true;
+    return VM_EXIT_SHUTDOWN;
+}
+
+static int deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint32_t error)
+{
+    x86_cpu *x = &cpu->x86;
+    if (vm_trace_mask(cpu->machine) & VM_TRACE_IRQ)
+        vm_trace_line(cpu->machine, VM_TRACE_IRQ, "cpu%u vector 0x%x rip 0x%llx", cpu->index, vector, (unsigned long long)x->rip);
+    x->halted = false;
+    vm_vcpu_fetch(cpu, VM_STATE_ALL);
+    x86_stop stop = x86_inject(x, vector, has_error, error);
+    vm_vcpu_changed(cpu, VM_STATE_ALL);
+    if (stop == X86_STOP_IO) {         /* its stack is device memory nobody handles: deliver again once that is answered */
+        cpu->inject.is_set = true;
+        cpu->inject.vector = vector;
+        cpu->inject.has_error = has_error;
+        cpu->inject.error = error;
+        vm_exit_from_io(cpu, r->exit);
+        return (int)r->exit->reason;
+    }
+    return stop == X86_STOP_SHUTDOWN ? shut_down(cpu) : 0;
+}
+
+/* Asks the PC's interrupt controllers; true when a vector was taken. */
+static bool take_interrupt(vm_vcpu *cpu, run *r, int *reason)
+{
+    vm_machine *m = cpu->machine;
+    if (!m->is_pc || vm_pc_irq_source.pending(cpu) < 0) {
+        cpu->irq_look = false;
+        return false;
+    }
+    if (m->backend->takes_interrupts) {
+        cpu->irq_look = false;
+        cpu->x86.halted = cpu->x86.halted && !(cpu->x86.rflags & X86_FL_IF);
+        return false;
+    }
+    if (!x86_can_interrupt(&cpu->x86)) {
+        r->is_window = true;
+        return false;
+    }
+    int vector = vm_pc_irq_source.acknowledge(cpu);
+    if (vector < 0)
+        return false;
+    *reason = deliver(cpu, r, (uint8_t)vector, false, 0);
+    return true;
+}
+
+/* No vCPU of the machine will ever run again by itself. */
+static bool is_hopeless(vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (!atomic_load(&m->vcpus[i]->is_hopeless) && !m->vcpus[i]->is_parked)
+            return false;
+    return true;
+}
+
+static int sleep_until_needed(vm_vcpu *cpu, run *r)
+{
+    vm_machine *m = cpu->machine;
+    int reason = 0;
+    atomic_store(&cpu->is_hopeless, !(cpu->x86.rflags & X86_FL_IF));
+    if (is_hopeless(m)) {
+        for (unsigned i = 0; i < m->vcpu_count; i++)
+            if (m->vcpus[i] != cpu)
+                vm_vcpu_notify(m->vcpus[i], X86_ATT_IRQ);              /* they look again and come to the same end */
+        reason = VM_EXIT_HALT;
+    } else if (vm_host_now() >= r->deadline) {
+        reason = VM_EXIT_DEADLINE;
+    } else {
+        vm_vcpu_sleep(cpu, r->deadline);
+    }
+    if (!reason)
+        atomic_store(&cpu->is_hopeless, false);
+    return reason;
+}
+
+/* Interrupts, injections, HLT, waiting for SIPI: 0 to go on with guest code, an exit reason, or -1 to begin another round. */
+static int events(vm_vcpu *cpu, run *r)
+{
+    x86_cpu *x = &cpu->x86;
+    int reason = 0;
+    r->is_window = false;
+    if (cpu->is_shut_down)
+        return VM_EXIT_SHUTDOWN;
+    if (cpu->is_parked)
+        return (reason = sleep_until_needed(cpu, r)) ? reason : -1;
+    if (cpu->inject.is_set) {
+        cpu->inject.is_set = false;
+        return (reason = deliver(cpu, r, cpu->inject.vector, cpu->inject.has_error, cpu->inject.error)) ? reason : -1;
+    }
+    if (x->nmi_pending && !cpu->machine->backend->takes_interrupts) {
+        if (!x->nmi_blocked && !x->inhibit)
+            return (reason = deliver(cpu, r, X86_NMI, false, 0)) ? reason : -1;
+        r->is_window = true;
+    }
+    if (cpu->irq_look && take_interrupt(cpu, r, &reason))
+        return reason ? reason : -1;
+    if (x->halted)
+        return (reason = sleep_until_needed(cpu, r)) ? reason : -1;
+    return 0;
+}
+
+static bool has_events(const vm_vcpu *cpu)
+{
+    return cpu->irq_look | cpu->x86.halted | cpu->is_parked | cpu->inject.is_set | cpu->x86.nmi_pending | cpu->is_shut_down;
+}
+
+/* ---- after a stretch of guest code ---- */
+
+static int halted(vm_vcpu *cpu)
+{
+    cpu->x86.stat[X86_STAT_HALTS]++;
+    cpu->x86.halted = cpu->machine->is_pc;
+    return cpu->machine->is_pc ? 0 : VM_EXIT_HALT;
+}
+
+static int internal_error(vm_vcpu *cpu)
+{
+    atomic_store(&cpu->machine->poisoned, 1);
+    return VM_EXIT_INTERNAL;
+}
+
+static int stopped(vm_vcpu *cpu, run *r, x86_stop stop)
+{
+    x86_cpu *x = &cpu->x86;
+    switch (stop) {
+    case X86_STOP_NONE: case X86_STOP_ATTENTION: return 0;
+    case X86_STOP_SLICE: return x->has_until && x->rip == x->until ? VM_EXIT_UNTIL : 0;
+    case X86_STOP_HALT: return halted(cpu);
+    case X86_STOP_SHUTDOWN: return shut_down(cpu);
+    case X86_STOP_IO: vm_exit_from_io(cpu, r->exit); return (int)r->exit->reason;
+    case X86_STOP_EXCEPTION: vm_exit_from_exception(cpu, r->exit); return VM_EXIT_EXCEPTION;
+    case X86_STOP_UNTIL: return VM_EXIT_UNTIL;
+    case X86_STOP_BREAKPOINT: return VM_EXIT_BREAKPOINT;
+    case X86_STOP_STEP: return VM_EXIT_STEP;
+    case X86_STOP_HYPERCALL: vm_exit_from_hypercall(cpu, r->exit); return VM_EXIT_HYPERCALL;
+    case X86_STOP_HOOK: return VM_EXIT_HOOK;
+    case X86_STOP_HOST: r->status = VM_E_HOST; return VM_EXIT_INTERNAL;
+    case X86_STOP_INTERNAL: break;
+    }
+    return internal_error(cpu);
+}
+
+/* How many instructions the backend may execute before this loop has to look again. */
+static int64_t slice_of(vm_vcpu *cpu, const run *r)
+{
+    uint64_t slice = r->left;
+    vm_machine *m = cpu->machine;
+    if (r->skips_until)
+        return 1;
+    if (slice > SLICE_DEADLINE && r->deadline != UINT64_MAX)
+        slice = SLICE_DEADLINE;
+    if (slice > SLICE_WINDOW && r->is_window)
+        slice = cpu->x86.inhibit ? 1 : SLICE_WINDOW;
+    if (!m->is_pc && cpu->index == 0) {
+        uint64_t next = vm_clock_poll(m), now = next == UINT64_MAX ? 0 : vm_clock_now(m);
+        if (next != UINT64_MAX && slice > next - now)
+            slice = next > now ? next - now : 1;
+    }
+    return (int64_t)slice;
+}
+
+static x86_stop execute(vm_vcpu *cpu, run *r)
+{
+    x86_cpu *x = &cpu->x86;
+    int64_t slice = slice_of(cpu, r);
+    x->has_until = r->options->has_until && !r->skips_until;
+    x->irq_waiting = r->is_window;
+    x->budget = slice;
+    x86_stop stop = cpu->machine->backend->run(cpu);
+    r->left -= (uint64_t)(slice - x->budget);
+    if (__builtin_expect(cpu->lock_depth != 0, 0))
+        for (; cpu->lock_depth; cpu->lock_depth--)
+            vm_resume(cpu->machine);
+    if (r->skips_until && x->budget < slice) {
+        r->skips_until = false;
+        x->has_until = true;
+    }
+    return stop;
+}
+
+static int run_loop(vm_vcpu *cpu, run *r)
+{
+    for (;;) {
+        int reason = 0;
+        if (atomic_load_explicit(&cpu->x86.attention, memory_order_acquire) && (reason = attend(cpu, r)) != 0)
+            return reason;
+        if (__builtin_expect(has_events(cpu), 0) && (reason = events(cpu, r)) > 0)
+            return reason;
+        if (reason < 0)
+            continue;
+        if ((reason = stopped(cpu, r, execute(cpu, r))) != 0)
+            return reason;
+        if (r->left == 0)
+            return VM_EXIT_BUDGET;
+        if (r->deadline != UINT64_MAX && vm_host_now() >= r->deadline)
+            return VM_EXIT_DEADLINE;
+    }
+}
+
+/* ---- a run ---- */
+
+static const vm_run_options no_options = { .size = sizeof no_options };
+
+static void begin(vm_vcpu *cpu, run *r)
+{
+    x86_cpu *x = &cpu->x86;
+    const vm_run_options *o = r->options;
+    r->left = o->max_instructions && o->max_instructions < (uint64_t)SLICE_FOREVER ? o->max_instructions
+                                                                                   : (uint64_t)SLICE_FOREVER;
+    r->deadline = UINT64_MAX;
+    if (o->deadline_ns) {
+        uint64_t now = vm_host_now();
+        r->deadline = o->deadline_ns < UINT64_MAX - 1 - now ? now + o->deadline_ns : UINT64_MAX - 1;
+    }
+    r->skips_until = o->has_until && x->rip == o->until;
+    x->until = o->until;
+    x->exception_exits = o->exception_exits;
+    cpu->has_budget = o->max_instructions != 0;
+    cpu->deadline = r->deadline;
+}
+
+static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
+{
+    vm_machine *m = cpu->machine;
+    exit->reason = (vm_exit_reason)reason;
+    exit->rip = cpu->x86.rip;
+    atomic_fetch_add_explicit(&m->stat_exits, 1, memory_order_relaxed);
+    if (vm_trace_mask(m) & VM_TRACE_EXIT) {
+        char text[256];
+        vm_exit_format(exit, text, sizeof text);
+        vm_trace_line(m, VM_TRACE_EXIT, "cpu%u %s", cpu->index, text);
+    }
+}
+
+int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
+{
+    vm_machine *m = cpu->machine;
+    run r = { .options = options ? options : &no_options, .exit = exit };
+    if (m->vcpu_count > 1 && vm_vcpu_self(m))
+        return vm_fail(VM_E_BUSY, "vm_vcpu_run: this thread is already inside a run of this machine");
+    if (!vm_vcpu_claim(cpu))
+        return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);
+    if (m->poisoned) {
+        vm_vcpu_release(cpu);
+        return vm_fail(VM_E_INTERNAL, "vm_vcpu_run: the machine met an internal error earlier and cannot run");
+    }
+    if (cpu->has_pending)
+        vm_exit_complete(cpu, exit);
+    memset((char *)exit + offsetof(vm_exit, reason), 0, sizeof *exit - offsetof(vm_exit, reason));
+    begin(cpu, &r);
+    int reason = run_loop(cpu, &r);
+    finish(cpu, exit, reason);
+    vm_vcpu_release(cpu);
+    return r.status;
+}

@@ -1,0 +1,114 @@
+/* fill.c - between the inline TLB and the machine's MMU strategy: misses, flushes, write protection.
+ *
+ * "tlb" and "flat", the built-in strategies, are recognised and called without the public vtable's copying.
+ */
+#include "mmu/mmu.h"
+
+#include <stdatomic.h>
+
+/* Ask the strategy. On failure cpu->fault describes the page fault. */
+static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    x86_cpu *x = &cpu->x86;
+    const vm_mmu_ops *ops = cpu->machine->mmu;
+    if (ops == &vm_mmu_tlb || (ops == &vm_mmu_flat && !vm_mmu_is_flat(cpu)))
+        return vm_mmu_walk_ctx(cpu, la, access, ctx, w);
+    if (ops == &vm_mmu_flat) {
+        *w = (x86_walk){ .gpa = la, .page_bytes = 4096, .prot = VM_PROT_RWX };
+        return true;
+    }
+    struct vm_mmu_result result = { .size = sizeof result };
+    cpu->walk_ctx = ctx;
+    int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &result);
+    if (status != VM_OK) {
+        w->fault = (x86_fault){ .vector = X86_PF, .has_error = true, .error = result.fault_error, .address = la };
+        return false;
+    }
+    bool is_size = result.page_bytes >= 4096 && !(result.page_bytes & (result.page_bytes - 1));
+    *w = (x86_walk){ .gpa = result.gpa & x->phys_mask, .page_bytes = is_size ? result.page_bytes : 4096,
+                     .prot = result.prot & (result.trap_writes ? VM_PROT_RX : VM_PROT_RWX), .global = result.global };
+    return true;
+}
+
+bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    bool ok = x86_walk_page(&cpu->x86, la, access, ctx, true, w);
+    cpu->x86.stat[X86_STAT_WALKS]++;
+    cpu->x86.stat[X86_STAT_WALK_REFS] += w->refs;
+    return ok;
+}
+
+bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa)
+{
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    x86_walk w = { 0 };
+    x->stat[X86_STAT_FILLS]++;
+    if (!translate(cpu, la, access, ctx, &w)) {
+        x->fault = w.fault;
+        return false;
+    }
+    *gpa = w.gpa;
+    unsigned prot = 0;
+    uint8_t *host = x->env->page(x, w.gpa & X86_PAGE_MASK, &prot);
+    prot &= w.prot;
+    if (host && prot) {
+        x86_tlb_set(x, ctx, la, w.gpa, host, prot, w.global, w.page_bytes);
+        if ((prot & X86_WRITE) && cpu->machine->vcpu_count > 1) {
+            /* The page may have become code while the tag was made; whoever marked it may not have seen the tag. */
+            unsigned now = 0;
+            atomic_thread_fence(memory_order_seq_cst);
+            x->env->page(x, w.gpa & X86_PAGE_MASK, &now);
+            if (!(now & X86_WRITE))
+                x86_tlb_set(x, ctx, la, w.gpa, host, prot & ~X86_WRITE, w.global, w.page_bytes);
+        }
+    }
+    if (vm_trace_mask(cpu->machine) & VM_TRACE_MMU)
+        vm_trace_line(cpu->machine, VM_TRACE_MMU, "cpu%u gva 0x%llx access %u ctx %u gpa 0x%llx prot %u%s", cpu->index,
+                      (unsigned long long)la, access, ctx, (unsigned long long)w.gpa, w.prot, host ? "" : " (not RAM)");
+    return true;
+}
+
+static void flushed(vm_vcpu *cpu)
+{
+    cpu->x86.stat[X86_STAT_FLUSHES]++;
+    if (cpu->machine->backend->tlb_flushed)
+        cpu->machine->backend->tlb_flushed(cpu);
+}
+
+void vm_mmu_root_changed(x86_cpu *x, bool keep_global)
+{
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    vm_machine *m = cpu->machine;
+    x->stat[X86_STAT_ROOT_SWITCHES]++;
+    if (m->mmu && m->mmu->root_changed)
+        m->mmu->root_changed(m->mmu_state, cpu, x->cr3);
+    if (keep_global)
+        x86_tlb_clear_nonglobal(x);
+    else
+        x86_tlb_clear(x);
+    flushed(cpu);
+}
+
+void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
+{
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    vm_machine *m = cpu->machine;
+    if (m->mmu && m->mmu->invalidate)
+        m->mmu->invalidate(m->mmu_state, cpu, la, bytes);
+    if (bytes == 0 || bytes > 64 * 4096) {
+        x86_tlb_clear(x);
+    } else {
+        uint64_t first = la & X86_PAGE_MASK, last = (la + (bytes - 1)) & X86_PAGE_MASK;
+        for (uint64_t page = first;; page += 4096) {
+            x86_tlb_drop(x, page);
+            if (page == last)
+                break;
+        }
+    }
+    flushed(cpu);
+}
+
+bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa)
+{
+    return x86_tlb_protect(&cpu->x86, gpa);
+}

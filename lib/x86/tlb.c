@@ -1,0 +1,150 @@
+/* tlb.c - the inline TLB: entering and removing pages.
+ *
+ * Each context's table is divided into 32 chunks, and a bit says which of them may hold entries: emptying a table costs what
+ * was used of it, and a CPU that ran ten instructions has touched a few hundred bytes of its tables.
+ *
+ * An entry covers 4 KiB whatever the guest's page size. Dropping one address must drop all of the guest page it lies in, so
+ * the linear range covered by large pages is kept (one each for the lower and upper half of the address space); inside of it
+ * a drop looks at every entry.
+ *
+ * Tags and meta words are written by the CPU's own thread. Another thread may take write tags away (x86_tlb_protect): it
+ * reads meta words and clears tag_w with atomic operations; x86_tlb_set() writes the meta word before the tag.
+ */
+#include "x86/cpu.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#define CHUNKS (X86_TLB_ENTRIES < 32 ? X86_TLB_ENTRIES : 32)
+#define CHUNK (X86_TLB_ENTRIES / CHUNKS)
+
+static void drop_entry(x86_tlb *t, unsigned i)
+{
+    x86_tlb_entry *e = &t->e[i];
+    e->tag_r = e->tag_x = X86_TLB_NONE(i);
+    __atomic_store_n(&e->tag_w, X86_TLB_NONE(i), __ATOMIC_RELAXED);
+    __atomic_store_n(&t->meta[i], 0, __ATOMIC_RELAXED);
+}
+
+static void forget_large(x86_cpu *cpu)
+{
+    for (unsigned half = 0; half < 2; half++) {
+        cpu->large_lo[half] = UINT64_MAX;
+        cpu->large_hi[half] = 0;
+    }
+}
+
+void x86_tlb_init(x86_cpu *cpu)
+{
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        drop_entry(&cpu->tlb[c], 0);
+        cpu->tlb_touched[c] = 0;
+    }
+    forget_large(cpu);
+}
+
+void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
+                 uint64_t page_bytes)
+{
+    unsigned i = X86_TLB_INDEX(la);
+    x86_tlb *t = &cpu->tlb[ctx];
+    x86_tlb_entry *e = &t->e[i];
+    uint64_t page = la & X86_PAGE_MASK, none = X86_TLB_NONE(i);
+    uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0);
+    if (page_bytes > 4096) {
+        unsigned half = la >> 63;
+        uint64_t first = la & ~(page_bytes - 1), last = first + (page_bytes - 1);
+        meta |= X86_TLBM_LARGE;
+        if (first < cpu->large_lo[half])
+            cpu->large_lo[half] = first;
+        if (last > cpu->large_hi[half])
+            cpu->large_hi[half] = last;
+    }
+    cpu->tlb_touched[ctx] |= UINT32_C(1) << i / CHUNK;
+    __atomic_store_n(&e->tag_w, none, __ATOMIC_RELAXED);
+    __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
+    e->host = host;
+    e->tag_r = prot & X86_READ ? page : none;
+    e->tag_x = prot & X86_EXEC ? page : none;
+    __atomic_store_n(&e->tag_w, prot & X86_WRITE ? page : none, __ATOMIC_RELEASE);
+}
+
+/* Calls `what` for each entry in use that has none of the meta bits in `keep`. */
+static void sweep(x86_cpu *cpu, uint64_t keep)
+{
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        x86_tlb *t = &cpu->tlb[c];
+        uint32_t left = 0;
+        for (uint32_t chunks = cpu->tlb_touched[c]; chunks; chunks &= chunks - 1) {
+            unsigned chunk = (unsigned)__builtin_ctz(chunks);
+            for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
+                if (t->meta[i] & keep)
+                    left |= UINT32_C(1) << chunk;
+                else if (t->meta[i])
+                    drop_entry(t, i);
+        }
+        cpu->tlb_touched[c] = left;
+    }
+}
+
+void x86_tlb_clear(x86_cpu *cpu)
+{
+    sweep(cpu, 0);
+    forget_large(cpu);
+}
+
+void x86_tlb_clear_nonglobal(x86_cpu *cpu)
+{
+    sweep(cpu, X86_TLBM_GLOBAL);
+}
+
+/* Drop whatever could be part of a large page around la: anything large in its gigabyte. */
+static void drop_large(x86_cpu *cpu, uint64_t la)
+{
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        x86_tlb *t = &cpu->tlb[c];
+        for (uint32_t chunks = cpu->tlb_touched[c]; chunks; chunks &= chunks - 1) {
+            unsigned chunk = (unsigned)__builtin_ctz(chunks);
+            for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
+                if (t->meta[i] & X86_TLBM_LARGE) {
+                    const x86_tlb_entry *e = &t->e[i];
+                    uint64_t none = X86_TLB_NONE(i), at = e->tag_r != none ? e->tag_r : e->tag_x != none ? e->tag_x : e->tag_w;
+                    if ((at ^ la) >> 30 == 0)
+                        drop_entry(t, i);
+                }
+        }
+    }
+}
+
+void x86_tlb_drop(x86_cpu *cpu, uint64_t la)
+{
+    unsigned i = X86_TLB_INDEX(la), half = la >> 63;
+    uint64_t page = la & X86_PAGE_MASK;
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        x86_tlb_entry *e = &cpu->tlb[c].e[i];
+        if (e->tag_r == page || e->tag_w == page || e->tag_x == page)
+            drop_entry(&cpu->tlb[c], i);
+    }
+    if (la >= cpu->large_lo[half] && la <= cpu->large_hi[half])
+        drop_large(cpu, la);
+}
+
+bool x86_tlb_protect(x86_cpu *cpu, uint64_t gpa)
+{
+    bool found = false;
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        x86_tlb *t = &cpu->tlb[c];
+        uint32_t touched = __atomic_load_n(&cpu->tlb_touched[c], __ATOMIC_RELAXED);
+        for (uint32_t chunks = touched; chunks; chunks &= chunks - 1) {
+            unsigned chunk = (unsigned)__builtin_ctz(chunks);
+            for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++) {
+                uint64_t meta = __atomic_load_n(&t->meta[i], __ATOMIC_ACQUIRE), none = X86_TLB_NONE(i);
+                if (!meta || (gpa != UINT64_MAX && (meta ^ gpa) >> 12 != 0))
+                    continue;
+                if (__atomic_exchange_n(&t->e[i].tag_w, none, __ATOMIC_SEQ_CST) != none)
+                    found = true;
+            }
+        }
+    }
+    return found;
+}
