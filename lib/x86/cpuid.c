@@ -28,14 +28,14 @@ struct x86_model {
                      B(26) | B(28) | B(29) | B(30) | B(31))
 /* FSGSBASE TSC_ADJUST BMI1 AVX2 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT CLWB SHA. */
 #define W_7_EBX_MAX (B(0) | B(1) | B(3) | B(5) | B(7) | B(8) | B(9) | B(10) | B(18) | B(19) | B(20) | B(23) | B(24) | B(29))
-#define W_7_ECX_MAX (B(2) | B(22))                                      /* UMIP RDPID */
+#define W_7_ECX_MAX (B(2) | B(8) | B(9) | B(10) | B(22))                /* UMIP GFNI VAES VPCLMULQDQ RDPID */
 #define W_7_EDX_MAX B(4)                                                /* fast short REP MOVSB */
 /* The AMD copy of 1:EDX has no SEP, PSN, ... at the same places; SYSCALL NX MMXEXT 1G RDTSCP LM are its own. */
 #define W_E1_EDX_COPY 0x0183f3ffu
 #define W_E1_EDX_MAX ((W_1_EDX_X64 & W_E1_EDX_COPY) | B(11) | B(20) | B(22) | B(26) | B(27) | B(29))
-#define W_E1_ECX_MAX (B(0) | B(5) | B(8) | B(22))                       /* LAHF64 ABM PREFETCHW TOPOEXT */
+#define W_E1_ECX_MAX (B(0) | B(5) | B(6) | B(8) | B(22))                /* LAHF64 ABM SSE4A PREFETCHW TOPOEXT */
 #define W_D1_EAX_MAX (B(0) | B(1) | B(2))                               /* XSAVEOPT XSAVEC XGETBV1 */
-#define W_E8_EBX_MAX (B(9) | B(26) | B(29))                             /* WBNOINVD; SSB_NO; BTC_NO */
+#define W_E8_EBX_MAX (B(2) | B(9) | B(26) | B(29))                      /* XSAVEERPTR; WBNOINVD; SSB_NO; BTC_NO */
 /* LFENCE serialising; null selector clears base; automatic IBRS; SRSO_NO. */
 #define W_E21_EAX_MAX (B(2) | B(6) | B(8) | B(29))
 
@@ -77,7 +77,7 @@ enum { HOST_1_ECX, HOST_7_EBX, HOST_7_ECX, HOST_E1_ECX };
 #define NATIVE_1_ECX (B(0) | B(1) | B(9) | B(12) | B(13) | B(19) | B(20) | B(22) | B(23) | B(25) | B(28) | B(29))
 #define NATIVE_7_EBX (B(3) | B(5) | B(8) | B(19) | B(29))
 #define NATIVE_7_ECX (B(8) | B(9) | B(10))
-#define NATIVE_E1_ECX B(5)
+#define NATIVE_E1_ECX (B(5) | B(6))
 #define AVX_1_ECX (B(12) | B(28) | B(29))
 #define AVX_7_EBX B(5)
 #define AVX_7_ECX (B(9) | B(10))
