@@ -32,6 +32,7 @@ typedef struct slow_stub {
     const jit_op *check, *access;
     uint32_t site;
     bool save, regen, restore;            /* flags: as the fast path had them */
+    bool is_window;                       /* T0 is an offset into the window */
     int recipe;
 } slow_stub;
 
@@ -213,7 +214,7 @@ static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned 
 }
 
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored back. */
-static void emit_renamed(emitter *e, unsigned i) {
+static void emit_renamed(emitter *e, unsigned i, int32_t disp) {
     const x86_insn *in = &e->u->insn[i];
     x86_rename map;
     uint8_t spare[2] = { T1, T0 }, used[2] = { 0 };
@@ -222,6 +223,7 @@ static void emit_renamed(emitter *e, unsigned i) {
     map.gpr[X86_RSP] = R12;
     map.mem_kind = X86_RENAME_MEM_BASE;
     map.mem_base = T0;
+    map.mem_disp = disp;
     map.mem_index = X86_NOREG;
     for (unsigned k = 0; k < in->nops; k++) {
         const x86_operand *o = &in->op[k];
@@ -276,7 +278,8 @@ static void emit_lea(emitter *e, unsigned i) {
 }
 
 /* T0 = linear address of instruction i's memory operand; flags untouched. */
-static void emit_ea(emitter *e, unsigned i) {
+static void emit_ea(emitter *e, const jit_op *o) {
+    unsigned i = o->insn;
     const x86_insn *in = &e->u->insn[i];
     unsigned size = in->asz == 8 ? 8 : 4;
     bool is_64 = e->u->key & JIT_KEY_64;
@@ -292,7 +295,7 @@ static void emit_ea(emitter *e, unsigned i) {
             e_gs_load(e->w, 8, T0, GPR(in->base));
         if (index == T1)
             e_gs_load(e->w, 8, T1, GPR(in->index));
-        e_lea(e->w, size, T0, base, index, in->scale, (int32_t)in->disp);
+        e_lea(e->w, size, T0, base, index, in->scale, (int32_t)(in->disp + o->adjust));
     }
     if (in->seg == X86_FS || in->seg == X86_GS) {
         e_gs_load(e->w, is_64 ? 8 : 4, T1, (int32_t)(offsetof(x86_cpu, seg) + in->seg * sizeof(x86_seg) + offsetof(x86_seg, base)));
@@ -305,44 +308,42 @@ static void emit_access(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     switch (o->op) {
     case IR_ACCESS:
-        emit_renamed(e, o->insn);
+        emit_renamed(e, o->insn, o->disp);
         break;
     case IR_PUSH_REG:
         if (IN_MEMORY(o->reg)) {
             e_gs_load(w, 8, T1, GPR(o->reg));
-            e_r_mem(w, o->size, 0x89, T1, T0, 0);
+            e_r_mem(w, o->size, 0x89, T1, T0, o->disp);
         } else
-            e_r_mem(w, o->size, 0x89, home[o->reg], T0, 0);
+            e_r_mem(w, o->size, 0x89, home[o->reg], T0, o->disp);
         break;
     case IR_PUSH_IMM:
         if (o->imm == (int32_t)o->imm || o->size == 4) {
-            e_rex(w, o->size, 0, 0, T0);
-            e8(w, 0xc7);
-            e8(w, 0x00 | (T0 & 7));
+            e_r_mem(w, o->size, 0xc7, 0, T0, o->disp);
             e32(w, (uint32_t)o->imm);
         } else {
             e_mov_imm(w, T1, (uint64_t)o->imm);
-            e_r_mem(w, 8, 0x89, T1, T0, 0);
+            e_r_mem(w, 8, 0x89, T1, T0, o->disp);
         }
         break;
     case IR_PUSH_TMP:
         e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
-        e_r_mem(w, o->size, 0x89, T1, T0, 0);
+        e_r_mem(w, o->size, 0x89, T1, T0, o->disp);
         break;
     case IR_POP_REG:
         if (IN_MEMORY(o->reg)) {
-            e_r_mem(w, o->size, 0x8b, T1, T0, 0);
+            e_r_mem(w, o->size, 0x8b, T1, T0, o->disp);
             e_gs_store(w, 8, T1, GPR(o->reg));
         } else
-            e_r_mem(w, o->size, 0x8b, home[o->reg], T0, 0);
+            e_r_mem(w, o->size, 0x8b, home[o->reg], T0, o->disp);
         break;
     case IR_LOAD_TMP:
-        e_r_mem(w, o->size, 0x8b, T1, T0, 0);
+        e_r_mem(w, o->size, 0x8b, T1, T0, o->disp);
         e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
         break;
     case IR_LEAVE_SP:
         e_lea(w, o->size, R12, RBP, 0xff, 1, o->size);
-        e_r_mem(w, o->size, 0x8b, RBP, T0, 0);
+        e_r_mem(w, o->size, 0x8b, RBP, T0, o->disp);
         break;
     }
 }
@@ -361,6 +362,14 @@ static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_si
     s->access = check ? check->access : 0;
     s->size = check ? check->size : 0;
     s->align = check ? check->align : 0;
+    s->leader_size = 0;
+    if (check && check->role == JIT_CHECK_LEADER) {
+        s->span = check->span;
+        s->leader_size = check->size;
+        s->leader_access = check->access;
+        s->leader_disp = check->disp;
+        s->access = check->span_access;
+    }
     s->is_single = is_single;
     return at;
 }
@@ -385,55 +394,117 @@ static int32_t host_offset(const jit_unit *u) {
 }
 _Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
 
+/* Without paging, reads of the machine's largest RAM region: T0 - its gpa is below the limit. */
+static void emit_window_lookup(emitter *e, slow_stub *s) {
+    jit_writer *w = e->w;
+    if (e->j->window_gpa)
+        e_lea(w, 8, T0, T0, 0xff, 1, -(int32_t)e->j->window_gpa);
+    e_r_gs(w, 8, 0x3b, T0, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT));
+    s->jump[0] = e_jcc(w, CC_AE);
+    e_r_gs(w, 8, 0x03, T0, JIT_SLOT(JIT_SLOT_WINDOW_HOST));
+    s->is_window = true;
+}
+
+/* T1 = (page number & mask) * 32 */
+static void emit_tlb_index(emitter *e) {
+    jit_writer *w = e->w;
+    if (e->j->has_bmi2)
+        ebytes(w, "\xc4\x43\xfb\xf0\xee\x07", 6);                      /* rorx r13, r14, 7 */
+    else {
+        e_mov(w, 4, T1, T0);
+        e_shift_imm(w, 4, 5, T1, 7);
+    }
+    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
+}
+
+/* The lookup itself: T0 from linear to host, or to the slow stub. */
+static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write, unsigned align) {
+    jit_writer *w = e->w;
+    if (align > 1) {
+        e_rex(w, 1, 0, 0, T0);
+        e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u);             /* test r14b, align - 1 */
+        s->jump[1] = e_jcc(w, CC_NE);
+    }
+    if ((e->u->key & JIT_KEY_WINDOW) && !is_write && align <= 1 && size <= 64) {
+        emit_window_lookup(e, s);
+        return;
+    }
+    emit_tlb_index(e);
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - size));
+    s->jump[0] = e_jcc(w, CC_A);
+    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
+}
+
 static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     jit_writer *w = e->w;
     const jit_info *f = &e->u->info[check->insn];
+    bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
+    if (check->role == JIT_CHECK_MEMBER) {
+        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (live)
+            need_host(e);
+        emit_access(e, access);
+        return;
+    }
     before_clobber(e);
-    /* Later instructions (or this one) need the flags in the host: what the instruction itself writes it need not keep. */
-    bool live = f->host_at != 0;
-    if (live && !e->mem && e->recipe < 0)
-        before_clobber(e);
     slow_stub *s = &e->slow[e->nslow++];
     memset(s, 0, sizeof *s);
     s->check = check;
     s->access = access;
     s->recipe = e->recipe;
-    s->regen = !e->mem && e->recipe >= 0;
-    s->save = s->regen;
+    s->regen = s->save = !e->mem && e->recipe >= 0;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
-    if (check->align > 1) {
-        e_rex(w, 1, 0, 0, T0);
-        e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, check->align - 1u);      /* test r14b, align - 1 */
-        s->jump[1] = e_jcc(w, CC_NE);
+    emit_lookup(e, s, is_leader ? check->span : check->size, (is_leader ? check->span_access : check->access) & X86_WRITE, check->align);
+    if (is_leader) {
+        s->resume = w->p;
+        e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
     }
-    e_mov(w, 4, T1, T0);
-    e_shift_imm(w, 4, 5, T1, 7);
-    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, check->access & X86_WRITE));
-    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - check->size));
-    s->jump[0] = e_jcc(w, CC_A);
-    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
     e->host = false;
     if (live) {
         need_host(e);
         s->restore = true;
     }
     emit_access(e, access);
-    s->resume = w->p;
+    if (!is_leader)
+        s->resume = w->p;
+}
+
+/* A group's span was not in the TLB: C finds it whole, or the rest of the block is interpreted. */
+static void emit_leader_stub(emitter *e, slow_stub *s) {
+    jit_writer *w = e->w;
+    bool vec = e->u->key & JIT_KEY_VEC;
+    e_mov_imm(w, T1, s->site);
+    e_call_to(w, e->j->begin[vec]);
+    e_rr(w, 8, 0x85, T0, T0);
+    e_patch(e_jcc(w, CC_NE), s->resume);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->check->insn);
+    e_mov_imm(w, T0, e->u->insn_rip[s->check->insn]);
+    e_mov_imm(w, T1, JIT_LEAVE_REST);
+    e_jmp_to(w, e->j->leave[vec]);
 }
 
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
-    bool vec = e->u->key & JIT_KEY_VEC, is_write = s->check->access & X86_WRITE, is_read = s->check->access & X86_READ;
+    bool vec = e->u->key & JIT_KEY_VEC, is_leader = s->check->role == JIT_CHECK_LEADER;
+    unsigned access = is_leader ? s->check->span_access : s->check->access;
+    bool is_write = access & X86_WRITE, is_read = access & X86_READ;
     e_patch(s->jump[0], w->p);
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    if (!s->is_window)
+        e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    else if (j->window_gpa)
+        e_lea(w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)j->window_gpa);
     if (s->jump[1])
         e_patch(s->jump[1], w->p);
     if (s->regen)
         emit_regen(e, s->recipe);
     if (s->save)
         emit_save(w);
+    if (is_leader) {
+        emit_leader_stub(e, s);
+        return;
+    }
     e_mov_imm(w, T1, s->site);
     e_call_to(w, j->begin[vec]);
     uint8_t *handled = NULL, *leave = NULL;
@@ -630,13 +701,13 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_NATIVE:
         if (u->info[o->insn].host_at)
             need_host(e);
-        emit_renamed(e, o->insn);
+        emit_renamed(e, o->insn, 0);
         after_insn(e, o->insn);
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
-    case IR_EA: emit_ea(e, o->insn); break;
-    case IR_EA_SP: e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm); break;
-    case IR_EA_BP: e_mov(e->w, sp_size, T0, RBP); break;
+    case IR_EA: emit_ea(e, o); break;
+    case IR_EA_SP: e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust); break;
+    case IR_EA_BP: e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust); break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
         if (o[1].op == IR_ACCESS)

@@ -32,6 +32,7 @@
 #include <unistd.h>
 #include "interp/interp.h"
 #include "jit/jit.h"
+#include "mmu/mmu.h"
 
 #define SLICE 16384
 #define EXACT_TAIL 2400                   /* more than a page of one-byte blocks with live flags can overshoot */
@@ -59,6 +60,9 @@ static bool vec_allowed(const x86_cpu *cpu) {
     return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) && (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
 }
 
+/* Strategies under which an address without paging is physical. */
+static bool is_plain_mmu(const vm_machine *m) { return m->mmu == &vm_mmu_tlb || m->mmu == &vm_mmu_flat; }
+
 static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
     uint32_t key = cpu->ctx;
     if (cpu->code_size == 8)
@@ -74,6 +78,8 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
     }
     if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
         key |= JIT_KEY_CHAIN;
+    if ((key & JIT_KEY_CHAIN) && is_plain_mmu(j->vcpu->machine) && cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT])
+        key |= JIT_KEY_WINDOW;
     if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC))
         key |= JIT_KEY_AC;
     if (j->has_vec && j->vec_ctx != cpu->ctx)
@@ -88,7 +94,7 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
 
 /* Modes and moments that the interpreter handles. */
 static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
-    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || (cpu->rflags & X86_FL_RF))
+    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || j->rest || (cpu->rflags & X86_FL_RF))
         return true;
     return cpu->code_size == 4 && (cpu->seg[X86_CS].base || cpu->seg[X86_CS].limit != 0xffffffffu);
 }
@@ -141,7 +147,7 @@ static void unlink_in(jit_link *l) {
     l->to = NULL;
 }
 
-static void link_blocks(jit *j, jit_link *l, jit_block *to) {
+static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
     if (l->to || l->from->is_dead || to->is_dead || jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
         return;
     e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
@@ -284,6 +290,7 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     u->key = key;
     u->page = page;
     u->forced = 0;
+    u->no_groups = j->no_groups[hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
         jit_block *b = translate_with(j, u, &failed);
@@ -377,9 +384,31 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
            ((s->block->key & JIT_KEY_VEC) && !vec_allowed(cpu)) || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
+/* The span of a group at la, or NULL to give the rest of the block up. Faults are the first access's own. */
+static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
+    bool is_write = s->access & X86_WRITE;
+    uint8_t *p = NULL;
+    uint64_t last = la + s->span - 1;
+    bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) && (s->in.mode != 8 || x86_canonical(la));
+    if (is_whole && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
+        x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
+        p = x86_tlb_hit(cpu, la, s->span, is_write);
+    }
+    if (!p) {
+        j->bailed = s->block;
+        j->rest = s->block->count - s->index;
+    }
+    return p;
+}
+
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = begin_helper(cpu, at);
+    if (s->leader_size) {
+        uint8_t *span = find_span(j, cpu, s, la);
+        end_helper(j, cpu);
+        return span;
+    }
     if (s->align > 1 && (la & (s->align - 1u)))
         x86_raise_error(cpu, X86_GP, 0);
     if (s->in.mode == 8 && (!x86_canonical(la) || !x86_canonical(la + s->size - 1))) {
@@ -426,12 +455,22 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
 
 static x86_stop interpret_one(jit *j) {
     j->step_one = false;
+    if (j->rest)
+        j->rest--;
     return interp_step(j->vcpu);
+}
+
+/* A group of this block could not be looked up: if that is its habit, make it again without. */
+static void note_bail(jit *j) {
+    if (++j->bailed->bails < 16 || j->bailed->is_dead)
+        return;
+    j->no_groups[hash_block(j->bailed->rip) & 1023] = 1;
+    kill_block(j, j->bailed);
 }
 
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
 static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
-    int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0);
+    int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0);      /* at least 1 */
     if (slice > SLICE)
         slice = SLICE;
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
@@ -466,10 +505,43 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
 
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
 
+/* The window: the largest readable RAM region, if its address fits an immediate. */
+static void find_window(jit *j) {
+    const vm_view *view = &j->vcpu->machine->view;
+    uint64_t *slot = j->vcpu->x86.jit_scratch;
+    const vm_range *best = NULL;
+    for (size_t i = 0; i < view->count; i++) {
+        const vm_range *r = &view->ranges[i];
+        const vm_region *g = r->region;
+        bool is_plain = g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30);
+        if (is_plain && (!best || r->bytes > best->bytes))
+            best = r;
+    }
+    j->window_stale = false;
+    slot[JIT_SLOT_WINDOW_LIMIT] = best ? best->bytes - 63 : 0;
+    if (!best)
+        return;
+    slot[JIT_SLOT_WINDOW_HOST] = (uint64_t)(uintptr_t)(best->region->host + best->offset);
+    if (best->gpa != j->window_gpa) {
+        j->window_gpa = best->gpa;
+        j->must_flush = true;
+    }
+}
+
+static void jit_map_changed(vm_machine *m) {
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i] && m->vcpus[i]->x86.jit) {
+            ((jit *)m->vcpus[i]->x86.jit)->window_stale = true;
+            m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = 0;
+        }
+}
+
 static x86_stop run_loop(jit *j) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_link *link = NULL;
     for (;;) {
+        if (j->window_stale)
+            find_window(j);
         if (j->must_flush) {
             flush_all(j);
             link = NULL;
@@ -480,7 +552,7 @@ static x86_stop run_loop(jit *j) {
             return X86_STOP_ATTENTION;
         const uint8_t *code = NULL;
         uint32_t key = 0;
-        if (!wants_interpreter(j, cpu) && !(j->vcpu->has_budget && cpu->budget <= EXACT_TAIL)) {
+        if (!wants_interpreter(j, cpu) && cpu->budget > (j->vcpu->has_budget ? EXACT_TAIL : 1)) {
             key = jit_key(j, cpu);
             code = lookup(j, cpu, key, link);
         }
@@ -495,6 +567,8 @@ static x86_stop run_loop(jit *j) {
                 link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_TMP];
             else if (reason == JIT_LEAVE_STEP)
                 j->step_one = true;
+            else if (reason == JIT_LEAVE_REST)
+                note_bail(j);
             else if (reason == JIT_LEAVE_VEC) {
                 j->has_vec = vec_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
@@ -525,6 +599,7 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
             stop = run_loop(j);
         else {
             write_gs(j->host_gs);
+            j->rest = 0;
             stop = cpu->stop ? cpu->stop : x86_deliver_fault(cpu);
         }
         if (stop)
@@ -565,6 +640,11 @@ static bool host_has_avx(void) {
     return (lo & 6) == 6;
 }
 
+static bool host_has_bmi2(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_BMI2);
+}
+
 /* The cache is made by the first run, so that a machine that never runs costs nothing. */
 static bool jit_start(jit *j) {
     vm_machine *m = j->vcpu->machine;
@@ -586,6 +666,8 @@ static bool jit_start(jit *j) {
     }
     j->code_bytes = bytes;
     j->has_avx = host_has_avx();
+    j->has_bmi2 = host_has_bmi2();
+    j->window_stale = true;
     j->w = (jit_writer){ j->write_base, j->write_base + bytes, j->exec_base - j->write_base };
     j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;
     jit_emit_thunks(j);
@@ -665,6 +747,7 @@ const vm_backend_ops vm_backend_jit = {
     .vcpu_create = jit_vcpu_create,
     .vcpu_destroy = jit_vcpu_destroy,
     .run = jit_run,
+    .map_changed = jit_map_changed,
     .code_changed = jit_code_changed_both,
     .flush_code = jit_flush_code,
     .tlb_flushed = jit_tlb_flushed,

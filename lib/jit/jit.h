@@ -27,6 +27,7 @@
 #define JIT_KEY_GS    0x0080u             /* 32-bit: GS is */
 #define JIT_KEY_CHAIN 0x0100u             /* no paging: direct jumps may be linked across pages */
 #define JIT_KEY_AC    0x0200u             /* alignment checks may fault: memory operands go to the semantic functions */
+#define JIT_KEY_WINDOW 0x0400u            /* linear is physical: reads of the largest RAM region need only a bounds check */
 #define JIT_TABLES 16                     /* jump caches: by CTX | 64 | VEC */
 
 typedef struct jit_block jit_block;
@@ -38,6 +39,9 @@ typedef struct jit_site {
     jit_block *block;
     uint16_t index;                       /* instructions of the block retired before this one */
     uint8_t access, size, align;
+    uint8_t leader_access, leader_size;   /* a group's first access itself; size 0: no group */
+    int16_t leader_disp;
+    uint16_t span;
     bool is_single;                       /* the access is the whole instruction: a failed RMW is done by its semantic function */
 } jit_site;
 
@@ -59,6 +63,7 @@ struct jit_block {
     uint32_t key;
     uint16_t count;                       /* instructions */
     bool is_dead;
+    uint8_t bails;                        /* times a group could not be looked up whole */
     uint8_t *entry;                       /* writable view: flags as `need` says */
     uint8_t *entry_mem;                   /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next;
@@ -67,8 +72,17 @@ struct jit_block {
     jit_extent extents[3];                /* bytes it was made from: itself, looked-ahead targets */
 };
 
+/* CHECK: how the address is made host. ALONE looks it up; a LEADER looks up the whole span its group touches and keeps
+ * the result in a slot; a MEMBER takes it from there. */
+enum { JIT_CHECK_ALONE, JIT_CHECK_LEADER, JIT_CHECK_MEMBER };
+
 typedef struct jit_op {
     uint8_t op, cc, access, size, reg, align;
+    uint8_t role, slot;                   /* CHECK */
+    uint16_t span;                        /* LEADER: bytes from the group's lowest address */
+    uint8_t span_access;                  /* LEADER: what the group does */
+    int16_t disp;                         /* CHECK and its access: offset from the host address made */
+    int16_t adjust;                       /* EA: added to the address (to the group's lowest) */
     uint16_t insn;                        /* index into the block's instructions */
     int64_t imm;
     uint64_t target, fall;
@@ -106,6 +120,7 @@ typedef struct jit_unit {                 /* one block being translated */
     unsigned entry_need, edge_need[2];    /* JIT_NEED_* */
     jit_extent extents[3];
     uint64_t forced;                      /* instructions that must fall back */
+    bool no_groups;
 } jit_unit;
 
 typedef struct jit {
@@ -129,7 +144,12 @@ typedef struct jit {
     bool has_vec;                         /* guest code that runs now uses vector registers */
     uint8_t vec_ctx;                      /* ...in this context */
     bool must_flush;                      /* at the next block boundary */
-    bool has_avx;
+    unsigned rest;                        /* instructions left of a block that was given up: for the interpreter */
+    jit_block *bailed;
+    uint8_t no_groups[1024];              /* by rip: blocks whose groups kept failing */
+    bool has_avx, has_bmi2;
+    bool window_stale;                    /* the memory map changed */
+    uint64_t window_gpa;                  /* in emitted code as a constant; JIT_SLOT_WINDOW_* hold the rest */
     uint64_t flushes;
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
@@ -137,11 +157,14 @@ typedef struct jit {
     uint8_t *leave[2], *begin[2], *commit[2], *fallback[2];      /* writable view, for e_call_to */
 } jit;
 
+#define JIT_GROUPS 20                     /* slots JIT_SLOT_GROUP.. */
 /* Slots of x86_cpu.jit_scratch that emitted code uses. */
 enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* word: AL = OF, AH = LAHF */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
-       JIT_SLOT_MXCSR_DEFAULT };
+       JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */,
+       JIT_SLOT_WINDOW_HOST = 7, JIT_SLOT_GROUP = 8 };
 /* jit_scratch[JIT_SLOT_REASON]: how emitted code left. */
-enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_STEP };
+enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_STEP,
+       JIT_LEAVE_REST };
 
 #define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
 #define JIT_SLOT(n) ((int32_t)(offsetof(x86_cpu, jit_scratch) + 8 * (n)))
@@ -156,6 +179,8 @@ bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */
 enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };
+enum { JIT_MOVE_NONE, JIT_MOVE_COPY /* dst = src + imm */, JIT_MOVE_ADD /* dst += imm */ };
+unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm);  /* full-width pointer arithmetic the group pass follows */
 unsigned jit_recipe_kind(const x86_insn *in);
 uint16_t jit_changed_regs(const x86_insn *in);                   /* general-purpose registers a natively handled form may change */
 /* opt.c */

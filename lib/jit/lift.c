@@ -275,6 +275,27 @@ unsigned jit_recipe_kind(const x86_insn *in) {
     }
 }
 
+unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm) {
+    unsigned width = in->mode == 8 ? 8 : 4;
+    *imm = 0;
+    if (in->nops != 2 || in->op[0].kind != X86_OP_GPR || in->op[0].size != width)
+        return JIT_MOVE_NONE;
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_MOV:
+        *src = in->op[1].reg;
+        return in->op[1].kind == X86_OP_GPR ? JIT_MOVE_COPY : JIT_MOVE_NONE;
+    case ZYDIS_MNEMONIC_LEA:
+        *src = in->base;
+        *imm = in->disp;
+        return in->base < 16 && in->index == X86_NOREG && in->asz == width ? JIT_MOVE_COPY : JIT_MOVE_NONE;
+    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:
+        *imm = in->mnemonic == ZYDIS_MNEMONIC_ADD ? (int64_t)in->imm : -(int64_t)in->imm;
+        return in->op[1].kind == X86_OP_IMM ? JIT_MOVE_ADD : JIT_MOVE_NONE;
+    default:
+        return JIT_MOVE_NONE;
+    }
+}
+
 static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
     switch (mnemonic) {
     case ZYDIS_MNEMONIC_MUL: return 1u << X86_RAX | 1u << X86_RDX;

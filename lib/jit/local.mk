@@ -1,5 +1,6 @@
-# lib/jit: the just-in-time compiler. Add sources and the feature define inside the conditional.
+# lib/jit: the just-in-time compiler.
 if BUILD_JIT
-# LIBVM_FEATURES += -DVM_HAVE_JIT=1
-# libvm_la_SOURCES += lib/jit/jit.c
+LIBVM_FEATURES += -DVM_HAVE_JIT=1
+noinst_HEADERS += lib/jit/asm.h lib/jit/jit.h lib/jit/ir.def
+libvm_la_SOURCES += lib/jit/emit.c lib/jit/jit.c lib/jit/lift.c lib/jit/opt.c lib/jit/print.c
 endif

@@ -4,6 +4,11 @@
  * instruction, which flags must really be in the host when it executes (host_at: somebody reads them before they are
  * written again) and which must at least be recoverable because the instruction may fault or leave (exact_at). The emitter
  * saves and restores only for these.
+ *
+ * Groups. Accesses at constant distances from one pointer usually lie on one page. Forwards over the block we follow pointers as
+ * symbol + offset (through pushes, pops, LEA, ADD, MOV); accesses near each other on the same symbol form a group, whose
+ * first member looks the whole span up once. When that fails (page end, a page with code, device memory) the rest of
+ * the block is interpreted, so the group needs no second form; a block that keeps failing is made again without groups.
  */
 #include "jit/jit.h"
 
@@ -26,7 +31,7 @@ static void edges_need(jit_unit *u) {
     }
 }
 
-void jit_optimise(jit_unit *u) {
+static void flag_pass(jit_unit *u) {
     jit_extent own;
     u->entry_need = jit_flag_need(u, u->rip, &own);
     edges_need(u);
@@ -54,4 +59,162 @@ void jit_optimise(jit_unit *u) {
         exact = f->can_leave ? X86_FL_ARITH : exact & through;
         f->exact_at = exact;
     }
+}
+
+/* ---- groups ---- */
+
+#define MAX_SPAN 256
+
+typedef struct pointer { uint32_t symbol; int64_t offset; } pointer;
+typedef struct group {
+    pointer at;
+    int64_t low, high;
+    unsigned access, align, members, first;
+    uint8_t slot;
+    bool is_open;
+} group;
+typedef struct group_pass {
+    jit_unit *u;
+    pointer reg[16];
+    uint32_t next_symbol;
+    unsigned count;
+    group groups[JIT_GROUPS];
+    uint8_t group_of[JIT_MAX_OPS];        /* CHECK op to group + 1 */
+    int64_t offset_of[JIT_MAX_OPS];
+} group_pass;
+
+static bool operand_pointer(const group_pass *g, const x86_insn *in, pointer *p) {
+    if (in->base >= 16 || in->index != X86_NOREG || in->seg == X86_FS || in->seg == X86_GS || in->asz != (in->mode == 8 ? 8 : 4))
+        return false;
+    *p = g->reg[in->base];
+    p->offset += in->disp;
+    return true;
+}
+
+/* The address that the EA op before CHECK k makes. */
+static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
+    const jit_op *ea = &g->u->ops[k - 1];
+    switch (ea->op) {
+    case IR_EA: return operand_pointer(g, &g->u->insn[ea->insn], p);
+    case IR_EA_SP: *p = g->reg[X86_RSP]; p->offset += ea->imm; return true;
+    case IR_EA_BP: *p = g->reg[X86_RBP]; return true;
+    default: return false;
+    }
+}
+
+/* Widen group q to hold [offset, offset + size) aligned as demanded; false when it does not fit. */
+static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
+    int64_t low = offset < q->low ? offset : q->low, high = offset + size > q->high ? offset + size : q->high;
+    unsigned a = align > q->align ? align : q->align;
+    if (a > 1) {                          /* the span starts where the aligned members are aligned */
+        int64_t anchor = align > 1 ? offset : q->low;
+        if (q->align > 1 && align > 1 && ((offset - q->low) & (a - 1)))
+            return false;
+        low -= (low - anchor) & (a - 1);
+    }
+    if (high - low > MAX_SPAN)
+        return false;
+    q->low = low;
+    q->high = high;
+    q->align = a;
+    return true;
+}
+
+static void place_check(group_pass *g, unsigned k) {
+    const jit_op *c = &g->u->ops[k];
+    pointer p;
+    if (!check_pointer(g, k, &p))
+        return;
+    g->offset_of[k] = p.offset;
+    for (unsigned i = 0; i < g->count; i++) {
+        group *q = &g->groups[i];
+        if (q->is_open && q->at.symbol == p.symbol && join(q, p.offset, c->size, c->align)) {
+            q->access |= c->access;
+            q->members++;
+            g->group_of[k] = (uint8_t)(i + 1);
+            return;
+        }
+    }
+    if (g->count == JIT_GROUPS)
+        return;
+    group *q = &g->groups[g->count];
+    *q = (group){ .at = p, .low = p.offset, .high = p.offset + c->size, .access = c->access, .align = c->align, .members = 1, .first = k,
+                  .slot = (uint8_t)g->count, .is_open = true };
+    g->group_of[k] = (uint8_t)(++g->count);
+}
+
+static void fresh(group_pass *g, unsigned r) { g->reg[r] = (pointer){ g->next_symbol++, 0 }; }
+
+static void follow_insn(group_pass *g, unsigned i) {
+    const x86_insn *in = &g->u->insn[i];
+    unsigned src = 0;
+    int64_t imm;
+    switch (jit_pointer_move(in, &src, &imm)) {
+    case JIT_MOVE_COPY:
+        g->reg[in->op[0].reg] = (pointer){ g->reg[src].symbol, g->reg[src].offset + imm };
+        return;
+    case JIT_MOVE_ADD:
+        g->reg[in->op[0].reg].offset += imm;
+        return;
+    default:
+        break;
+    }
+    uint16_t changed = jit_changed_regs(in);
+    for (unsigned r = 0; r < 16; r++)
+        if (changed >> r & 1)
+            fresh(g, r);
+}
+
+static void follow(group_pass *g, unsigned k) {
+    const jit_op *o = &g->u->ops[k];
+    switch (o->op) {
+    case IR_NATIVE: case IR_LEA: case IR_ACCESS: follow_insn(g, o->insn); break;
+    case IR_CHECK: place_check(g, k); break;
+    case IR_ADD_SP: g->reg[X86_RSP].offset += o->imm; break;
+    case IR_POP_REG: fresh(g, o->reg); break;
+    case IR_LEAVE_SP:
+        g->reg[X86_RSP] = (pointer){ g->reg[X86_RBP].symbol, g->reg[X86_RBP].offset + o->size };
+        fresh(g, X86_RBP);
+        break;
+    case IR_FALLBACK:
+        for (unsigned r = 0; r < 16; r++)
+            fresh(g, r);
+        for (unsigned i = 0; i < g->count; i++)
+            g->groups[i].is_open = false;
+        break;
+    default: break;
+    }
+}
+
+static void settle(group_pass *g, unsigned k) {
+    jit_op *c = &g->u->ops[k], *ea = c - 1, *access = c + 1;
+    const group *q = &g->groups[g->group_of[k] - 1];
+    if (q->members < 2)
+        return;
+    c->role = q->first == k ? JIT_CHECK_LEADER : JIT_CHECK_MEMBER;
+    c->slot = q->slot;
+    c->disp = access->disp = (int16_t)(g->offset_of[k] - q->low);
+    if (c->role != JIT_CHECK_LEADER)
+        return;
+    c->span = (uint16_t)(q->high - q->low);
+    c->align = (uint8_t)(q->align > 1 ? q->align : 1);
+    c->span_access = (uint8_t)q->access;
+    ea->adjust = -c->disp;
+}
+
+static void group_pass_run(jit_unit *u) {
+    group_pass g = { .u = u };
+    for (unsigned r = 0; r < 16; r++)
+        fresh(&g, r);
+    for (unsigned k = 0; k < u->nops; k++)
+        follow(&g, k);
+    for (unsigned k = 0; k < u->nops; k++)
+        if (g.group_of[k])
+            settle(&g, k);
+}
+
+void jit_optimise(jit_unit *u) {
+    flag_pass(u);
+    if (!u->no_groups)
+        group_pass_run(u);
 }
