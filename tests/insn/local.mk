@@ -6,3 +6,10 @@ tests_insn_insn_LDADD = $(TEST_LIBS)
 EXTRA_DIST += tests/insn/every.inc tests/insn/legacy.inc tests/insn/bits16.inc tests/insn/bits32.inc tests/insn/bits64.inc
 tests/insn/cases.$(OBJEXT): tests/insn/every.inc tests/insn/legacy.inc tests/insn/bits16.inc tests/insn/bits32.inc \
   tests/insn/bits64.inc tests/insn/cases.h tests/insn/world.def
+# 80286 captures (MIT licence, see vectors286.c).
+check_PROGRAMS += tests/insn/vectors286
+tests_insn_vectors286_SOURCES = tests/insn/vectors286.c tests/unit/x86_bare.c tests/unit/x86_bare.h
+tests_insn_vectors286_CPPFLAGS = $(AM_CPPFLAGS) -DVECTORS_SRCDIR='"$(top_srcdir)"'
+tests_insn_vectors286_LDADD = $(TEST_LIBS)
+tests_insn_vectors286_LDFLAGS = -static
+EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcodes.json

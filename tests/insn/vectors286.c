@@ -1,0 +1,283 @@
+/* vectors286.c - 24,755 single-instruction captures from a real 80286 in real mode, replayed on the interpreter.
+ *
+ * The vectors are every 60th test of SingleStepTests/80286 v1.0.0 by Daniel Balsom (MIT licence), one JSON object a line:
+ * registers and memory before, what changed after, and the vector if an exception was taken. A HLT follows each instruction
+ * (at the branch target or the handler, too), so a case ends where the HLT does. Where later processors are known to
+ * differ the case is excluded by a rule in `exclusions`, with its reason; everything else must match, undefined flags (the
+ * capture's own masks) aside. The 16-bit IP wraps on the 80286 where EIP goes on to 10000h; its low half is compared.
+ */
+#include <ctype.h>
+#include <stdlib.h>
+#include "test.h"
+#include "../unit/x86_bare.h"
+
+#define CASES 24755
+
+enum { AX, BX, CX, DX, CS, SS, DS, ES, SP, BP, SI, DI, IP, FLAGS, REGS };
+static const char *const reg_names[REGS] = { "ax", "bx", "cx", "dx", "cs", "ss", "ds", "es", "sp", "bp", "si", "di", "ip", "flags" };
+static const uint8_t gpr_of[REGS] = { [AX] = X86_RAX, [BX] = X86_RBX, [CX] = X86_RCX, [DX] = X86_RDX,
+                                      [SP] = X86_RSP, [BP] = X86_RBP, [SI] = X86_RSI, [DI] = X86_RDI };
+static const uint8_t seg_of[REGS] = { [CS] = X86_CS, [SS] = X86_SS, [DS] = X86_DS, [ES] = X86_ES };
+
+typedef struct state {
+    uint32_t reg[REGS];
+    unsigned count;
+    struct { uint32_t at; uint8_t byte; } ram[256];
+} state;
+typedef struct vector {
+    char op[8], name[64];
+    uint8_t bytes[24];
+    unsigned length;
+    state before, after;
+    int exception;
+} vector;
+
+/* ---- reading ---- */
+
+static const char *find_key(const char *from, const char *key)
+{
+    char quoted[32];
+    snprintf(quoted, sizeof quoted, "\"%s\":", key);
+    const char *p = strstr(from, quoted);
+    return p ? p + strlen(quoted) : NULL;
+}
+
+static void copy_string(const char *p, char *out, size_t size)
+{
+    size_t n = 0;
+    for (p++; *p && *p != '"' && n + 1 < size; p++)
+        out[n++] = *p;
+    out[n] = 0;
+}
+
+static void read_state(const char *text, state *s)
+{
+    const char *end_of_regs = strchr(text, '}');
+    for (unsigned r = 0; r < REGS; r++) {
+        const char *p = find_key(text, reg_names[r]);
+        if (p && p < end_of_regs)
+            s->reg[r] = (uint32_t)strtoul(p, NULL, 10);
+    }
+    const char *p = find_key(text, "ram");
+    CHECK(p != NULL);
+    s->count = 0;
+    for (p++; *p == '[' || *p == ','; p++) {
+        char *end;
+        if (*p == ',')
+            continue;
+        CHECK(s->count < 256);
+        s->ram[s->count].at = (uint32_t)strtoul(p + 1, &end, 10);
+        s->ram[s->count++].byte = (uint8_t)strtoul(end + 1, &end, 10);
+        p = end;
+    }
+}
+
+static void read_vector(const char *line, vector *v)
+{
+    memset(v, 0, sizeof *v);
+    copy_string(find_key(line, "op"), v->op, sizeof v->op);
+    copy_string(find_key(line, "name"), v->name, sizeof v->name);
+    const char *hex = find_key(line, "bytes") + 1;
+    for (; isxdigit((unsigned char)hex[0]) && v->length < sizeof v->bytes; hex += 2) {
+        unsigned byte;
+        sscanf(hex, "%2x", &byte);
+        v->bytes[v->length++] = (uint8_t)byte;
+    }
+    const char *after = find_key(line, "final");
+    read_state(find_key(line, "initial"), &v->before);
+    v->after = v->before;
+    read_state(after, &v->after);
+    const char *p = find_key(after, "exception");
+    v->exception = p ? atoi(p) : -1;
+}
+
+static char *masks;         /* the opcode table, as text */
+
+static unsigned flags_mask(const char *op)
+{
+    char key[16];
+    snprintf(key, sizeof key, "\"%s\":{", op);
+    const char *p = strstr(masks, key);
+    const char *end = p ? strchr(p, '}') : NULL;
+    p = p ? strstr(p, "\"flags-mask\":") : NULL;
+    return p && p < end ? (unsigned)strtoul(p + 13, NULL, 10) & 0xfff : 0xfff;
+}
+
+/* ---- what later processors do differently ---- */
+
+static unsigned prefix_count(const vector *v)
+{
+    unsigned n = 0;
+    while (n < v->length && strchr("\x26\x2e\x36\x3e\xf0\xf2\xf3", v->bytes[n]) && v->bytes[n])
+        n++;
+    return n;
+}
+
+static bool has_lock(const vector *v)
+{
+    return memchr(v->bytes, 0xf0, prefix_count(v)) != NULL;
+}
+
+static bool is_over_ten_bytes(const vector *v)
+{
+    return v->exception == 13 && v->length > 11;             /* the HLT is one of them */
+}
+
+static bool names_fs_or_gs(const vector *v)
+{
+    unsigned reg = v->bytes[prefix_count(v) + 1] >> 3 & 7;
+    return (!strcmp(v->op, "8C") || !strcmp(v->op, "8E")) && (reg == 4 || reg == 5);
+}
+
+static bool is_faulting_string(const vector *v)
+{
+    static const char *const words[] = { "6D", "6F", "A5", "A7", "AB", "AD", "AF" };
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+        if (v->exception == 13 && !strcmp(v->op, words[i]))
+            return true;
+    return false;
+}
+
+static bool is_faulting_pop_to_memory(const vector *v)
+{
+    return v->exception == 13 && !strcmp(v->op, "8F");
+}
+
+static const struct { const char *reason; bool (*applies)(const vector *v); } exclusions[] = {
+    { "LOCK is legal only before certain instructions with a memory destination (#UD since the 80386)", has_lock },
+    { "an instruction may have 15 bytes, not 10 (since the 80386)", is_over_ten_bytes },
+    { "FS and GS exist (since the 80386)", names_fs_or_gs },
+    { "a string instruction that faults leaves its registers alone; the 80286 has advanced some of them", is_faulting_string },
+    { "POP to memory that faults leaves SP alone; the 80286 has incremented it", is_faulting_pop_to_memory },
+};
+
+enum { EXCLUSIONS = sizeof exclusions / sizeof exclusions[0] };
+
+/* Index of the first rule that applies, or -1. */
+static int excluded(const vector *v)
+{
+    for (int i = 0; i < EXCLUSIONS; i++)
+        if (exclusions[i].applies(v))
+            return i;
+    return -1;
+}
+
+/* ---- running ---- */
+
+static void load(bare *b, const state *s, int exception)
+{
+    x86_cpu *cpu = b->cpu;
+    for (unsigned r = 0; r < IP; r++)
+        if (r >= CS && r <= ES) {
+            x86_seg *seg = &cpu->seg[seg_of[r]];
+            seg->sel = (uint16_t)s->reg[r];
+            seg->base = s->reg[r] << 4;
+        } else {
+            cpu->gpr[gpr_of[r]] = s->reg[r];
+        }
+    cpu->rip = s->reg[IP];
+    cpu->rflags = (s->reg[FLAGS] & 0xfd5) | 2;
+    x86_mode_changed(cpu);
+    cpu->inhibit = 0;
+    cpu->halted = false;
+    for (unsigned i = 0; i < s->count; i++)
+        b->ram[s->ram[i].at] = s->ram[i].byte;
+    /* An access beyond the stack segment's limit is vector 13 on the 80286 in real mode and 12 since: one handler for both. */
+    if (exception == 13)
+        memcpy(b->ram + 4 * 12, b->ram + 4 * 13, 4);
+    interp_flush_code_cpu(cpu);
+}
+
+static uint32_t reg_now(const x86_cpu *cpu, unsigned r)
+{
+    return r == IP ? (uint16_t)cpu->rip : r == FLAGS ? (uint32_t)cpu->rflags
+           : r >= CS && r <= ES ? cpu->seg[seg_of[r]].sel : (uint32_t)cpu->gpr[gpr_of[r]];
+}
+
+/* NULL or what differs. */
+static const char *compare(const bare *b, const vector *v, char *text, size_t size)
+{
+    const unsigned mask = flags_mask(v->op);
+    for (unsigned r = 0; r < REGS; r++) {
+        uint32_t want = v->after.reg[r], got = reg_now(b->cpu, r), care = r == FLAGS ? mask : 0xffffffff;
+        if ((want ^ got) & care) {
+            snprintf(text, size, "%s is %x, not %x", reg_names[r], got, want);
+            return text;
+        }
+    }
+    for (unsigned i = 0; i < v->before.count; i++) {         /* nothing else changed */
+        bool is_listed = false;
+        for (unsigned k = 0; k < v->after.count; k++)
+            is_listed |= v->after.ram[k].at == v->before.ram[i].at;
+        if (!is_listed && b->ram[v->before.ram[i].at] != v->before.ram[i].byte) {
+            snprintf(text, size, "byte %x changed to %x", v->before.ram[i].at, b->ram[v->before.ram[i].at]);
+            return text;
+        }
+    }
+    uint32_t flags_at = v->exception < 0 ? UINT32_MAX - 1 : (v->after.reg[SS] << 4) + ((v->after.reg[SP] + 4) & 0xffff);
+    for (unsigned i = 0; i < v->after.count; i++) {
+        uint32_t at = v->after.ram[i].at;
+        uint8_t care = at == flags_at ? (uint8_t)mask : at == flags_at + 1 ? (uint8_t)(mask >> 8) & 15 : 0xff;
+        if ((b->ram[at] ^ v->after.ram[i].byte) & care) {
+            snprintf(text, size, "byte %x is %x, not %x", at, b->ram[at], v->after.ram[i].byte);
+            return text;
+        }
+    }
+    return NULL;
+}
+
+static void clean(bare *b, const state *s)
+{
+    memset(b->ram, 0, 0x400);
+    for (unsigned i = 0; i < s->count; i++)
+        b->ram[s->ram[i].at] = 0;
+}
+
+TEST_LIMIT(all, 120)
+{
+    const char *top = getenv("top_srcdir");
+    char command[4096], *line = NULL, why[128];
+    size_t size = 0;
+    unsigned cases = 0, failed = 0, skipped[EXCLUSIONS] = { 0 };
+    snprintf(command, sizeof command, "%s/tests/insn/real_mode_286.opcodes.json", top ? top : VECTORS_SRCDIR);
+    FILE *f = fopen(command, "r");
+    if (!f)
+        FAIL("%s is missing", command);
+    masks = calloc(1, 1 << 16);
+    CHECK(masks && fread(masks, 1, (1 << 16) - 1, f) > 0);
+    fclose(f);
+    snprintf(command, sizeof command, "gzip -dc '%s/tests/insn/real_mode_286.ndjson.gz'", top ? top : VECTORS_SRCDIR);
+    f = popen(command, "r");
+    CHECK(f != NULL);
+    bare *b = bare_new(VM_MODE_REAL);
+    vector *v = malloc(sizeof *v);
+    CHECK(v != NULL);
+    for (; getline(&line, &size, f) > 0; cases++) {
+        read_vector(line, v);
+        int rule = excluded(v);
+        if (rule >= 0) {
+            skipped[rule]++;
+            continue;
+        }
+        load(b, &v->before, v->exception);
+        x86_stop stop = bare_run(b, 8);
+        const char *diff = compare(b, v, why, sizeof why);
+        if (stop != X86_STOP_HALT && !diff)
+            diff = "did not reach the HLT";
+        if (diff && failed++ < 40)
+            printf("# case %u, %s %s: %s (stop %d, exception %d)\n", cases + 1, v->op, v->name, diff, stop, v->exception);
+        clean(b, &v->before);
+        clean(b, &v->after);
+    }
+    free(line);
+    CHECK_EQ(pclose(f), 0);
+    free(v);
+    bare_free(b);
+    free(masks);
+    CHECK_EQ(cases, CASES);
+    for (int i = 0; i < EXCLUSIONS; i++)
+        printf("# %u excluded: %s\n", skipped[i], exclusions[i].reason);
+    fflush(stdout);
+    if (failed)
+        FAIL("%u of %u cases differ", failed, cases);
+}
