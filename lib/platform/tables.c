@@ -118,7 +118,6 @@ static void pci_root(vm_aml *a, const vm_tables_info *info) {
     vm_aml_device(a, "PCI0");
     vm_aml_define_eisa(a, "_HID", "PNP0A03");
     vm_aml_define_integer(a, "_UID", 0);
-    vm_aml_define_integer(a, "_ADR", 0);
     p = vm_res_bus(p, 0, 255);
     p = vm_res_io(p, 0xcf8, 8);
     p = vm_res_io_window(p, 0x0000, 0x0cf7);
