@@ -50,8 +50,8 @@ int vm_check_vcpu(const vm_vcpu *cpu, const char *function)
 VM_API const char *vm_version(void)
 {
 #define TEXT(x) #x
-#define VERSION(a, b, c) TEXT(a) "." TEXT(b) "." TEXT(c)
-    return VERSION(VM_VERSION_MAJOR, VM_VERSION_MINOR, VM_VERSION_PATCH);
+#define VERSION_TEXT(a, b, c) TEXT(a) "." TEXT(b) "." TEXT(c)
+    return VERSION_TEXT(VM_VERSION_MAJOR, VM_VERSION_MINOR, VM_VERSION_PATCH);
 }
 
 VM_API uint32_t vm_version_number(void)
