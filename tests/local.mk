@@ -6,7 +6,7 @@
 EXTRA_DIST += tests/run-all
 script_tests =
 check_LIBRARIES = tests/libtest.a
-tests_libtest_a_SOURCES = tests/test.c tests/test.h
+tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
 TEST_LIBS = tests/libtest.a libvm.la
 
 include $(srcdir)/tests/unit/local.mk

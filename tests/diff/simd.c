@@ -101,7 +101,7 @@ static void on_signal(int number, siginfo_t *info, void *context)
     ucontext_t *uc = context;
     (void)info;
     uint64_t rip = (uint64_t)uc->uc_mcontext.gregs[REG_RIP];
-    if (rip < CODE_AT || rip > CODE_AT + 64) {
+    if (rip < CODE_AT || rip > CODE_AT + 0x200) {
         signal(number, SIG_DFL);
         return;
     }
@@ -110,6 +110,7 @@ static void on_signal(int number, siginfo_t *info, void *context)
         CTX->out_gpr[i] = (uint64_t)uc->uc_mcontext.gregs[regs[i]];
     CTX->out_flags = (uint64_t)uc->uc_mcontext.gregs[REG_EFL];
     take_frame_state((const uint8_t *)uc->uc_mcontext.fpregs);
+    uc->uc_mcontext.gregs[REG_CSGSFS] = (uc->uc_mcontext.gregs[REG_CSGSFS] & ~0xffffll) | 0x33;
     uc->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)native_recover;
 }
 
@@ -135,15 +136,27 @@ static void set_up_native(void)
     sigaction(SIGBUS, &sa, NULL);
 }
 
+/* Code size the instruction executes in: 8, or 4 through the kernel's 32-bit user code segment. */
+static unsigned code_size = 8;
+
 static void execute_native(const x86_insn *in)
 {
+    static const uint8_t enter[] = { 0xff, 0x2c, 0x25, 0xc0, 0, 0, 0x21 };         /* ljmp [CODE_AT + 0xc0] */
+    static const uint8_t enter_target[] = { 0, 0, 0, 0x21, 0x23, 0 };              /* 0x23:CODE_AT */
+    static const uint8_t leave[] = { 0xea, 0x40, 0, 0, 0x21, 0x33, 0 };            /* ljmp 0x33:CODE_AT + 0x40 */
+    static const uint8_t jump[] = { 0xff, 0x25, 0, 0, 0, 0 };                      /* jmp [rip] */
     uint64_t back = (uint64_t)(uintptr_t)native_back;
     uint8_t *p = code_rw;
     memcpy(p, in->bytes, in->length);
-    p += in->length;
-    memcpy(p, "\xff\x25\0\0\0\0", 6);                      /* jmp [rip] */
+    memcpy(p + in->length, leave, sizeof leave);
+    p = code_size == 8 ? p + in->length : p + 0x40;
+    memcpy(p, jump, sizeof jump);
     memcpy(p + 6, &back, 8);
-    CTX->code = CODE_AT;
+    memcpy(code_rw + 0x80, enter, sizeof enter);
+    memcpy(code_rw + 0xc0, enter_target, sizeof enter_target);
+    if (code_size == 4)
+        __asm__ volatile("mov %0, %%ds; mov %0, %%es" : : "r"(0x2b));
+    CTX->code = code_size == 8 ? CODE_AT : CODE_AT + 0x80;
     memset(CTX->out, 0, sizeof CTX->out);
     native_vector = -1;
     native_run();
@@ -420,6 +433,8 @@ static void run_one(const x86_insn *in, tally *t)
     if (in->mnemonic == ZYDIS_MNEMONIC_MASKMOVQ || in->mnemonic == ZYDIS_MNEMONIC_MASKMOVDQU ||
         in->mnemonic == ZYDIS_MNEMONIC_VMASKMOVDQU)
         CTX->gpr[7] = place;
+    for (unsigned i = 0; i < 16 && code_size == 4; i++)
+        CTX->gpr[i] = i < 8 ? (uint32_t)CTX->gpr[i] : 0;
     CTX->flags = 2 | (rnd() & FLAGS_MASK);
     for (unsigned i = 0; i < DATA_BYTES; i += 512)
         random_vector(guest_data + i, 512);
@@ -465,9 +480,9 @@ static bool is_state_image(const x86_insn *in)
 
 static bool wanted(const uint8_t *bytes, x86_insn *in)
 {
-    if (x86_decode(bytes, 15, 8, in) || in->exec == x86_op_illegal || !(in->flags & (X86_IF_VEC | X86_IF_FPU)))
+    if (x86_decode(bytes, 15, code_size, in) || in->exec == x86_op_illegal || !(in->flags & (X86_IF_VEC | X86_IF_FPU)))
         return false;
-    if (in->exec == x86_op_simd && !x86_simd_offered(cpu, in))          /* the CPU model leaves it out */
+    if (in->exec == x86_op_simd && code_size == 8 && !x86_simd_offered(cpu, in))   /* the CPU model leaves it out */
         return false;
     if (is_state_image(in) || (in->flags & X86_IF_MEM && in->base >= 16))
         return false;
@@ -510,6 +525,22 @@ static unsigned head_of(uint8_t *b, unsigned map, unsigned op, unsigned pp, unsi
     return n;
 }
 
+/* 32-bit code: no REX, VEX.R and X set or it is LES or LDS. */
+static unsigned head_of_32(uint8_t *b, unsigned map, unsigned op, unsigned pp, unsigned w, unsigned vex)
+{
+    unsigned n = head_of(b, map, op, pp, w, vex);
+    if (vex) {
+        b[1] |= 0xc0;
+        return n;
+    }
+    unsigned rex = pp ? 1 : 0;
+    if ((b[rex] & 0xf0) == 0x40 && map) {
+        memmove(b + rex, b + rex + 1, n - rex - 1);
+        n--;
+    }
+    return n;
+}
+
 static uint8_t seen[ZYDIS_MNEMONIC_MAX_VALUE + 1];
 
 static void run_form(unsigned map, unsigned op, unsigned pp, unsigned w, unsigned vex, bool is_mem, unsigned times, tally *t)
@@ -519,7 +550,8 @@ static void run_form(unsigned map, unsigned op, unsigned pp, unsigned w, unsigne
     for (unsigned k = 0; k < times * 4 && hits < times && t->bad < 40; k++) {
         uint8_t b[15];
         x86_insn in;
-        finish_bytes(b, head_of(b, map, op, pp, w, vex), is_mem, is_vsib);
+        unsigned n = (code_size == 8 ? head_of : head_of_32)(b, map, op, pp, w, vex);
+        finish_bytes(b, n, is_mem, is_vsib);
         if (!wanted(b, &in)) {
             if (k > 16 && !hits)
                 return;
@@ -581,6 +613,19 @@ TEST_LIMIT(vex, 120)
     report(&t);
     CHECK_EQ(t.bad, 0);
     CHECK(mnemonics_seen() > 330 && t.faults > 100);
+}
+
+/* Registers 8-15 must stay as they are, GPRs zero-extended; VEX.W and vvvv[3] do not count. */
+TEST_LIMIT(code_of_32_bits, 120)
+{
+    tally t = { 0 };
+    set_up();
+    x86_cpu_set_mode(cpu, 2);
+    code_size = 4;
+    sweep(0, __builtin_cpu_supports("avx2") ? 2 : 0, 10, &t);
+    report(&t);
+    CHECK_EQ(t.bad, 0);
+    CHECK(mnemonics_seen() > 250);
 }
 
 TEST_LIMIT(x87, 120)

@@ -42,7 +42,7 @@
 #ifdef __ASSEMBLER__
 .intel_syntax noprefix
 .set reg_number, 1
-#define VM_REG(name, bytes, class, index) .set REG_##name, reg_number; .set reg_number, reg_number + 1;
+#define VM_REG(name, text, bytes, class, index) .set REG_##name, reg_number; .set reg_number, reg_number + 1;
 #include <libvm/reg.def>
 #undef VM_REG
 
