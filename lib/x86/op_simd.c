@@ -88,8 +88,17 @@ static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const
     return true;
 }
 
+/* VPEXTRQ and VPINSRQ outside 64-bit mode: AMD's processors do not ignore VEX.W here. */
+static bool is_qword_form_in_32(const x86_insn *in) {
+    if (in->mode == 8 || !(in->flags & X86_IF_VEX) || in->map != 3 || (in->opcode != 0x16 && in->opcode != 0x22))
+        return false;
+    return in->modrm_off >= 2 && in->bytes[in->modrm_off - 2] & 0x80;
+}
+
 bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in) {
     uint32_t words[NWORDS];
+    if (is_qword_form_in_32(in))
+        return false;
     guest_words(cpu, words);
     return words_offer(words, row_of(in), in);
 }
