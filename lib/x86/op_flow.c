@@ -119,6 +119,13 @@ void x86_op_out(x86_cpu *cpu, const x86_insn *in)
 
 void x86_op_nop(x86_cpu *cpu, const x86_insn *in) { (void)cpu, (void)in; }
 
+/* LFENCE, SFENCE, MFENCE: the guest's accesses are the host's, in order; only store-to-load order needs the real thing. */
+void x86_op_fence(x86_cpu *cpu, const x86_insn *in)
+{
+    (void)cpu, (void)in;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
 /* CLFLUSH, CLFLUSHOPT, CLWB: no caches, but the address is translated and checked like a byte load's. */
 void x86_op_clflush(x86_cpu *cpu, const x86_insn *in)
 {
