@@ -162,7 +162,7 @@ VM_API int vm_vcpu_translate(vm_vcpu *cpu, uint64_t gva, vm_prot access, uint64_
     VM_CHECK_NULL("vm_vcpu_translate", gpa);
     if (access != VM_PROT_R && access != VM_PROT_W && access != VM_PROT_X)
         return vm_fail(VM_E_INVALID, "vm_vcpu_translate: access %d is not one of R, W, X", (int)access);
-    vm_vcpu_fetch(cpu, VM_STATE_SREGS);
+    vm_vcpu_fetch(cpu, VM_STATE_SREGS | VM_STATE_MSRS);
     if (!x86_walk_page(&cpu->x86, gva, access, cpu->x86.ctx, false, &w))
         return vm_fail(VM_E_FAULT, "vm_vcpu_translate: page fault at 0x%llx, error code 0x%x", (ull)gva, w.fault.error);
     *gpa = w.gpa;
@@ -192,7 +192,7 @@ static int copy(vm_vcpu *cpu, const char *function, uint64_t gva, uint8_t *buffe
     VM_CHECK(vm_check_vcpu(cpu, function));
     if (bytes && !buffer)
         return vm_fail(VM_E_INVALID, "%s: buffer is NULL", function);
-    vm_vcpu_fetch(cpu, VM_STATE_SREGS);
+    vm_vcpu_fetch(cpu, VM_STATE_SREGS | VM_STATE_MSRS);
     if (bytes > page_part(gva, bytes))                   /* several pages: all or nothing */
         for (size_t done = 0, n; done < bytes; done += n) {
             n = page_part(gva + done, bytes - done);

@@ -47,12 +47,21 @@ static bool is_available(vm_backend backend)
     return true;
 }
 
+/* A backend may work and yet not be what "auto" should mean here (KVM that emulates most of the guest). */
+static bool is_preferred(vm_backend backend)
+{
+    uint64_t value = 1;
+    if (backends[backend]->query)
+        (void)backends[backend]->query("auto", &value);
+    return value != 0;
+}
+
 static vm_backend resolve(vm_backend backend)
 {
     if (backend != VM_BACKEND_AUTO)
         return backend;
     for (vm_backend b = VM_BACKEND_KVM; b < VM_BACKEND_INTERP; b++)
-        if (backends[b] && is_available(b))
+        if (backends[b] && is_available(b) && is_preferred(b))
             return b;
     return VM_BACKEND_INTERP;
 }

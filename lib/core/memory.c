@@ -658,6 +658,7 @@ void vm_memory_dirty_log(vm_machine *m, bool on)
             all_clean(r, on);
     if (on)
         protect_all(m);
+    map_changed(m);
     vm_resume(m);
 }
 
@@ -666,6 +667,8 @@ void vm_memory_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t
     bool any = false;
     memset(bitmap, 0, (bytes / PAGE + 63) / 64 * 8);
     vm_pause(m);
+    if (m->backend->dirty_sync)
+        m->backend->dirty_sync(m);
     for (size_t i = lower_bound(&m->view, gpa);
          i < m->view.count && (m->view.ranges[i].gpa < gpa || m->view.ranges[i].gpa - gpa < bytes); i++) {
         const vm_range *range = &m->view.ranges[i];
