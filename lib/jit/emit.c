@@ -425,7 +425,7 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write, 
         e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u);             /* test r14b, align - 1 */
         s->jump[1] = e_jcc(w, CC_NE);
     }
-    if ((e->u->key & JIT_KEY_WINDOW) && !is_write && align <= 1 && size <= 64) {
+    if ((e->u->key & JIT_KEY_WINDOW) && !is_write && align <= 1 && size <= 256) {
         emit_window_lookup(e, s);
         return;
     }

@@ -518,7 +518,7 @@ static void find_window(jit *j) {
             best = r;
     }
     j->window_stale = false;
-    slot[JIT_SLOT_WINDOW_LIMIT] = best ? best->bytes - 63 : 0;
+    slot[JIT_SLOT_WINDOW_LIMIT] = best ? best->bytes - 255 : 0;
     if (!best)
         return;
     slot[JIT_SLOT_WINDOW_HOST] = (uint64_t)(uintptr_t)(best->region->host + best->offset);
