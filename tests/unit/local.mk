@@ -23,3 +23,7 @@ check_PROGRAMS += tests/unit/dev_io
 tests_unit_dev_io_SOURCES = tests/unit/dev_io.c tests/unit/rig.h
 tests_unit_dev_io_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_unit_dev_io_LDFLAGS = -static
+check_PROGRAMS += tests/unit/fpu
+tests_unit_fpu_SOURCES = tests/unit/fpu.c tests/unit/x86_bare.c tests/unit/x86_bare.h
+tests_unit_fpu_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+tests_unit_fpu_LDFLAGS = -static
