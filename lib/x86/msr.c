@@ -200,7 +200,7 @@ static bool write_seg_base(x86_cpu *cpu, uint32_t msr, uint64_t v)
 static bool write_hwcr(x86_cpu *cpu, uint32_t msr, uint64_t v)
 {
     (void)msr;
-    v &= ~UINT64_C(0x148);             /* INVD as WBINVD, TLB cache and IGNNE switches: no effect here */
+    v &= ~UINT64_C(0x158);             /* INVD as WBINVD, TLB cache and IGNNE switches: no effect here */
     if (v & ~(HWCR_MC_STATUS_WRITE | UINT64_C(1) << 24))
         return false;
     cpu->hwcr = v;
