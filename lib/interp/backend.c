@@ -5,11 +5,12 @@
 static int query(const char *capability, uint64_t *value)
 {
     static const char *const yes[] = { "available", "exact-budget", "exception-exits", "until", "exec-only" };
-    *value = 0;
     for (size_t i = 0; i < sizeof yes / sizeof yes[0]; i++)
-        if (!strcmp(capability, yes[i]))
+        if (!strcmp(capability, yes[i])) {
             *value = 1;
-    return VM_OK;
+            return VM_OK;
+        }
+    return VM_E_NOTFOUND;
 }
 
 int interp_create(vm_vcpu *cpu)
