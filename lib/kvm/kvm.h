@@ -45,6 +45,7 @@ typedef struct kvm_machine {
     size_t xsave_bytes;
     unsigned max_slots;
     bool can_sync, can_read_only, can_debug, has_xcrs, has_shadow, has_user_msr, has_gigabyte_pages;
+    bool is_probed, lacks_legacy_paging, lacks_v86;   /* kvm_run.c: probe() */
     uint64_t tsc_khz;
     kvm_slot *slots;                   /* index = slot number */
     unsigned slot_count, slot_capacity;

@@ -590,6 +590,14 @@ static void filter_msrs(kvm_machine *km)
                        kvm_ioctl(km->vm_fd, KVM_X86_SET_MSR_FILTER, &filter) == 0;
 }
 
+/* An instruction that KVM cannot emulate comes to us, at every privilege level, instead of being a #UD in the guest. */
+static void ask_for_failures(kvm_machine *km)
+{
+    struct kvm_enable_cap cap = { .cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = { 1 } };
+    if (check(km->vm_fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE))
+        kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
+}
+
 static void read_capabilities(kvm_machine *km)
 {
     int fd = km->vm_fd, sync = check(fd, KVM_CAP_SYNC_REGS), xsave = check(fd, KVM_CAP_XSAVE2);
@@ -636,6 +644,7 @@ int kvm_machine_create(vm_machine *m)
     }
     kvm_msr_list(km);
     filter_msrs(km);
+    ask_for_failures(km);
     m->backend_data = km;
     return VM_OK;
 fail:

@@ -14,6 +14,7 @@
  * emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate guest
  * ring 0; where failures follow each other closely the interpreter keeps going for a growing number of instructions.
  * `until` is a hardware breakpoint, unless the guest uses the debug registers itself.
+ * Some hosts' KVM also holds fewer modes than a CPU (probe()): what it cannot hold is interpreted until the mode ends.
  */
 #include "kvm/kvm.h"
 
@@ -331,8 +332,70 @@ static x86_stop emulation_failed(kvm_vcpu *kv)
         kv->soft_batch *= 2;
     kv->last_failure = kv->exits;
     kv->failures++;
+    kvm_get_state(kv->cpu, VM_STATE_SREGS);
+    memset(&kv->run->s.regs.events.exception, 0, sizeof kv->run->s.regs.events.exception);   /* KVM may have queued #UD */
     return kvm_interpret(kv, kv->soft_batch);
 }
+
+/* ---- what this host's KVM cannot hold ---- */
+
+static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags)
+{
+    static const struct kvm_segment code = { .limit = 0xffff, .type = 11, .present = 1, .s = 1 };
+    struct kvm_sregs s;
+    struct kvm_regs r;
+    memset(&r, 0, sizeof r);
+    if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0)
+        return true;
+    s.cs = s.ds = s.es = s.fs = s.gs = s.ss = code;
+    s.ds.type = s.es.type = s.fs.type = s.gs.type = s.ss.type = 3;
+    s.cs.dpl = s.ds.dpl = s.es.dpl = s.fs.dpl = s.gs.dpl = s.ss.dpl = rflags & X86_FL_VM ? 3 : 0;
+    s.cs.type = rflags & X86_FL_VM ? 3 : 11;
+    s.cr0 = cr0;
+    s.cr3 = 0;
+    s.cr4 = X86_CR4_PSE;
+    s.efer = 0;
+    r.rflags = rflags;
+    return kvm_ioctl(kv->fd, KVM_SET_SREGS, &s) == 0 && kvm_ioctl(kv->fd, KVM_SET_REGS, &r) == 0 &&
+           kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) == 0 && kvm_ioctl(kv->fd, KVM_GET_REGS, &r) == 0 && s.cr0 == cr0 &&
+           r.rflags == rflags;
+}
+
+/* Hosts without hardware virtualisation for their guests have KVMs that take legacy paging or virtual-8086 mode without a word
+ * and then run something else. Ask once: set such a state and see whether it is still there. */
+static void probe(kvm_vcpu *kv)
+{
+    kvm_machine *km = kv->km;
+    struct kvm_sregs s;
+    struct kvm_regs r;
+    if (km->is_probed || kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0 || kvm_ioctl(kv->fd, KVM_GET_REGS, &r) < 0)
+        return;
+    km->lacks_legacy_paging = !holds(kv, X86_CR0_PE | X86_CR0_ET | X86_CR0_PG, X86_FL_1);
+    km->lacks_v86 = !holds(kv, X86_CR0_PE | X86_CR0_ET, X86_FL_1 | X86_FL_VM);
+    km->is_probed = true;
+    kvm_ioctl(kv->fd, KVM_SET_SREGS, &s);
+    kvm_ioctl(kv->fd, KVM_SET_REGS, &r);
+}
+
+static bool is_limited(kvm_vcpu *kv)
+{
+    probe(kv);
+    return kv->km->lacks_legacy_paging;
+}
+
+/* The state about to be loaded is one that KVM would not hold. */
+static bool is_beyond(kvm_vcpu *kv)
+{
+    const x86_cpu *x = &kv->cpu->x86;
+    bool is_v86 = x->rflags & X86_FL_VM, is_legacy = false;
+    if (kv->dirty & VM_STATE_SREGS)
+        is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);
+    if (!is_v86 && !is_legacy)
+        return false;
+    probe(kv);
+    return (is_legacy && kv->km->lacks_legacy_paging) || (is_v86 && kv->km->lacks_v86);
+}
+#define BEYOND_SLICE 65536
 
 static bool needs_interpreter(kvm_vcpu *kv)
 {
@@ -342,7 +405,7 @@ static bool needs_interpreter(kvm_vcpu *kv)
     if (!x->has_until)
         return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);
-    return !kv->km->can_debug || (x->dr[7] & 0xff);
+    return !kv->km->can_debug || (x->dr[7] & 0xff) || kv->open != KVM_OPEN_NONE || is_limited(kv);
 }
 
 /* ---- until ---- */
@@ -448,6 +511,10 @@ static x86_stop handle_shutdown(kvm_vcpu *kv)
         return X86_STOP_NONE;
     }
     kv->has_events = false;
+    if (is_limited(kv)) {              /* its emulator may have failed where a CPU would not: try again */
+        x->rflags &= ~(uint64_t)X86_FL_RF;
+        return kvm_interpret(kv, 1);
+    }
     kvm_set_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS);      /* KVM may have reset the vCPU: what was shown stays */
     kv->regs_changed = false;
     return X86_STOP_SHUTDOWN;
@@ -512,8 +579,6 @@ static x86_stop entry_failed(kvm_vcpu *kv, int error)
 /* What must be so before KVM goes on with the guest. */
 static x86_stop before_entry(kvm_vcpu *kv)
 {
-    if (kv->is_shown)
-        absorb(kv);
     bool is_changed = kv->dirty != 0;
     kv->is_replaced = kv->regs_changed = false;
     if (kvm_load(kv) != VM_OK)
@@ -532,8 +597,16 @@ static x86_stop run_guest(kvm_vcpu *kv)
                 absorb(kv);
             return X86_STOP_ATTENTION;
         }
-        if (kv->open == KVM_OPEN_NONE)
+        if (kv->open == KVM_OPEN_NONE) {
+            if (kv->is_shown)
+                absorb(kv);
+            if (kv->dirty && is_beyond(kv)) {
+                if ((stop = kvm_interpret(kv, BEYOND_SLICE)) != X86_STOP_NONE)
+                    return stop;
+                continue;
+            }
             stop = before_entry(kv);
+        }
         if (stop != X86_STOP_NONE)
             return stop;
         int rc = enter(kv, is_wanted || (kv->open != KVM_OPEN_NONE && (kv->regs_changed || kv->dirty)));

@@ -14,6 +14,7 @@
  *     FAULT offset, vector, error    the instruction at this offset raises vector (error -1: none); checked as an exit record and
  *     TRAP offset, vector            delivered through the IDT. TRAP: saved RIP is `offset`, which is after the instruction
  *     FAULTX offset, vector, error   like FAULT but checked as an exit record only (its delivery could not succeed)
+ *     SOFT from, vector, to          INT n and its like at `from`: an exit record points to it, the saved RIP is `to`, behind it
  *     CR2IS address                  #PF address
  *     DR6IS value                    DR6 after delivery
  *     STOP reason, offset            ends in another exit with RIP at offset
@@ -38,6 +39,7 @@
 #define OP_DR6 13
 #define OP_STOP 14
 #define OP_FAULTX 15
+#define OP_SOFT 16
 
 #ifdef __ASSEMBLER__
 .intel_syntax noprefix
@@ -102,6 +104,9 @@
 .endm
 .macro FAULTX offset, vector, error=-1
     RECORD OP_FAULTX, \offset, \vector, \error
+.endm
+.macro SOFT from, vector, to
+    RECORD OP_SOFT, \to, \vector, \from
 .endm
 .macro TRAP offset, vector
     RECORD OP_TRAP, \offset, \vector, -1
