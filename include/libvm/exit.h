@@ -1,7 +1,7 @@
 /* exit.h - why a run came back.
  *
  * Every vm_vcpu_run() that returns VM_OK says why in a vm_exit. Registers are exact then; RIP is the instruction that caused
- * the exit, not yet completed, for IO, MMIO, UNMAPPED, EXCEPTION and HYPERCALL; the next instruction to execute for all
+ * the exit, not yet completed, for IO, MMIO, UNMAPPED and EXCEPTION; the next instruction to execute for all
  * others.
  */
 #ifndef LIBVM_INCLUDE_EXIT_H
@@ -79,7 +79,7 @@ typedef struct vm_exit {
     uint32_t       size;                /* sizeof(vm_exit): VM_EXIT_INIT */
     vm_exit_reason reason;
     uint64_t       rip;                 /* RIP at the exit */
-    uint8_t        insn_bytes[16];      /* IO, MMIO, UNMAPPED, EXCEPTION, HYPERCALL: bytes at RIP, as far as readable */
+    uint8_t        insn_bytes[16];      /* IO, MMIO, UNMAPPED, EXCEPTION: bytes at RIP, as far as readable */
     uint8_t        insn_length;         /* how many of them belong to the instruction; 0 = not known or not read */
     union {
         vm_exit_io        io;           /* IO */

@@ -140,11 +140,9 @@ void vm_exit_from_hypercall(vm_vcpu *cpu, vm_exit *exit)
     exit->hypercall = (vm_exit_hypercall){
         .number = x->gpr[X86_RAX], .result = ~UINT64_C(0),
         .args = { x->gpr[X86_RBX], x->gpr[X86_RCX], x->gpr[X86_RDX], x->gpr[X86_RSI], x->gpr[X86_RDI], x->gpr[X86_R8] } };
-    fill_insn(cpu, exit, 0);
     cpu->has_pending = true;
     cpu->pending.reason = exit->reason;
     cpu->pending.rip = x->rip;
-    cpu->pending.insn_length = exit->insn_length ? exit->insn_length : 3;
 }
 
 /* ---- completing ---- */
@@ -172,10 +170,6 @@ void vm_exit_complete(vm_vcpu *cpu, const vm_exit *given)
     }
     if (reason == VM_EXIT_HYPERCALL) {
         x->gpr[X86_RAX] = is_given ? given->hypercall.result : ~UINT64_C(0);
-        x->rip += cpu->pending.insn_length;
-        if (x->code_size != 8)
-            x->rip = (uint32_t)x->rip;
-        x->retired++;
         return;
     }
     x86_io_access done = x->io;

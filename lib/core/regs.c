@@ -408,7 +408,8 @@ int vm_sregs_set(vm_vcpu *cpu, const vm_sregs *s)
         seg_in(&x->seg[i], &segs[i]);
     x->gdtr = (x86_dtr){ .base = s->gdtr.base, .limit = s->gdtr.limit };
     x->idtr = (x86_dtr){ .base = s->idtr.base, .limit = s->idtr.limit };
-    if (differs)
+    /* FLAT64 ends when the guest's own paging begins: other control bits may change under it. */
+    if (s->cr3 != x->cr3 || ((s->cr0 ^ x->cr0) & X86_CR0_PG) || ((s->efer ^ x->efer) & X86_EFER_LMA))
         x->flat = false;
     x->cr0 = s->cr0 | X86_CR0_ET;
     x->cr2 = s->cr2;
