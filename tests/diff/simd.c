@@ -504,19 +504,27 @@ static void run_one(const x86_insn *in, tally *t)
         random_area(guest_data + (place - DATA_AT));
         init_some(CTX->in);
     }
-    memcpy((void *)DATA_AT, guest_data, DATA_BYTES);
+    static uint8_t before[DATA_BYTES];
+    memcpy(before, guest_data, DATA_BYTES);
 
     memcpy(cpu->fpu.image, CTX->in, 832);
     memset(cpu->fpu.image + 512, 0, 64);
     memcpy(cpu->gpr, CTX->gpr, sizeof cpu->gpr);
     cpu->rflags = CTX->flags;
     int vector = execute_guest(in);
-    execute_native(in);
+    const char *error = NULL;
+    /* Which components the processor takes for unused may change when the kernel switches tasks right here: ask again. */
+    for (unsigned tries = 0; tries < 3; tries++) {
+        memcpy((void *)DATA_AT, before, DATA_BYTES);
+        execute_native(in);
+        if (is_state_image(in) && native_vector < 0)
+            forgive_image(in, place);
+        error = difference(in, vector, why, sizeof why);
+        if (!error || !is_state_image(in))
+            break;
+    }
     t->runs++;
     t->faults += native_vector >= 0;
-    if (is_state_image(in) && native_vector < 0)
-        forgive_image(in, place);
-    const char *error = difference(in, vector, why, sizeof why);
     if (error) {
         char text[128];
         x86_format(in, 0, text, sizeof text);
