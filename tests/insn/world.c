@@ -197,6 +197,7 @@ static void set_state(world *w)
         set_data_segments(&s, segment(SEL_UDATA, 0, 0xffffffff, 0xc0f3));
     }
     s.cr0 |= 0x21;
+    s.efer &= ~UINT64_C(1);
     if (e->is_paged) {
         s.cr0 |= 0x80010000;
         s.cr4 |= e->bit == ENV_PG32 ? 0 : 0x20;
