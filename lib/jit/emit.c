@@ -43,6 +43,8 @@ typedef struct leave_stub {
     int recipe;
     uint8_t reason, index;
     bool rip_in_memory, rip_in_tmp, save, regen;
+    uint64_t branch_rip;                  /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
+    int32_t sp_delta;
 } leave_stub;
 
 typedef struct emitter {
@@ -542,6 +544,23 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     }
 }
 
+/* A branch to a non-canonical address faults itself: take its stack movement back and let the interpreter do it again. */
+static void emit_canonical_test(emitter *e, const leave_stub *s) {
+    jit_writer *w = e->w;
+    e_mov(w, 8, T1, T0);
+    e_shift_imm(w, 8, 4, T1, 16);
+    e_shift_imm(w, 8, 7, T1, 16);                                           /* sar */
+    e_rr(w, 8, 0x39, T0, T1);
+    uint8_t *fine = e_jcc(w, CC_E);
+    if (s->sp_delta)
+        e_lea(w, 8, R12, R12, 0xff, 1, -s->sp_delta);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, 1);
+    e_mov_imm(w, T0, s->branch_rip);
+    e_mov_imm(w, T1, JIT_LEAVE_STEP);
+    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+    e_patch(fine, w->p);
+}
+
 static void emit_leave_stub(emitter *e, leave_stub *s) {
     jit_writer *w = e->w;
     if (s->jump)
@@ -551,6 +570,8 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
     if (s->rip_in_tmp) {
         e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
         e_gs_store(w, 8, T0, JIT_OFF(rip));
+        if (e->u->key & JIT_KEY_64)
+            emit_canonical_test(e, s);
     }
     if (s->regen)
         emit_regen(e, s->recipe);
@@ -618,13 +639,29 @@ static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
     e->host = host;
 }
 
+/* How much the ADD_SP ops of the block's last instruction move the stack pointer. */
+static int32_t last_sp_delta(const jit_unit *u) {
+    int32_t delta = 0;
+    for (unsigned k = u->nops; k-- > 0 && u->ops[k].insn == u->count - 1;)
+        if (u->ops[k].op == IR_ADD_SP)
+            delta += (int32_t)u->ops[k].imm;
+    return delta;
+}
+
+static void new_indirect_leave(emitter *e, unsigned reason, unsigned cc) {
+    leave_stub *s = new_leave(e, reason, e_jcc(e->w, cc));
+    s->rip_in_tmp = true;
+    s->branch_rip = e->u->insn_rip[e->u->count - 1];
+    s->sp_delta = last_sp_delta(e->u);
+}
+
 static void emit_indirect(emitter *e) {
     jit_writer *w = e->w;
     if (!e->mem)
         e->tmp_in_t1 = false;
     need_mem(e);
     emit_count(e, e->u->count);
-    new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip_in_tmp = true;
+    new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
     if (e->tmp_in_t1)
         e_mov(w, 8, T0, T1);
     else {
@@ -634,7 +671,7 @@ static void emit_indirect(emitter *e) {
     e_shift_imm(w, 4, 4, T1, 4);
     e_alu_imm(w, 4, 4, T1, (int32_t)((X86_JUMP_ENTRIES - 1) << 4));
     e_r_gsb(w, 8, 0x3b, T0, T1, jump_offset(e->u, false));
-    new_leave(e, JIT_LEAVE_INDIRECT, e_jcc(w, CC_NE))->rip_in_tmp = true;
+    new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
     e8(w, 0x65), e8(w, 0x41), e8(w, 0xff), e8(w, 0xa0u | (T1 & 7));         /* jmp gs:[r13 + disp32] */
     e32(w, (uint32_t)jump_offset(e->u, true));
 }

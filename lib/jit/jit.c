@@ -582,6 +582,21 @@ static x86_stop run_loop(jit *j) {
 
 static bool jit_start(jit *j);
 
+/* Back from a longjmp: an exit, or a fault to deliver. */
+static x86_stop caught(jit *j, x86_cpu *cpu) {
+    write_gs(j->host_gs);
+    j->rest = 0;
+    if (cpu->stop == X86_STOP_NONE)
+        return x86_deliver_fault(cpu);
+    if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) {       /* rip is after it already */
+        cpu->retired++;
+        cpu->budget--;
+    }
+    return cpu->stop;
+}
+
+enum { FAULTS_IN_A_ROW = 256 };           /* then the run loop looks at its deadline: nothing retires, no slice ends */
+
 static x86_stop jit_run(vm_vcpu *vcpu) {
     x86_cpu *cpu = &vcpu->x86;
     jit *j = cpu->jit;
@@ -590,23 +605,28 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
     if (cpu->has_until)
         add_stop(j, cpu->until);
     j->host_gs = read_gs();
-    jmp_buf door;
+    jmp_buf door, *saved = cpu->fault_jmp;
+    volatile unsigned faults = 0;
+    volatile uint64_t retired = cpu->retired;
     x86_stop stop;
-    for (;;) {
+    do {
         cpu->stop = X86_STOP_NONE;
         cpu->fault_jmp = &door;
-        if (!_setjmp(door))
+        if (!_setjmp(door)) {
             stop = run_loop(j);
-        else {
-            write_gs(j->host_gs);
-            j->rest = 0;
-            stop = cpu->stop ? cpu->stop : x86_deliver_fault(cpu);
+        } else {
+            stop = caught(j, cpu);
+            faults = cpu->retired == retired ? faults + 1 : 0;
+            retired = cpu->retired;
+            if (!stop && at_until(cpu))
+                stop = X86_STOP_UNTIL;
+            else if (!stop && faults >= FAULTS_IN_A_ROW)
+                stop = X86_STOP_ATTENTION;
         }
-        if (stop)
-            return stop;
-        if (at_until(cpu))
-            return X86_STOP_UNTIL;
-    }
+    } while (stop == X86_STOP_NONE);
+    cpu->fault_jmp = saved;
+    cpu->io_pos = 0;
+    return stop;
 }
 
 /* ---- life ---- */

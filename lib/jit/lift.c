@@ -118,7 +118,7 @@ static bool address_form(const jit_unit *u, const x86_insn *in) {
         return true;
     if (in->seg == X86_FS || in->seg == X86_GS)
         return u->key & (in->seg == X86_FS ? JIT_KEY_FS : JIT_KEY_GS);
-    return (u->key & JIT_KEY_FLAT) && !(in->seg == X86_CS && (jit_insn_access(in) & X86_WRITE));
+    return (u->key & JIT_KEY_FLAT) && in->seg != X86_CS;       /* CS may be execute-only */
 }
 
 static bool needs_rex(unsigned reg, unsigned size) {
