@@ -201,9 +201,14 @@ static void write_as(x86_cpu *cpu, uint64_t la, const void *buf, unsigned n, uns
 {
     span s;
     span_open(cpu, &s, la, n, X86_WRITE, ctx);
-    piece_write(cpu, s.host[0], s.gpa[0], s.la[0], buf, s.n[0]);
-    if (s.n[1])
-        piece_write(cpu, s.host[1], s.gpa[1], s.la[1], (const uint8_t *)buf + s.n[0], s.n[1]);
+    /* A part that is RAM goes last: the other may leave the run loop, and the instruction is then executed again from its
+     * start and must find RAM as it was. */
+    bool is_second_first = s.n[1] && s.host[0] && !s.host[1];
+    for (unsigned i = 0; i < 2; i++) {
+        unsigned k = i ^ is_second_first;
+        if (s.n[k])
+            piece_write(cpu, s.host[k], s.gpa[k], s.la[k], (const uint8_t *)buf + (k ? s.n[0] : 0), s.n[k]);
+    }
 }
 
 void x86_read_linear(x86_cpu *cpu, uint64_t la, void *buf, unsigned n)

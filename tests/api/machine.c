@@ -248,7 +248,7 @@ TEST(boot_misuse)
     REFUSED(vm_load_elf(m, "/nonexistent", NULL), VM_E_HOST);
     REFUSED(vm_load_raw(m, NULL, 0), VM_E_INVALID);
     REFUSED(vm_load_raw(m, "/nonexistent", 0), VM_E_HOST);
-    REFUSED(vm_load_raw(m, "/bin/sh", UINT64_C(1) << 40), VM_E_FAULT);
+    REFUSED(vm_load_raw(m, "/bin/sh", UINT64_C(1) << 40), VM_E_NOMEM);
     REFUSED(vm_load_raw(m, "/", 0), VM_E_HOST);
     REFUSED(vm_irq_set(m, 24, true), VM_E_INVALID);
     REFUSED(vm_irq_set(m, UINT32_MAX, true), VM_E_INVALID);
