@@ -30,7 +30,8 @@ typedef struct vm_options {
     uint64_t    ram_bytes;              /* PC only, required there: main memory, mapped for you; whole 4 KiB pages, at least
                                            1 MiB. BARE: must be 0, map what you need */
     uint64_t    code_cache_bytes;       /* JIT: ceiling for translated code, 0 = default */
-    const char *cpu_model;              /* what CPUID shows; NULL or "max" = all this backend can do */
+    const char *cpu_model;              /* what CPUID shows; NULL or "max" = all this backend can do; "kvm" = what every
+                                           backend can do here, for vm_backend_select */
 } vm_options;                           /* strings are copied; the caller keeps his */
 #define VM_OPTIONS_INIT VM_STRUCT_INIT(vm_options)
 #define VM_MAX_VCPUS 64u
@@ -66,6 +67,13 @@ VM_API int vm_query(vm_backend backend, const char *capability, uint64_t *value)
 /* The backend a machine runs on (never VM_BACKEND_AUTO), and its name. */
 VM_API vm_backend vm_machine_backend(const vm_machine *m);
 VM_API const char *vm_backend_name(vm_backend backend);
+
+/* Moves a machine to another backend between runs; registers, memory, devices, pending exits and interrupts go along, and the
+ * guest cannot tell. Full speed on KVM up to the point of interest, then the interpreter, and back. To go to KVM the guest's
+ * CPU must be one that this host's KVM can do: machines created on KVM, or with cpu_model "kvm" (VM_E_UNSUPPORTED otherwise,
+ * the message names what is too much). VM_BACKEND_AUTO chooses as vm_create does. If the new backend cannot be set up the
+ * machine stays where it was. VM_E_BUSY a vCPU is running. */
+VM_API int vm_backend_select(vm_machine *m, vm_backend backend);
 
 /* Number of vCPUs; 0 for NULL. */
 VM_API unsigned vm_vcpu_count(const vm_machine *m);

@@ -73,6 +73,16 @@ VM_API int vm_query(vm_backend backend, const char *capability, uint64_t *value)
     return vm_machine_query(backend, capability, value);
 }
 
+VM_API int vm_backend_select(vm_machine *m, vm_backend backend)
+{
+    VM_CHECK_NULL("vm_backend_select", m);
+    if ((unsigned)backend > VM_BACKEND_INTERP)
+        return vm_fail(VM_E_INVALID, "vm_backend_select: no backend %d", (int)backend);
+    if (m->poisoned)
+        return vm_fail(VM_E_INTERNAL, "vm_backend_select: the machine met an internal error earlier");
+    return vm_machine_select(m, backend);
+}
+
 VM_API unsigned vm_vcpu_count(const vm_machine *m)
 {
     return m ? m->vcpu_count : 0;

@@ -48,6 +48,8 @@ uint64_t vm_clock_now(vm_machine *m)
 
 uint64_t vm_clock_tsc(vm_machine *m)
 {
+    if (m->tsc_is_host)
+        return __builtin_ia32_rdtsc();
     return vm_clock_now(m);            /* VM_TSC_HZ is 1 GHz */
 }
 

@@ -146,6 +146,8 @@ typedef struct vm_backend_ops {
     void (*get_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: make parts of x86 current; NULL for software */
     void (*set_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: parts of x86 changed; used by the next run() */
     void (*kick)(vm_vcpu *cpu);                                             /* async-signal-safe; NULL: attention is enough */
+    void (*leave)(vm_vcpu *cpu);                                            /* KVM: the vCPU goes to another backend: finish what is
+                                                                               open and bring all of its state into x86 */
     bool takes_interrupts;             /* PC: run() itself takes vectors from the interrupt source (vm_pc_irq_source) at the
                                           right moment; the run loop then leaves them alone, except to wake a halted vCPU */
 } vm_backend_ops;
@@ -166,6 +168,7 @@ struct vm_machine {
     uint64_t ram_total;
     vm_view view;                      /* MMIO, RAM by gpa */
     vm_view ports;                     /* PIO ranges, gpa = port */
+    vm_view handles;                   /* all regions, gpa = address of the vm_region */
     vm_region *graves;                 /* unmapped RAM that an instruction under way may still reach */
     vm_region *ram;                    /* PC main memory (low part) */
     bool dirty_log;
@@ -181,6 +184,9 @@ struct vm_machine {
     _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
     _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
     bool is_pc;
+    struct x86_model *own_model;       /* what CPUID shows, if it is not a model of x86_model_find() */
+    bool tsc_is_host;                  /* the guest's TSC is the host's, at tsc_hz (PC that runs or may run on KVM) */
+    uint64_t tsc_hz;                   /* VM_TSC_HZ otherwise */
     bool has_backend, has_pc;          /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
 };
@@ -262,6 +268,9 @@ int vm_bus_out(vm_vcpu *cpu, uint16_t port, unsigned n, uint64_t value);
 extern const x86_env vm_env;                                       /* env.c */
 int  vm_machine_create(const vm_options *options, vm_machine **out);
 void vm_machine_destroy(vm_machine *m);
+int  vm_machine_select(vm_machine *m, vm_backend backend);         /* select.c */
+/* The ops of a backend that can be used here; *backend AUTO is resolved first. NULL: the message says why not. */
+const vm_backend_ops *vm_backend_find(vm_backend *backend);
 int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *value);
 int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
 void vm_vcpu_free(vm_vcpu *cpu);
@@ -271,6 +280,7 @@ void vm_vcpu_reset(vm_vcpu *cpu);                                  /* forget exi
 int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);            /* takes proto's fields; frees nothing on failure */
 /* Removal in two steps, because the second needs the device lock, which is not to be asked for under machine->lock: out of
  * the map (RAM kinds are freed or buried), then the owner's destroy callback. */
+bool vm_region_is_known(vm_machine *m, const vm_region *r);         /* r may be a stale pointer; under machine->lock */
 void vm_region_detach(vm_region *r);
 void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r);
 void vm_region_leave(vm_region *r);                                /* a callback has returned: finish a delayed removal */

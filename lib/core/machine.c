@@ -5,6 +5,9 @@
  */
 #include "core/core.h"
 #include "mmu/mmu.h"
+#if VM_HAVE_KVM
+#include "kvm/select.h"
+#endif
 #include "platform/pc.h"
 
 #include <stdlib.h>
@@ -98,7 +101,23 @@ int vm_machine_query(vm_backend backend, const char *capability, uint64_t *value
     return common_query(capability, value);
 }
 
+const vm_backend_ops *vm_backend_find(vm_backend *backend)
+{
+    *backend = resolve(*backend);
+    return is_available(*backend) ? backends[*backend] : NULL;
+}
+
 /* ---- creation ---- */
+
+/* CPU model "kvm": what every backend can do on this host, so that a machine may move to KVM later. */
+static int kvm_model(vm_machine *m)
+{
+#if VM_HAVE_KVM
+    return vm_kvm_model(m);
+#else
+    return vm_fail(VM_E_UNSUPPORTED, "CPU model \"kvm\": the kvm backend is not part of this build");
+#endif
+}
 
 static int copy_options(vm_machine *m, const vm_options *options)
 {
@@ -108,11 +127,14 @@ static int copy_options(vm_machine *m, const vm_options *options)
     m->is_pc = options->platform == VM_PLATFORM_PC;
     if (options->cpu_model && !(m->cpu_model = strdup(options->cpu_model)))
         return vm_fail(VM_E_NOMEM, "no memory for the machine");
-    if (!x86_model_find(m->cpu_model))
-        return vm_fail(VM_E_UNSUPPORTED, "no CPU model \"%.60s\"", m->cpu_model);
+    m->tsc_hz = VM_TSC_HZ;
     if (!is_available(m->options.backend))
         return VM_E_UNSUPPORTED;
     m->backend = backends[m->options.backend];
+    if (m->cpu_model && !strcmp(m->cpu_model, "kvm"))
+        return kvm_model(m);
+    if (!x86_model_find(m->cpu_model))
+        return vm_fail(VM_E_UNSUPPORTED, "no CPU model \"%.60s\"", m->cpu_model);
     return VM_OK;
 }
 
@@ -197,6 +219,7 @@ void vm_machine_destroy(vm_machine *m)
     pthread_mutex_destroy(&m->trace_lock);
     free(m->vcpus);
     free(m->cpu_model);
+    free(m->own_model);
     free(m);
 }
 

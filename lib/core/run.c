@@ -164,6 +164,8 @@ static int events(vm_vcpu *cpu, run *r)
             return (reason = deliver(cpu, r, X86_NMI, false, 0)) ? reason : -1;
         r->is_window = true;
     }
+    if (x->nmi_pending && cpu->machine->backend->takes_interrupts)
+        x->halted = false;             /* the backend delivers it */
     if (cpu->irq_look && take_interrupt(cpu, r, &reason))
         return reason ? reason : -1;
     if (x->halted)

@@ -35,7 +35,8 @@ int vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out)
     cpu->index = index;
     cpu->x86.env = &vm_env;
     cpu->x86.env_data = cpu;
-    cpu->x86.model = x86_model_find(m->cpu_model);
+    cpu->x86.model = m->own_model ? m->own_model : x86_model_find(m->cpu_model);
+    cpu->x86.tsc_khz = (uint32_t)(m->tsc_hz / 1000);
     cpu->random_state = UINT64_C(0x9E3779B97F4A7C15) * (index + 1);
     x86_tlb_init(&cpu->x86);
     x86_cpu_reset(&cpu->x86, false);

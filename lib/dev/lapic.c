@@ -264,7 +264,7 @@ static uint64_t deadline_ns(const vm_lapic *l) {
     uint64_t tsc = guest_tsc(l), now = vm_clock_now(l->bus->machine);
     if (l->s.tsc_deadline <= tsc)
         return now;
-    uint64_t wait = vm_ns_from_ticks(l->s.tsc_deadline - tsc, VM_TSC_HZ);
+    uint64_t wait = vm_ns_from_ticks(l->s.tsc_deadline - tsc, l->bus->machine->tsc_hz);
     return wait > UINT64_MAX - 1 - now ? UINT64_MAX : now + wait;
 }
 
@@ -587,6 +587,8 @@ void vm_apics_lint0(void *apics, unsigned unused, bool level) {
     }
 }
 
+void vm_apics_restore_intr(vm_apics *a, bool level) { a->intr = level; }
+
 void vm_apics_direct_intr(vm_apics *a, bool direct) {
     a->direct = direct;
     update(a->apic[0]);
@@ -669,6 +671,7 @@ static int apics_restore(void *user, const void *buffer, size_t bytes) {
             return status;
         l->s.index = i;
         timer_arm(l);
+        atomic_store(&l->deliver, DELIVER_NONE);   /* so that what waits is announced again */
         update(l);
     }
     return vm_region_move(a->region, a->apic[0]->s.base & ~UINT64_C(0xfff), true);

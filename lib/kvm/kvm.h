@@ -52,7 +52,6 @@ typedef struct kvm_machine {
     unsigned unslotted;                /* ranges that found no slot: served access by access */
     struct kvm_cpuid2 *supported;      /* what this KVM can do */
     struct kvm_cpuid2 *cpuid;          /* what the guest sees */
-    struct x86_model *model;           /* the same for the rest of libvm */
     uint64_t cr4_mask, efer_mask;      /* bits that KVM takes from this guest */
     uint32_t msrs[KVM_MAX_MSRS];       /* those of kvm_state.c's table that this KVM knows */
     unsigned msr_count;
@@ -147,6 +146,7 @@ uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa, bool is_write);    /* of the 
 
 /* kvm_run.c */
 x86_stop kvm_run(vm_vcpu *cpu);
+void kvm_leave(vm_vcpu *cpu);
 void kvm_kick(vm_vcpu *cpu);
 void kvm_flush_tlb(kvm_vcpu *kv);                      /* x86's inline TLB and what hangs on it */
 x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions);      /* on the vCPU's state, by lib/interp; settles an open exit first */

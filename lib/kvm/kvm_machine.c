@@ -15,6 +15,7 @@
  * is added for each GiB that the map uses or the guest touches.
  */
 #include "kvm/kvm.h"
+#include "kvm/select.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -611,6 +612,86 @@ static void read_capabilities(kvm_machine *km)
     km->max_slots = slots > 0 ? (unsigned)slots : 32;
 }
 
+/* ---- the CPU model ---- */
+
+static const uint32_t model_words[][3] = {
+    { 1, 0, 3 }, { 1, 0, 2 }, { 7, 0, 1 }, { 7, 0, 2 }, { 7, 0, 3 }, { 0x80000001, 0, 3 }, { 0x80000001, 0, 2 }, { 0xd, 1, 0 },
+};
+
+/* A machine that began elsewhere comes to KVM with the CPU it has: it must be one that KVM can do. */
+static int check_model(vm_machine *m, kvm_machine *km)
+{
+    x86_cpu *x = &m->vcpus[0]->x86;
+    const struct x86_model *had = x->model;
+    struct x86_model *cut = x86_model_cut(had, kvm_cpuid_allowed, km);
+    int rc = cut ? VM_OK : vm_fail(VM_E_NOMEM, "no memory for a CPU model");
+    for (size_t i = 0; rc == VM_OK && i < sizeof model_words / sizeof *model_words; i++) {
+        const uint32_t *w = model_words[i];
+        uint32_t before[4], after[4];
+        x86_cpuid(x, w[0], w[1], before);
+        x->model = cut;
+        x86_cpuid(x, w[0], w[1], after);
+        x->model = had;
+        if (before[w[2]] != after[w[2]])
+            rc = vm_fail(VM_E_UNSUPPORTED, "the guest has CPU features that KVM lacks here (CPUID %x, %s bits 0x%x); create the "
+                         "machine with cpu_model \"kvm\" to move it", w[0],
+                         (const char *[]){ "EAX", "EBX", "ECX", "EDX" }[w[2]], before[w[2]] & ~after[w[2]]);
+    }
+    free(cut);
+    if (rc == VM_OK && m->is_pc && !m->tsc_is_host)
+        rc = vm_fail(VM_E_UNSUPPORTED, "the guest's TSC does not run as the host's does; create the machine with cpu_model \"kvm\" "
+                     "to move it");
+    return rc;
+}
+
+static int take_model(vm_machine *m, kvm_machine *km)
+{
+    if (m->vcpu_count)
+        return check_model(m, km);
+    if (m->own_model)
+        return VM_OK;
+    m->own_model = x86_model_cut(x86_model_find(m->cpu_model), kvm_cpuid_allowed, km);
+    return m->own_model ? VM_OK : vm_fail(VM_E_NOMEM, "no memory for a CPU model");
+}
+
+static void take_tsc(vm_machine *m, int vcpu)
+{
+    int khz = ioctl(vcpu, KVM_GET_TSC_KHZ, 0);
+    if (m->tsc_is_host || !m->is_pc || khz <= 0)
+        return;
+    m->tsc_is_host = true;
+    m->tsc_hz = (uint64_t)khz * 1000;
+}
+
+int vm_kvm_model(vm_machine *m)
+{
+    kvm_machine km = { .vm_fd = -1 };
+    int rc = open_kvm(&km.kvm_fd), vcpu = -1;
+    if (rc)
+        return rc;
+    rc = kvm_cpuid_read(&km);
+    if (rc == VM_OK) {
+        m->own_model = x86_model_cut(x86_model_find(NULL), kvm_cpuid_allowed, &km);
+        if (!m->own_model)
+            rc = vm_fail(VM_E_NOMEM, "no memory for a CPU model");
+    }
+    if (rc == VM_OK && m->is_pc) {
+        km.vm_fd = ioctl(km.kvm_fd, KVM_CREATE_VM, 0);
+        vcpu = km.vm_fd < 0 ? -1 : ioctl(km.vm_fd, KVM_CREATE_VCPU, 0);
+        if (vcpu < 0)
+            rc = vm_fail_errno(VM_E_HOST, "CPU model \"kvm\": a vCPU to ask for the TSC's frequency");
+        else
+            take_tsc(m, vcpu);
+    }
+    if (vcpu >= 0)
+        close(vcpu);
+    if (km.vm_fd >= 0)
+        close(km.vm_fd);
+    close(km.kvm_fd);
+    free(km.supported);
+    return rc;
+}
+
 int kvm_machine_create(vm_machine *m)
 {
     kvm_machine *km = calloc(1, sizeof *km);
@@ -637,11 +718,9 @@ int kvm_machine_create(vm_machine *m)
     rc = kvm_cpuid_read(km);
     if (rc)
         goto fail;
-    km->model = x86_model_cut(x86_model_find(m->cpu_model), kvm_cpuid_allowed, km);
-    if (!km->model) {
-        rc = vm_fail(VM_E_NOMEM, "no memory for a CPU model");
+    rc = take_model(m, km);
+    if (rc)
         goto fail;
-    }
     kvm_msr_list(km);
     filter_msrs(km);
     ask_for_failures(km);
@@ -669,7 +748,6 @@ void kvm_machine_destroy(vm_machine *m)
     free(km->slots);
     free(km->supported);
     free(km->cpuid);
-    free(km->model);
     free(km);
     m->backend_data = NULL;
 }
@@ -706,13 +784,17 @@ int kvm_vcpu_create(vm_vcpu *cpu)
         rc = vm_fail_errno(VM_E_HOST, "KVM_CREATE_VCPU");
         goto fail;
     }
+    take_tsc(cpu->machine, kv->fd);
     kv->run = mmap(NULL, km->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kv->fd, 0);
     if (kv->run == MAP_FAILED) {
         rc = vm_fail_errno(VM_E_HOST, "mmap of a KVM vCPU");
         goto fail_fd;
     }
     cpu->backend_data = kv;
-    cpu->x86.model = km->model;
+    if (cpu->machine->own_model) {
+        cpu->x86.model = cpu->machine->own_model;
+        cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
+    }
     rc = kvm_cpuid_set(kv);
     if (rc == VM_OK) {
         set_tsc_offset(kv);

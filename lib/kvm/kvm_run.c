@@ -257,6 +257,8 @@ static x86_stop interpreter_interrupts(kvm_vcpu *kv)
     x86_cpu *x = &kv->cpu->x86;
     if (!kv->cpu->machine->is_pc)
         return X86_STOP_NONE;
+    if (x->nmi_pending && !x->nmi_blocked && !x->inhibit)
+        return x86_deliver_interrupt(x, X86_NMI, true);
     int vector = vm_pc_irq_source.pending(kv->cpu);
     x->irq_waiting = vector >= 0 && !x86_can_interrupt(x);
     if (vector < 0 || x->irq_waiting)
@@ -656,6 +658,30 @@ x86_stop kvm_run(vm_vcpu *cpu)
     return stop;
 }
 
+/* ---- to another backend ---- */
+
+/* Everything into x86. An open write is done (its exit needs no completion any more); an open read is executed again by the
+ * next backend, which takes the caller's answer then. */
+void kvm_leave(vm_vcpu *cpu)
+{
+    kvm_vcpu *kv = kvm_vcpu_of(cpu);
+    bool is_write = kv->is_reported && kv->open == KVM_OPEN_WRITE;
+    if (kv->dirty != VM_STATE_ALL && prepare_interpreter(kv) == VM_OK && deliver_queued(kv) == X86_STOP_SHUTDOWN)
+        cpu->is_shut_down = true;
+    if (is_write)
+        cpu->has_pending = false;
+    kv->valid = kv->dirty = VM_STATE_ALL;
+    kv->is_reported = false;
+    kv->open = KVM_OPEN_NONE;
+    if (kv->has_soft)
+        interp_destroy(cpu);
+    kv->has_soft = false;
+    if (kv->debug.control) {
+        memset(&kv->debug, 0, sizeof kv->debug);
+        kvm_ioctl(kv->fd, KVM_SET_GUEST_DEBUG, &kv->debug);
+    }
+}
+
 /* ---- the interpreter's caches ---- */
 
 static void kvm_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
@@ -699,5 +725,6 @@ const vm_backend_ops vm_backend_kvm = {
     .get_state = kvm_get_state,
     .set_state = kvm_set_state,
     .kick = kvm_kick,
+    .leave = kvm_leave,
     .takes_interrupts = true,
 };

@@ -7,5 +7,6 @@ libvm_la_SOURCES += \
 	lib/kvm/kvm_exit.c \
 	lib/kvm/kvm_machine.c \
 	lib/kvm/kvm_run.c \
-	lib/kvm/kvm_state.c
+	lib/kvm/kvm_state.c \
+	lib/kvm/select.h
 endif

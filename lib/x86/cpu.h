@@ -135,6 +135,8 @@ typedef struct x86_tlb_entry {
 #define X86_TLBM_VALID 1u
 #define X86_TLBM_GLOBAL 2u
 #define X86_TLBM_LARGE  4u    /* part of a page larger than 4 KiB */
+#define X86_TLBM_IO     8u    /* device memory: no tags; `host` is the linear page address with the allowed accesses in its low bits */
+#define X86_TLBM_MAY_W 16u    /* translation allows writes, even where the page's tag_w is held back */
 typedef struct x86_tlb {
     x86_tlb_entry e[X86_TLB_ENTRIES];
     uint64_t meta[X86_TLB_ENTRIES];
@@ -299,6 +301,7 @@ struct x86_cpu {
     uint64_t until;
     uint64_t phys_mask;                /* guest-physical address bits: (1 << MAXPHYADDR) - 1 */
     const struct x86_model *model;     /* CPUID leaves */
+    uint32_t tsc_khz;                  /* what CPUID says of the TSC; 0: 1 GHz */
     uint32_t host_features[4];         /* what the host CPU offers, asked once: CPUID words that bound the model's */
     bool host_known;
     const x86_env *env;
@@ -388,7 +391,11 @@ void x86_tlb_init(x86_cpu *cpu);                                 /* fresh, zeroe
 /* Enter the page at la (any address in it): `host` its first byte, `prot` what context ctx may do through it. page_bytes is
  * the size of the guest page it is part of. */
 void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
-                 uint64_t page_bytes);
+                 uint64_t page_bytes);                           /* prot with X86_TLB_MAY_W: see X86_TLBM_MAY_W */
+#define X86_TLB_MAY_W 8u
+void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes);
+/* A translation for this access that the table holds though it has no tag for it: device memory, held-back writes. */
+bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);
 void x86_tlb_clear(x86_cpu *cpu);                                /* every entry of every context */
 void x86_tlb_clear_nonglobal(x86_cpu *cpu);
 void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* the page la lies in, every context, large pages as a whole */

@@ -351,13 +351,13 @@ static void leaf_e21(x86_cpu *cpu, uint32_t sub, uint32_t out[4])
 }
 
 /* Our own leaves: signature, and frequencies in kHz as other hypervisors report them. */
-static void leaf_hypervisor(uint32_t leaf, uint32_t out[4])
+static void leaf_hypervisor(x86_cpu *cpu, uint32_t leaf, uint32_t out[4])
 {
     if (leaf == 0x40000000) {
         out[0] = 0x40000010;
         put_text(out + 1, "libvmlibvm", 12, 0);
     } else if (leaf == 0x40000010) {
-        out[0] = 1000000;              /* TSC: 1 GHz */
+        out[0] = cpu->tsc_khz ? cpu->tsc_khz : 1000000;
         out[1] = 1000000;              /* local APIC timer before its divider */
     }
 }
@@ -375,7 +375,7 @@ void x86_cpuid(x86_cpu *cpu, uint32_t leaf, uint32_t sub, uint32_t out[4])
     memset(out, 0, 4 * sizeof out[0]);
     if (leaf >> 16 == 0x4000) {
         if (model->is_hypervisor)
-            leaf_hypervisor(leaf, out);
+            leaf_hypervisor(cpu, leaf, out);
         return;
     }
     if (leaf > (leaf & 0x80000000 ? model->max_extended : model->max_leaf)) {

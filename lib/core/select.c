@@ -1,0 +1,91 @@
+/* select.c - moving a machine from one backend to another between runs.
+ *
+ * The state of a vCPU is its x86_cpu; a backend that keeps it elsewhere brings it there first (ops->leave). Then the old backend's
+ * per-vCPU data goes and the new one's comes: both may want the same fields of x86_cpu, so they never exist side by side. If
+ * the new backend fails, the old one is made again; what it needs was there a moment ago.
+ */
+#include "core/core.h"
+
+static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus)
+{
+    for (unsigned i = 0; i < vcpus; i++)
+        if (ops->vcpu_destroy)
+            ops->vcpu_destroy(m->vcpus[i]);
+    if (ops->machine_destroy)
+        ops->machine_destroy(m);
+    m->has_backend = false;
+}
+
+static int make(vm_machine *m, const vm_backend_ops *ops)
+{
+    int status = ops->machine_create ? ops->machine_create(m) : VM_OK;
+    if (status != VM_OK)
+        return status;
+    m->has_backend = true;
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        status = ops->vcpu_create ? ops->vcpu_create(m->vcpus[i]) : VM_OK;
+        if (status != VM_OK) {
+            drop(m, ops, i);
+            return status;
+        }
+    }
+    return VM_OK;
+}
+
+/* Nothing that was derived from the old backend's runs may be believed. */
+static void refresh(vm_machine *m)
+{
+    if (m->backend->map_changed)
+        m->backend->map_changed(m);
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        x86_cpu *x = &m->vcpus[i]->x86;
+        x86_tlb_clear(x);
+        if (m->backend->tlb_flushed)
+            m->backend->tlb_flushed(m->vcpus[i]);
+        x86_mode_changed(x);
+        m->vcpus[i]->irq_look = m->is_pc;
+        vm_vcpu_changed(m->vcpus[i], VM_STATE_ALL);
+    }
+}
+
+static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to)
+{
+    const vm_backend_ops *from = m->backend;
+    if (from->dirty_sync)
+        from->dirty_sync(m);
+    for (unsigned i = 0; from->leave && i < m->vcpu_count; i++)
+        from->leave(m->vcpus[i]);
+    drop(m, from, m->vcpu_count);
+    m->backend = to;
+    int status = make(m, to);
+    if (status == VM_OK) {
+        m->options.backend = backend;
+    } else {
+        m->backend = from;
+        if (make(m, from) != VM_OK)
+            atomic_store(&m->poisoned, 1);
+    }
+    if (!m->poisoned)
+        refresh(m);
+    return status;
+}
+
+int vm_machine_select(vm_machine *m, vm_backend backend)
+{
+    const vm_backend_ops *to = vm_backend_find(&backend);
+    if (!to)
+        return VM_E_UNSUPPORTED;
+    if (to == m->backend)
+        return VM_OK;
+    vm_device_lock(m);
+    vm_pause(m);
+    int status = VM_OK;
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (vm_vcpu_is_running(m->vcpus[i]))
+            status = vm_fail(VM_E_BUSY, "vm_backend_select: vCPU %u is running", i);
+    if (status == VM_OK)
+        status = move(m, backend, to);
+    vm_resume(m);
+    vm_device_unlock(m);
+    return status;
+}
