@@ -150,15 +150,6 @@ VM_API int vm_map_pio(vm_machine *m, uint16_t port, unsigned count, const vm_io_
     return vm_region_add(m, &proto, out);
 }
 
-/* Does the machine know this pointer? It may be a stale one: compare only. */
-static bool owns(vm_machine *m, const vm_region *r)
-{
-    for (const vm_region *i = m->regions; i; i = i->next)
-        if (i == r)
-            return true;
-    return false;
-}
-
 VM_API int vm_unmap(vm_machine *m, vm_region *r)
 {
     VM_CHECK_NULL("vm_unmap", m);
@@ -166,7 +157,7 @@ VM_API int vm_unmap(vm_machine *m, vm_region *r)
     vm_machine_lock(m);
     int status = VM_OK;
     vm_region_kind kind = VM_REGION_RAM;
-    if (!owns(m, r))
+    if (!vm_region_is_known(m, r))
         status = vm_fail(VM_E_NOTFOUND, "vm_unmap: the machine has no region %p", (void *)r);
     else if (r->is_internal)
         status = vm_fail(VM_E_INVALID, "vm_unmap: the region at 0x%llx belongs to the platform", (ull)r->gpa);

@@ -90,21 +90,37 @@ static int reserve(vm_view *view)
     return VM_OK;
 }
 
+static void insert_at(vm_view *view, uint64_t at, uint64_t bytes, vm_region *r)
+{
+    size_t i = lower_bound(view, at);
+    memmove(&view->ranges[i + 1], &view->ranges[i], (view->count - i) * sizeof *view->ranges);
+    view->ranges[i] = (vm_range){ .gpa = at, .bytes = bytes, .region = r };
+    view->count++;
+}
+
+static void take_out_at(vm_view *view, uint64_t at)
+{
+    size_t i = lower_bound(view, at);
+    view->count--;
+    memmove(&view->ranges[i], &view->ranges[i + 1], (view->count - i) * sizeof *view->ranges);
+}
+
 static void insert(vm_view *view, vm_region *r)
 {
-    size_t i = lower_bound(view, r->gpa);
-    memmove(&view->ranges[i + 1], &view->ranges[i], (view->count - i) * sizeof *view->ranges);
-    view->ranges[i] = (vm_range){ .gpa = r->gpa, .bytes = r->bytes, .region = r };
-    view->count++;
+    insert_at(view, r->gpa, r->bytes, r);
     r->is_enabled = true;
 }
 
 static void take_out(vm_view *view, vm_region *r)
 {
-    size_t i = lower_bound(view, r->gpa);
-    view->count--;
-    memmove(&view->ranges[i], &view->ranges[i + 1], (view->count - i) * sizeof *view->ranges);
+    take_out_at(view, r->gpa);
     r->is_enabled = false;
+}
+
+/* Handles are looked up by their address before they are believed: a third view, of all regions by pointer. */
+bool vm_region_is_known(vm_machine *m, const vm_region *r)
+{
+    return vm_view_find(&m->handles, (uintptr_t)r) != NULL;
 }
 
 /* ---- telling the vCPUs (world stopped) ---- */
@@ -190,7 +206,10 @@ static int add_checked(vm_region *r)
                          (unsigned long long)view->ranges[lower_bound(view, r->gpa)].gpa);
     else
         status = reserve(view);
+    if (status == VM_OK)
+        status = reserve(&m->handles);
     if (status == VM_OK) {
+        insert_at(&m->handles, (uintptr_t)r, 1, r);
         if (m->graves && is_at_rest(m))
             free_graves(m);
         if (r->is_enabled)
@@ -244,6 +263,7 @@ static void unlink_region(vm_region *r)
     if (r->next)
         r->next->link = r->link;
     m->region_count--;
+    take_out_at(&m->handles, (uintptr_t)r);
     if (is_ram(r))
         m->ram_total -= r->bytes;
 }
@@ -279,10 +299,10 @@ void vm_region_detach(vm_region *r)
         take_out(view_of(r), r);
     unlink_region(r);
     map_changed(m);
-    if (is_ram(r)) {
+    if (r->kind != VM_REGION_PIO)
         range_gone(m, r->gpa, r->bytes);
+    if (is_ram(r))
         bury(r);
-    }
     vm_resume(m);
 }
 
@@ -312,7 +332,7 @@ int vm_region_move(vm_region *r, uint64_t gpa, bool enabled)
                          (unsigned long long)gpa);
     else if (enabled)
         status = reserve(view);
-    if (status == VM_OK && is_ram(r) && was_enabled)
+    if (status == VM_OK && r->kind != VM_REGION_PIO && was_enabled)
         range_gone(m, r->gpa, r->bytes);
     if (status == VM_OK)
         r->gpa = gpa;
@@ -337,6 +357,7 @@ void vm_regions_free(vm_machine *m)
     free_graves(m);
     free(m->view.ranges);
     free(m->ports.ranges);
+    free(m->handles.ranges);
 }
 
 static int add_io(vm_machine *m, vm_region_kind kind, uint64_t at, uint64_t bytes, const vm_io_ops *ops, void *user,

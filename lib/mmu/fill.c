@@ -38,30 +38,49 @@ bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x
     return ok;
 }
 
+/* Enter a page of RAM. SMP: it may become code while its write tag is made, and whoever marks it may not have seen the tag;
+ * so look again once the tag is there. */
+static void enter_ram(vm_vcpu *cpu, uint64_t la, unsigned ctx, const x86_walk *w, uint8_t *host, unsigned prot)
+{
+    x86_cpu *x = &cpu->x86;
+    unsigned allowed = (prot & w->prot) | (w->prot & X86_WRITE ? X86_TLB_MAY_W : 0);
+    x86_tlb_set(x, ctx, la, w->gpa, host, allowed, w->global, w->page_bytes);
+    if ((allowed & X86_WRITE) && cpu->machine->vcpu_count > 1) {
+        unsigned now = 0;
+        atomic_thread_fence(memory_order_seq_cst);
+        x->env->page(x, w->gpa & X86_PAGE_MASK, &now);
+        if (!(now & X86_WRITE))
+            x86_tlb_set(x, ctx, la, w->gpa, host, allowed & ~X86_WRITE, w->global, w->page_bytes);
+    }
+}
+
+static bool is_device(vm_vcpu *cpu, uint64_t gpa)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    return range && range->region->kind == VM_REGION_MMIO;
+}
+
 bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
     x86_walk w = { 0 };
+    unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
+    if (x86_tlb_known(x, ctx, la, access, gpa)) {
+        /* Device memory; or a write that has to be seen, unless that has ended: then translate once more for the tag. */
+        if (access != X86_WRITE || !x->env->page(x, *gpa & X86_PAGE_MASK, &prot) || !(prot & X86_WRITE))
+            return true;
+    }
     if (!translate(cpu, la, access, ctx, &w)) {
         x->fault = w.fault;
         return false;
     }
     *gpa = w.gpa;
-    unsigned prot = 0;
     uint8_t *host = x->env->page(x, w.gpa & X86_PAGE_MASK, &prot);
-    prot &= w.prot;
-    if (host && prot) {
-        x86_tlb_set(x, ctx, la, w.gpa, host, prot, w.global, w.page_bytes);
-        if ((prot & X86_WRITE) && cpu->machine->vcpu_count > 1) {
-            /* The page may have become code while the tag was made; whoever marked it may not have seen the tag. */
-            unsigned now = 0;
-            atomic_thread_fence(memory_order_seq_cst);
-            x->env->page(x, w.gpa & X86_PAGE_MASK, &now);
-            if (!(now & X86_WRITE))
-                x86_tlb_set(x, ctx, la, w.gpa, host, prot & ~X86_WRITE, w.global, w.page_bytes);
-        }
-    }
+    if (host && (prot & w.prot))
+        enter_ram(cpu, la, ctx, &w, host, prot);
+    else if (!host && is_device(cpu, w.gpa))
+        x86_tlb_set_io(x, ctx, la, w.gpa, w.prot, w.global, w.page_bytes);
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMU)
         vm_trace_line(cpu->machine, VM_TRACE_MMU, "cpu%u gva 0x%llx access %u ctx %u gpa 0x%llx prot %u%s", cpu->index,
                       (unsigned long long)la, access, ctx, (unsigned long long)w.gpa, w.prot, host ? "" : " (not RAM)");

@@ -43,6 +43,19 @@ void x86_tlb_init(x86_cpu *cpu)
     forget_large(cpu);
 }
 
+static uint64_t note_large(x86_cpu *cpu, uint64_t la, uint64_t page_bytes)
+{
+    if (page_bytes <= 4096)
+        return 0;
+    unsigned half = la >> 63;
+    uint64_t first = la & ~(page_bytes - 1), last = first + (page_bytes - 1);
+    if (first < cpu->large_lo[half])
+        cpu->large_lo[half] = first;
+    if (last > cpu->large_hi[half])
+        cpu->large_hi[half] = last;
+    return X86_TLBM_LARGE;
+}
+
 void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
                  uint64_t page_bytes)
 {
@@ -50,16 +63,8 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     x86_tlb *t = &cpu->tlb[ctx];
     x86_tlb_entry *e = &t->e[i];
     uint64_t page = la & X86_PAGE_MASK, none = X86_TLB_NONE(i);
-    uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0);
-    if (page_bytes > 4096) {
-        unsigned half = la >> 63;
-        uint64_t first = la & ~(page_bytes - 1), last = first + (page_bytes - 1);
-        meta |= X86_TLBM_LARGE;
-        if (first < cpu->large_lo[half])
-            cpu->large_lo[half] = first;
-        if (last > cpu->large_hi[half])
-            cpu->large_hi[half] = last;
-    }
+    uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0) |
+                    (prot & X86_TLB_MAY_W ? X86_TLBM_MAY_W : 0) | note_large(cpu, la, page_bytes);
     cpu->tlb_touched[ctx] |= UINT32_C(1) << i / CHUNK;
     __atomic_store_n(&e->tag_w, none, __ATOMIC_RELAXED);
     __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
@@ -69,7 +74,43 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     __atomic_store_n(&e->tag_w, prot & X86_WRITE ? page : none, __ATOMIC_RELEASE);
 }
 
-/* Calls `what` for each entry in use that has none of the meta bits in `keep`. */
+void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes)
+{
+    unsigned i = X86_TLB_INDEX(la);
+    x86_tlb *t = &cpu->tlb[ctx];
+    uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | X86_TLBM_IO | (global ? X86_TLBM_GLOBAL : 0) |
+                    note_large(cpu, la, page_bytes);
+    cpu->tlb_touched[ctx] |= UINT32_C(1) << i / CHUNK;
+    drop_entry(t, i);
+    t->e[i].host = (uint8_t *)(uintptr_t)((la & X86_PAGE_MASK) | prot);
+    __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
+}
+
+bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa)
+{
+    unsigned i = X86_TLB_INDEX(la);
+    const x86_tlb_entry *e = &cpu->tlb[ctx].e[i];
+    uint64_t meta = cpu->tlb[ctx].meta[i], page = la & X86_PAGE_MASK;
+    bool is_known;
+    if (meta & X86_TLBM_IO)
+        is_known = ((uintptr_t)e->host & X86_PAGE_MASK) == page && ((uintptr_t)e->host & access);
+    else
+        is_known = access == X86_WRITE && (meta & X86_TLBM_MAY_W) && (e->tag_r == page || e->tag_x == page);
+    *gpa = (meta & X86_PAGE_MASK) | (la & 0xfff);
+    return is_known;
+}
+
+/* The linear address of an entry's page. */
+static uint64_t page_of(const x86_tlb *t, unsigned i)
+{
+    const x86_tlb_entry *e = &t->e[i];
+    uint64_t none = X86_TLB_NONE(i);
+    if (t->meta[i] & X86_TLBM_IO)
+        return (uintptr_t)e->host & X86_PAGE_MASK;
+    return e->tag_r != none ? e->tag_r : e->tag_x != none ? e->tag_x : e->tag_w;
+}
+
+/* Drops each entry in use that has none of the meta bits in `keep`. */
 static void sweep(x86_cpu *cpu, uint64_t keep)
 {
     for (unsigned c = 0; c < X86_NCTX; c++) {
@@ -106,12 +147,8 @@ static void drop_large(x86_cpu *cpu, uint64_t la)
         for (uint32_t chunks = cpu->tlb_touched[c]; chunks; chunks &= chunks - 1) {
             unsigned chunk = (unsigned)__builtin_ctz(chunks);
             for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
-                if (t->meta[i] & X86_TLBM_LARGE) {
-                    const x86_tlb_entry *e = &t->e[i];
-                    uint64_t none = X86_TLB_NONE(i), at = e->tag_r != none ? e->tag_r : e->tag_x != none ? e->tag_x : e->tag_w;
-                    if ((at ^ la) >> 30 == 0)
-                        drop_entry(t, i);
-                }
+                if ((t->meta[i] & X86_TLBM_LARGE) && (page_of(t, i) ^ la) >> 30 == 0)
+                    drop_entry(t, i);
         }
     }
 }
@@ -121,9 +158,9 @@ void x86_tlb_drop(x86_cpu *cpu, uint64_t la)
     unsigned i = X86_TLB_INDEX(la), half = la >> 63;
     uint64_t page = la & X86_PAGE_MASK;
     for (unsigned c = 0; c < X86_NCTX; c++) {
-        x86_tlb_entry *e = &cpu->tlb[c].e[i];
-        if (e->tag_r == page || e->tag_w == page || e->tag_x == page)
-            drop_entry(&cpu->tlb[c], i);
+        x86_tlb *t = &cpu->tlb[c];
+        if (t->meta[i] && page_of(t, i) == page)
+            drop_entry(t, i);
     }
     if (la >= cpu->large_lo[half] && la <= cpu->large_hi[half])
         drop_large(cpu, la);
