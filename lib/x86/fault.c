@@ -244,4 +244,6 @@ void x86_software_interrupt(x86_cpu *cpu, uint8_t vector, unsigned kind)
     x86_deliver_event(cpu, &ev);
     cpu->ext = 0;
     cpu->no_trap = true;
+    if (kind == X86_INT_1)             /* one #DB stands for a pending breakpoint too */
+        cpu->dr_hit = 0;
 }

@@ -172,8 +172,10 @@ static bool write_mcg_ctl(x86_cpu *cpu, uint32_t msr, uint64_t v)
 
 static bool write_mc_bank(x86_cpu *cpu, uint32_t msr, uint64_t v)
 {
-    bool is_ctl = (msr & 3) == 0;
-    if (!is_ctl && v && !(cpu->hwcr & HWCR_MC_STATUS_WRITE))
+    unsigned kind = msr & 3;           /* CTL, STATUS, ADDR, MISC */
+    if (kind == 0 && v != 0 && ~(v | 1 << 10 | 1) != 0)                 /* all or nothing; Linux leaves out bits 0 and 10 */
+        return false;
+    if (kind == 1 && v && !(cpu->hwcr & HWCR_MC_STATUS_WRITE))
         return false;
     cpu->mc_bank[msr - 0x400] = v;
     return true;

@@ -387,6 +387,8 @@ void x86_op_hlt(x86_cpu *cpu, const x86_insn *in)
 {
     (void)in;
     x86_require_cpl0(cpu);
+    if (cpu->rflags & X86_FL_TF)       /* the single-step trap that follows wakes it at once */
+        return;
     cpu->halted = true;
     cpu->inhibit = 0;
     cpu->rip = cpu->next_rip;

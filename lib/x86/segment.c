@@ -189,10 +189,11 @@ void x86_drop_inner_segs(x86_cpu *cpu, unsigned new_cpl)
 {
     static const uint8_t data_segs[] = { X86_ES, X86_DS, X86_FS, X86_GS };
     for (unsigned i = 0; i < sizeof data_segs; i++) {
-        const x86_seg *seg = &cpu->seg[data_segs[i]];
+        x86_seg *seg = &cpu->seg[data_segs[i]];
         bool is_conforming = (seg->attr & 0x1c) == 0x1c;
-        if ((seg->attr & X86_SEG_P) && !is_conforming && X86_SEG_DPL(seg) < new_cpl)
-            x86_set_null_seg(cpu, data_segs[i], 0);
+        if ((seg->attr & X86_SEG_P) && !is_conforming && X86_SEG_DPL(seg) < new_cpl) {
+            seg->sel = seg->attr = 0;  /* unusable, but 64-bit code still sees the base of FS and GS */
+        }
     }
 }
 

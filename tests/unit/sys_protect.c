@@ -790,6 +790,16 @@ TEST(long_mode_iret)
     CHECK_EQ(cpu->code_size, 8);
     CHECK_EQ(cpu->gpr[X86_RSP], STACK0 - 40);
 
+    long_mode(0);                                                       /* FS and GS lose their selectors, not their bases */
+    load_seg_raw(X86_GS, DATA0);
+    cpu->seg[X86_GS].base = UINT64_C(0x400000);
+    uint64_t outer[5] = { 0x1000, CODE3, 2, STACK3, DATA3 };
+    memcpy(ram + 0x7000, outer, sizeof outer);
+    cpu->gpr[X86_RSP] = 0x7000;
+    RUNS(0x48, 0xcf);
+    CHECK_EQ(cpu->seg[X86_GS].sel, 0);
+    CHECK_EQ(cpu->seg[X86_GS].base, 0x400000);
+
     long_mode(0);
     cpu->rflags |= X86_FL_NT;
     RAISES(X86_GP, 0, 0x48, 0xcf);
@@ -806,6 +816,22 @@ TEST(long_mode_iret)
     RUNS(0x48, 0xcf);                                                   /* but fine for ring 0 */
     CHECK_EQ(cpu->seg[X86_SS].sel, 0);
     CHECK_EQ(cpu->gpr[X86_RSP], 0xdead0000beef);
+}
+
+/* REX.W gives a 64-bit offset. */
+TEST(long_mode_far_pointers)
+{
+    long_mode(0);
+    put64(0x7000, UINT64_C(0x123456789a));
+    put16(0x7008, CODE0);
+    RUNS(0x48, 0xff, 0x2c, 0x25, 0x00, 0x70, 0x00, 0x00);
+    CHECK_EQ(cpu->rip, UINT64_C(0x123456789a));
+    RUNS(0x48, 0xff, 0x1c, 0x25, 0x00, 0x70, 0x00, 0x00);
+    CHECK_EQ(get64(cpu->gpr[X86_RSP]), UINT64_C(0x12345678a2));
+    RUNS(0x48, 0xcb);
+    CHECK_EQ(cpu->rip, UINT64_C(0x12345678a2));
+    put64(0x7000, UINT64_C(0x800000000000));
+    RAISES(X86_GP, 0, 0x48, 0xff, 0x2c, 0x25, 0x00, 0x70, 0x00, 0x00);
 }
 
 TEST(long_mode_call_gate)

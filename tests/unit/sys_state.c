@@ -397,6 +397,41 @@ TEST(single_step)
     CHECK_EQ(o.vector, X86_DB);
 }
 
+/* MOV SS holds a data breakpoint back until after the next instruction: ICEBP's own #DB swallows it, INT n's handler meets it
+ * at its first instruction. */
+TEST(pending_breakpoint_after_mov_ss)
+{
+    for (unsigned is_icebp = 0; is_icebp < 2; is_icebp++) {
+        protected_mode(0);
+        set_gate(X86_DB, CODE0, 0x3000, 0x8e);
+        set_gate(X86_BP, CODE0, 0x5000, 0x8e);
+        break_on(1, 0x7000, 3, 3);
+        put16(0x7000, DATA0);
+        cpu->gpr[X86_RBX] = 0x7000;
+        RUNS(0x8e, 0x13);                                               /* mov ss, [ebx] */
+        outcome o = is_icebp ? INSN(0xf1) : INSN(0xcc);
+        if (is_icebp) {
+            CHECK_EQ(o.vector, RAN);
+            CHECK_EQ(cpu->rip, 0x3000);
+        } else {
+            CHECK_EQ(o.vector, X86_DB);
+            CHECK_EQ(o.dr6, 2);
+            CHECK_EQ(cpu->rip, 0x5000);
+        }
+    }
+}
+
+TEST(hlt_under_single_step)
+{
+    protected_mode(0);
+    cpu->rflags |= X86_FL_TF;
+    x86_mode_changed(cpu);
+    outcome o = INSN(0xf4);
+    CHECK_EQ(o.vector, X86_DB);
+    CHECK_EQ(cpu->rip, 0x100001);
+    CHECK(!cpu->halted);
+}
+
 TEST(icebp)
 {
     protected_mode(3);
@@ -453,6 +488,7 @@ TEST(msr_rules)
         { 0x201, UINT64_C(0x3fff80000800), true }, { 0x201, 0x400, false }, { 0x250, UINT64_C(0x0606060606060606), true },
         { 0x250, 2, false }, { 0x268, UINT64_C(0x0505050505050505), true }, { 0xfe, 0, false }, { 0x179, 0, false },
         { 0x17b, ~UINT64_C(0), true }, { 0x17b, 1, false }, { 0x401, 1, false }, { 0x401, 0, true }, { 0x400, ~UINT64_C(0), true },
+        { 0x400, UINT64_C(0xaaaaaaaaaaaaaaaa), false }, { 0x402, UINT64_C(0xaaaaaaaaaaaaaaaa), true },
         { 0x175, UINT64_C(0x800000000000), false }, { 0x3b, 5, true }, { 0x12345, 0, false }, { 0x48, 0, false },
         { 0xc0010015, 0x01000010, true }, { 0x8b, 0, true },
     };
