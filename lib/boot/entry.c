@@ -104,4 +104,5 @@ void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables 
     if (m->backend->tlb_flushed)
         m->backend->tlb_flushed(vcpu);
     vm_vcpu_changed(vcpu, VM_STATE_ALL);
+    if (entry->kind != VM_ENTRY_RESET && m->pc) vm_pc_firmware_state(m);
 }

@@ -80,6 +80,7 @@ void vm_apics_reset(vm_apics *a);
 bool vm_apics_send(vm_apics *a, const vm_apic_msg *msg);       /* false: nobody took it */
 bool vm_apics_is_pending(vm_apics *a, const vm_apic_msg *msg); /* its vector still waits in a target's IRR */
 void vm_apics_lint0(void *apics, unsigned unused, bool level); /* the PIC's INTR */
+void vm_apics_restore_intr(vm_apics *a, bool level);           /* the level INTR had when the state was saved; no edge */
 void vm_apics_direct_intr(vm_apics *a, bool direct);           /* IMCR in PIC mode: INTR goes to vCPU 0 past its APIC */
 void vm_apics_nmi(vm_apics *a);                                /* LINT1 everywhere */
 bool vm_apics_takes_pic(vm_apics *a);                          /* the PIC's INTR would be seen by some vCPU */

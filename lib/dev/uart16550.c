@@ -263,9 +263,7 @@ static int uart_restore(void *user, const void *buffer, size_t bytes) {
     u->s.fifo_head %= FIFO;
     if (u->s.fifo_count > capacity(u))
         u->s.fifo_count = (uint8_t)capacity(u);
-    refill(u);
-    restart_timeout(u);
-    update(u);
+    restart_timeout(u);                    /* what waits on the host's side moves in with the next input or read */
     return VM_OK;
 }
 

@@ -31,8 +31,8 @@ struct vm_platform_pc {
     vm_misc *misc;
     vm_tables tables;
     vm_tables_info info;
-    uint32_t asserted[LINES];              /* a bit a source */
-    bool hpet_legacy;
+    struct { uint32_t version; uint32_t asserted[LINES], intr, hpet_legacy; } s;     /* asserted: a bit a source */
+    bool is_frozen;                        /* a restore is under way: wires keep their saved level */
 };
 
 /* ---- wires ---- */
@@ -45,14 +45,26 @@ static void line_changed(struct vm_platform_pc *pc, unsigned line, bool level) {
         vm_ioapic_set(pc->ioapic, line ? line : 2, level);
 }
 
+/* The PIC's output. */
+static void intr_set(void *target, unsigned unused, bool level) {
+    struct vm_platform_pc *pc = target;
+    (void)unused;
+    if (pc->is_frozen)
+        return;
+    pc->s.intr = level;
+    vm_apics_lint0(pc->apics, 0, level);
+}
+
 /* A device's pin number is line | source << 8. */
 static void wire_set(void *target, unsigned pin, bool level) {
     struct vm_platform_pc *pc = target;
     unsigned line = pin & 0xff, source = pin >> 8;
-    bool is_cut = pc->hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8));
-    uint32_t before = pc->asserted[line], bit = 1u << source;
+    if (pc->is_frozen)
+        return;
+    bool is_cut = pc->s.hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8));
+    uint32_t before = pc->s.asserted[line], bit = 1u << source;
     uint32_t after = level && !is_cut ? before | bit : before & ~bit;
-    pc->asserted[line] = after;
+    pc->s.asserted[line] = after;
     if (!before != !after)
         line_changed(pc, line, after != 0);
 }
@@ -60,7 +72,7 @@ static void wire_set(void *target, unsigned pin, bool level) {
 static vm_line_state wire_state(void *target, unsigned pin) {
     struct vm_platform_pc *pc = target;
     unsigned line = pin & 0xff, source = pin >> 8;
-    if (pc->hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8)))
+    if (pc->s.hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8)))
         return VM_LINE_MASKED;
     vm_line_state io = vm_ioapic_state(pc->ioapic, line ? line : 2);
     vm_line_state pic = line < 16 && vm_apics_takes_pic(pc->apics) ? vm_pic_state(pc->pic, line) : VM_LINE_MASKED;
@@ -75,11 +87,13 @@ static vm_line wire(struct vm_platform_pc *pc, enum source source, unsigned line
 
 static void hpet_legacy(void *target, bool on) {
     struct vm_platform_pc *pc = target;
+    if (pc->is_frozen)
+        return;
     if (on) {
         wire_set(pc, 0 | SRC_PIT << 8, false);
         wire_set(pc, 8 | SRC_RTC << 8, false);
     }
-    pc->hpet_legacy = on;
+    pc->s.hpet_legacy = on;
 }
 
 static bool bus_send(void *target, const vm_apic_msg *msg) {
@@ -269,6 +283,21 @@ static void fill_cmos(struct vm_platform_pc *pc) {
         vm_rtc_set_cell(pc->rtc, cells[i].cell, cells[i].value);
 }
 
+/* Everything is write-back but the VGA hole and what lies between RAM and 4 GiB (SDM vol. 3, 12.11). */
+void vm_pc_firmware_state(vm_machine *m) {
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        vm_vcpu *cpu = m->vcpus[i];
+        x86_cpu *x = &cpu->x86;
+        vm_vcpu_fetch(cpu, VM_STATE_MSRS);
+        memset(x->mtrr_fixed, 6, sizeof x->mtrr_fixed);
+        x->mtrr_fixed[2] = 0;                      /* 0xA0000-0xBFFFF */
+        x->mtrr_var[0] = VM_PC_LOW_MAX;            /* uncached: 3 to 4 GiB */
+        x->mtrr_var[1] = (x->phys_mask & ~UINT64_C(0x3fffffff)) | 0x800;
+        x->mtrr_def = 0xc06;
+        vm_vcpu_changed(cpu, VM_STATE_MSRS);
+    }
+}
+
 /* ---- life ---- */
 static int make_uarts(struct vm_platform_pc *pc) {
     static const struct { uint16_t port; uint8_t irq; } com[VM_PC_UARTS] = { { 0x3f8, 4 }, { 0x2f8, 3 }, { 0x3e8, 4 }, { 0x2e8, 3 } };
@@ -291,7 +320,7 @@ static int make_devices(struct vm_platform_pc *pc) {
     vm_machine *m = pc->machine;
     int s;
     if ((s = vm_apics_new(m, level_eoi, pc, &pc->apics))) return s;
-    if ((s = vm_pic_new(m, (vm_line){ .set = vm_apics_lint0, .target = pc->apics }, &pc->pic))) return s;
+    if ((s = vm_pic_new(m, (vm_line){ .set = intr_set, .target = pc }, &pc->pic))) return s;
     vm_apics_set_pic(pc->apics, pc->pic);
     if ((s = vm_ioapic_new(m, VM_PC_IOAPIC, (vm_apic_bus){ bus_send, bus_is_pending, pc }, &pc->ioapic))) return s;
     if ((s = vm_pit_new(m, wire(pc, SRC_PIT, 0), &pc->pit))) return s;
@@ -353,6 +382,88 @@ void vm_pc_reset(vm_machine *m) {
         vm_vcpu_changed(cpu, VM_STATE_ALL);
     }
     vm_device_unlock(m);
+}
+
+/* ---- snapshots: a record a region, {kind, address, bytes}, then its state padded to 8 bytes; the wires come first ---- */
+enum { PC_VERSION = 1 };
+typedef struct record { uint64_t gpa; uint32_t kind, bytes; } record;
+
+static bool is_saved(const vm_region *r) { return r->is_internal && r->ops.save && r->ops.restore; }
+static size_t padded(size_t bytes) { return (bytes + 7) & ~(size_t)7; }
+
+static int save_region(vm_region *r, uint8_t *to, size_t room, size_t *used) {
+    size_t bytes = 0;
+    int status = r->ops.save(r->user, NULL, &bytes);
+    *used = sizeof(record) + padded(bytes);
+    if (status || !to)
+        return status;
+    if (room < *used)
+        return vm_fail(VM_E_INVALID, "buffer for the platform's state is too small");
+    record head = { r->gpa, r->kind, (uint32_t)bytes };
+    memset(to, 0, *used);
+    memcpy(to, &head, sizeof head);
+    return r->ops.save(r->user, to + sizeof head, &bytes);
+}
+
+int vm_pc_save(vm_machine *m, void *buffer, size_t *bytes) {
+    struct vm_platform_pc *pc = m->pc;
+    size_t at = padded(sizeof pc->s), used;
+    pc->s.version = PC_VERSION;
+    if (buffer && *bytes < at)
+        return vm_fail(VM_E_INVALID, "buffer for the platform's state is too small");
+    if (buffer) {
+        memset(buffer, 0, at);
+        memcpy(buffer, &pc->s, sizeof pc->s);
+    }
+    for (vm_region *r = m->regions; r; r = r->next, at += used) {
+        used = 0;
+        int status = is_saved(r) ? save_region(r, buffer ? (uint8_t *)buffer + at : NULL, buffer ? *bytes - at : 0, &used) : VM_OK;
+        if (status)
+            return status;
+    }
+    *bytes = at;
+    return VM_OK;
+}
+
+static int restore_region(vm_region *r, const uint8_t *from, size_t left, size_t *used) {
+    record head;
+    if (left < sizeof head)
+        return vm_fail(VM_E_FORMAT, "the platform's state ends before the region at 0x%llx", (unsigned long long)r->gpa);
+    memcpy(&head, from, sizeof head);
+    *used = sizeof head + padded(head.bytes);
+    bool is_movable = r->kind == VM_REGION_MMIO;   /* the APIC page follows its base */
+    if (*used > left || head.kind != (uint32_t)r->kind || (!is_movable && head.gpa != r->gpa))
+        return vm_fail(VM_E_FORMAT, "the platform's state has something else where the region at 0x%llx belongs",
+                       (unsigned long long)r->gpa);
+    return r->ops.restore(r->user, from + sizeof head, head.bytes);
+}
+
+int vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes) {
+    struct vm_platform_pc *pc = m->pc;
+    size_t at = padded(sizeof pc->s), used;
+    uint32_t version;
+    if (bytes < at)
+        return vm_fail(VM_E_FORMAT, "the platform's state has %zu bytes only", bytes);
+    memcpy(&version, buffer, sizeof version);
+    if (version != PC_VERSION)
+        return vm_fail(VM_E_FORMAT, "platform state version %u, expected %d", version, PC_VERSION);
+    int status = VM_OK;
+    pc->is_frozen = true;
+    memcpy(&pc->s, buffer, sizeof pc->s);
+    vm_apics_restore_intr(pc->apics, pc->s.intr);
+    for (vm_region *r = m->regions; r && !status; r = r->next) {
+        if (!is_saved(r))
+            continue;
+        used = 0;
+        status = restore_region(r, (const uint8_t *)buffer + at, bytes - at, &used);
+        at += used;
+    }
+    pc->is_frozen = false;
+    for (unsigned i = 0; i < VM_PC_UARTS; i++)
+        vm_uart_input(pc->uart[i], NULL, 0);       /* host input that waited fills the receivers */
+    if (!status && at != bytes)
+        status = vm_fail(VM_E_FORMAT, "the platform's state has %zu bytes too many", bytes - at);
+    return status;
 }
 
 /* ---- the vCPU's doors ---- */

@@ -29,6 +29,12 @@ int  vm_pc_create(vm_machine *m);
 void vm_pc_destroy(vm_machine *m);
 void vm_pc_reset(vm_machine *m);
 
+/* The whole platform's state but RAM and vCPUs: every internal region with a save callback, and the wires between them. With
+ * the world stopped and the device lock held, like the callbacks. save: buffer NULL asks for the size; restore: VM_E_FORMAT
+ * when the state is not of such a machine (devices before the bad one are restored then: restore something good or reset). */
+int  vm_pc_save(vm_machine *m, void *buffer, size_t *bytes);
+int  vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes);
+
 /* ---- from the vCPU (its own thread) ---- */
 /* INIT and SIPI latched in cpu->init_pending, sipi_pending; the run loop calls this when X86_ATT_EVENT was set, outside
  * guest code and with register state current. Changes cpu->is_parked. */
@@ -65,6 +71,8 @@ unsigned vm_pc_e820(vm_machine *m, vm_pc_e820_entry *entries, unsigned max);    
 /* Write ACPI and MP tables to RAM at VM_PC_TABLES (done once by vm_pc_create; a loader calls it again after using that
  * memory). Not for firmware, which takes them from fw_cfg. */
 int  vm_pc_install_tables(vm_machine *m);
+/* What firmware leaves behind in every vCPU and a kernel started without it expects: MTRRs. After a loader has set vCPU 0. */
+void vm_pc_firmware_state(vm_machine *m);
 uint64_t vm_pc_rsdp(vm_machine *m);                   /* gpa of the installed RSDP */
 uint64_t vm_pc_low_end(vm_machine *m);                /* end of RAM below 4 GiB */
 /* fw_cfg items for guests that look for them; data is copied. Keys: VM_FWCFG_* of dev.h. */

@@ -43,3 +43,7 @@ check_PROGRAMS += tests/unit/sys_state
 tests_unit_sys_state_SOURCES = tests/unit/sys_state.c tests/unit/sysbare.h
 tests_unit_sys_state_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_unit_sys_state_LDFLAGS = -static
+check_PROGRAMS += tests/unit/dev_pc
+tests_unit_dev_pc_SOURCES = tests/unit/dev_pc.c tests/unit/rig.h
+tests_unit_dev_pc_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+tests_unit_dev_pc_LDFLAGS = -static
