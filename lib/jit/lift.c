@@ -7,6 +7,7 @@
  */
 #include <Zydis/Zydis.h>
 #include "jit/jit.h"
+#include "x86/native.h"
 
 enum insn_class { C_FALLBACK, C_MOVE /* memory destination is only written */, C_ALU /* read-modify-write */, C_TEST /* reads only */,
                   C_LEA, C_NOP, C_PUSH, C_POP, C_CALL, C_RET, C_JMP, C_JCC, C_LEAVE };
@@ -54,26 +55,6 @@ static bool is_odd_vector(uint16_t m) {
     }
 }
 
-/* Vector instructions with a vector or memory destination they read first or that only compare: memory operand 0 is read. */
-static bool is_unaligned_ok(uint16_t m) {
-    switch (m) {
-    case ZYDIS_MNEMONIC_MOVUPS: case ZYDIS_MNEMONIC_MOVUPD: case ZYDIS_MNEMONIC_MOVDQU: case ZYDIS_MNEMONIC_LDDQU:
-    case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM: case ZYDIS_MNEMONIC_PCMPISTRI: case ZYDIS_MNEMONIC_PCMPISTRM:
-        return true;
-    default:
-        return false;
-    }
-}
-static bool is_vex_aligned(uint16_t m) {
-    switch (m) {
-    case ZYDIS_MNEMONIC_VMOVAPS: case ZYDIS_MNEMONIC_VMOVAPD: case ZYDIS_MNEMONIC_VMOVDQA: case ZYDIS_MNEMONIC_VMOVNTDQ:
-    case ZYDIS_MNEMONIC_VMOVNTPS: case ZYDIS_MNEMONIC_VMOVNTPD: case ZYDIS_MNEMONIC_VMOVNTDQA:
-        return true;
-    default:
-        return false;
-    }
-}
-
 static unsigned memory_size(const x86_insn *in) {
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS)
@@ -94,20 +75,16 @@ unsigned jit_insn_access(const x86_insn *in) {
     }
 }
 
-static bool is_vector(const x86_insn *in) {
-    return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) && !is_odd_vector(in->mnemonic);
+static bool is_vector(const jit_unit *u, const x86_insn *in) {
+    return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) && !is_odd_vector(in->mnemonic) &&
+           x86_simd_offered(u->cpu, in);
 }
 
 /* Alignment that the instruction itself demands of its memory operand, or 1. */
 static unsigned demanded_alignment(const x86_insn *in) {
-    unsigned size = memory_size(in);
     if (in->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)
         return 16;
-    if (!(in->flags & X86_IF_VEC) || size < 16)
-        return 1;
-    if (in->flags & X86_IF_VEX)
-        return is_vex_aligned(in->mnemonic) ? size : 1;
-    return is_unaligned_ok(in->mnemonic) ? 1 : 16;
+    return in->flags & X86_IF_VEC ? x86_simd_alignment(in) : 1;
 }
 
 /* Can the memory operand's address be made inline? */
@@ -171,7 +148,7 @@ static bool stack_form(const jit_unit *u, const x86_insn *in) {
 /* The class under which this very form is handled, or C_FALLBACK. */
 static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     unsigned c = classes[in->mnemonic];
-    if (is_vector(in)) {
+    if (is_vector(u, in)) {
         if (!(u->key & JIT_KEY_VEC) || ((in->flags & X86_IF_VEX) && !(u->key & JIT_KEY_AVX)) || !native_form(u, in))
             return C_FALLBACK;
         return C_MOVE;
@@ -457,7 +434,7 @@ bool jit_lift(jit_unit *u, unsigned max_insns) {
         if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, in) < 0)
             break;
         /* Vector code starts a block of its own, entered with the vector registers loaded. */
-        if (is_vector(in) && !(u->key & JIT_KEY_VEC)) {
+        if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {
             if (!i) {
                 add_op(u, IR_NEED_VEC, 0);
                 offset += in->length;

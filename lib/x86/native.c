@@ -364,9 +364,10 @@ static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in) {
 
 x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in) {
     struct x86_native *n = cpu->native;
-    uint64_t key[2] = { 0, 0 };
-    memcpy(key, in->bytes, in->length <= 15 ? in->length : 15);
-    key[1] |= (uint64_t)in->mode << 56;
+    uint64_t key[2];                                       /* bytes behind the instruction are zero (decode.c) */
+    memcpy(&key[0], in->bytes, 8);
+    memcpy(&key[1], in->bytes + 7, 8);
+    key[1] ^= in->mode;
     front_entry *f = &n->front[mix(key[0], key[1]) & (FRONT_ENTRIES - 1)];
     if (f->fn && f->key[0] == key[0] && f->key[1] == key[1])
         return f->fn;
