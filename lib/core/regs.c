@@ -362,6 +362,18 @@ static int check_modes(const vm_sregs *s)
     return VM_OK;
 }
 
+static int check_bases(const vm_sregs *s)
+{
+    const vm_segment *segs = &s->es;
+    for (unsigned i = 0; i < X86_NSEG; i++)
+        if (!x86_canonical(segs[i].base))
+            return vm_fail(VM_E_INVALID, "base 0x%llx of segment %u is not canonical", (unsigned long long)segs[i].base, i);
+    if (!x86_canonical(s->gdtr.base) || !x86_canonical(s->idtr.base))
+        return vm_fail(VM_E_INVALID, "GDTR 0x%llx or IDTR 0x%llx is not canonical", (unsigned long long)s->gdtr.base,
+                       (unsigned long long)s->idtr.base);
+    return VM_OK;
+}
+
 static int check_sregs(const vm_sregs *s, uint64_t phys_mask)
 {
     if (s->cr0 & ~(uint64_t)CR0_BITS)
@@ -379,7 +391,8 @@ static int check_sregs(const vm_sregs *s, uint64_t phys_mask)
     if (s->dr6 >> 32 || s->dr7 >> 32)
         return vm_fail(VM_E_INVALID, "DR6 = 0x%llx, DR7 = 0x%llx: upper halves must be zero", (unsigned long long)s->dr6,
                        (unsigned long long)s->dr7);
-    return check_modes(s);
+    int status = check_bases(s);
+    return status == VM_OK ? check_modes(s) : status;
 }
 
 /* PAE paging keeps its four root entries in the CPU from the time CR3 is loaded. */
