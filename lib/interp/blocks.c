@@ -136,8 +136,8 @@ void block_cache_drop(block_cache *c, uint64_t gpa, uint64_t bytes)
         return;
     }
     bool is_any = false;
-    for (uint64_t page = gpa & ~UINT64_C(0xfff); page < end; page += 4096)
-        is_any |= drop_bucket(c, page_of(page), gpa, end);
+    for (uint64_t page = gpa >> 12; page <= (end - 1) >> 12; page++)
+        is_any |= drop_bucket(c, page_of(page << 12), gpa, end);
     if (is_any) {
         c->generation++;
         c->jump_generation += 256;

@@ -309,8 +309,8 @@ static uint64_t host_cmpxchg(uint8_t *p, unsigned n, uint64_t expected, uint64_t
 #undef TRY
 }
 
-/* The destination is written either way (with its old value on a mismatch). On a match the accumulator stays as it is,
- * on a mismatch it is loaded: a 32-bit form zero-extends only then. */
+/* A memory destination is written either way (with its old value on a mismatch). The register that is not loaded stays whole:
+ * 32-bit forms zero-extend the accumulator on a mismatch only, the destination on a match only. */
 void x86_op_cmpxchg(x86_cpu *cpu, const x86_insn *in)
 {
     static const x86_alu_fn cmp[4] = X86_ALU_TABLE(cmp);
@@ -320,8 +320,6 @@ void x86_op_cmpxchg(x86_cpu *cpu, const x86_insn *in)
         old = x86_get_op(cpu, in, 0);
         if (old == a)
             x86_set_op(cpu, in, 0, b);
-        else if (n == 4)
-            x86_set_op(cpu, in, 0, old);
     } else {
         x86_locked m;
         x86_locked_open(cpu, &m, x86_op_la(cpu, in, n, X86_READ | X86_WRITE), n);

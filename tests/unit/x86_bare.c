@@ -39,7 +39,7 @@ static int phys_write(x86_cpu *cpu, uint64_t gpa, uint64_t gva, unsigned n, uint
 {
     bare *b = cpu->env_data;
     (void)gva;
-    if (gpa + n <= BARE_RAM) {
+    if (gpa < BARE_RAM && n <= BARE_RAM - gpa) {
         memcpy(b->ram + gpa, &value, n);
         interp_code_changed_cpu(cpu, gpa, n);
         return X86_IO_DONE;
