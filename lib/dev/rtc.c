@@ -27,14 +27,18 @@ struct vm_rtc {
         uint32_t version;
         uint8_t index, high_index, ram[128], high[128];
         uint8_t irq_level;
-        int64_t offset_ns;                 /* Unix time = guest time + offset */
+        int64_t offset_s;                  /* Unix time = offset_s + (guest time + offset_ns) / 10^9 */
+        uint64_t offset_ns;
         uint64_t seen_second;              /* last second whose update set the flags */
         vm_ticker ticker;                  /* periodic interrupt */
     } s;
 };
 
-static int64_t unix_ns(const vm_rtc *r) { return (int64_t)vm_clock_now(r->machine) + r->s.offset_ns; }
-static uint64_t unix_second(const vm_rtc *r) { int64_t t = unix_ns(r); return t < 0 ? 0 : (uint64_t)t / NS; }
+static uint64_t divider_ns(const vm_rtc *r) { return vm_clock_now(r->machine) + r->s.offset_ns; }
+static uint64_t unix_second(const vm_rtc *r) {
+    int64_t t = (int64_t)(divider_ns(r) / NS) + r->s.offset_s;
+    return t < 0 ? 0 : (uint64_t)t;
+}
 
 /* ---- calendar: days since 1970-01-01, proleptic Gregorian ---- */
 static int64_t days_from_date(int64_t y, unsigned m, unsigned d) {
@@ -97,10 +101,7 @@ static void bytes_to_clock(vm_rtc *r) {
     int64_t days = days_from_date(year < 1970 ? 1970 : year, month < 1 ? 1 : month > 12 ? 12 : month, day < 1 ? 1 : day > 31 ? 31 : day);
     int64_t second = decode_hour(r, r->s.ram[REG_HOURS]) * 3600 + decode(r, r->s.ram[REG_MINUTES]) % 60 * 60 +
                      decode(r, r->s.ram[REG_SECONDS]) % 60;
-    uint64_t now = vm_clock_now(r->machine);
-    /* The divider goes on: keep the fraction of the running second. */
-    int64_t fraction = unix_ns(r) % (int64_t)NS;
-    r->s.offset_ns = (days * 86400 + second) * (int64_t)NS + (fraction < 0 ? 0 : fraction) - (int64_t)now;
+    r->s.offset_s = days * 86400 + second - (int64_t)(divider_ns(r) / NS);     /* the running second goes on */
     r->s.seen_second = unix_second(r);
 }
 
@@ -156,9 +157,9 @@ static void arm(vm_rtc *r) {
     else if (is_counting(r) && (b & B_AIE) && !(c & C_AF))
         seconds = alarm_distance(r, unix_second(r));
     if (seconds) {
-        int64_t at = (int64_t)((unix_second(r) + seconds) * NS) - r->s.offset_ns;
-        if (at >= 0 && (uint64_t)at < wake)
-            wake = (uint64_t)at;
+        uint64_t at = (divider_ns(r) / NS + seconds) * NS - r->s.offset_ns;
+        if (at < wake)
+            wake = at;
     }
     vm_timer_set(r->timer, wake);
 }
@@ -197,7 +198,7 @@ static uint8_t read_cell(vm_rtc *r, unsigned index) {
     switch (index) {
     case REG_A: {
         uint8_t uip = 0;
-        if (is_counting(r) && (uint64_t)(unix_ns(r) % (int64_t)NS) >= NS - UIP_NS)
+        if (is_counting(r) && divider_ns(r) % NS >= NS - UIP_NS)
             uip = A_UIP;
         return (r->s.ram[REG_A] & 0x7f) | uip;
     }
@@ -305,9 +306,13 @@ static int rtc_save(void *user, void *buffer, size_t *bytes) {
 static int rtc_restore(void *user, const void *buffer, size_t bytes) {
     vm_rtc *r = user;
     int status = vm_dev_load(&r->s, sizeof r->s, RTC_VERSION, buffer, bytes);
-    if (!status)
-        arm(r);
-    return status;
+    if (status)
+        return status;
+    r->s.offset_ns %= NS;
+    if (r->s.offset_s > INT64_C(1) << 40 || r->s.offset_s < -(INT64_C(1) << 40))
+        r->s.offset_s = 0;
+    arm(r);
+    return VM_OK;
 }
 
 static void rtc_destroy(void *user) {
@@ -325,7 +330,8 @@ int vm_rtc_new(vm_machine *m, vm_line irq, int64_t unix_seconds, vm_rtc **out) {
     }
     r->machine = m;
     r->irq = irq;
-    r->s.offset_ns = unix_seconds * (int64_t)NS - (int64_t)vm_clock_now(m);
+    r->s.offset_ns = (NS - vm_clock_now(m) % NS) % NS;
+    r->s.offset_s = unix_seconds - (int64_t)(divider_ns(r) / NS);
     rtc_reset(r);
     int status = vm_add_pio(m, 0x70, 4, &ops, r, NULL);
     if (status) {
