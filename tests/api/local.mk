@@ -8,3 +8,6 @@ tests_api_api_run_SOURCES = tests/api/run.c
 tests_api_api_run_LDADD = $(TEST_LIBS)
 script_tests += tests/api/headers tests/api/symbols
 EXTRA_DIST += tests/api/headers tests/api/symbols
+check_PROGRAMS += tests/api/api_smp
+tests_api_api_smp_SOURCES = tests/api/smp.c
+tests_api_api_smp_LDADD = $(TEST_LIBS)
