@@ -24,7 +24,7 @@
 #define BACK_ENTRIES 8192u                   /* power of two; at most half full */
 
 typedef struct front_entry { uint64_t key[2]; x86_thunk_fn fn; } front_entry;
-typedef struct back_key { uint8_t bytes[X86_REENCODE_MAX]; uint8_t gpr[3], kind; uint32_t pad; } back_key;
+typedef struct back_key { uint8_t bytes[X86_REENCODE_MAX]; uint8_t gpr[3], kind; uint16_t light, pad; } back_key;
 typedef struct back_entry { back_key key; x86_thunk_fn fn; } back_entry;
 
 struct x86_native {
@@ -295,6 +295,47 @@ static void emit_x87(emitter *e, const x86_insn *in, const uint8_t *bytes, unsig
     PUT(e, 0xc3);
 }
 
+static void put_light_value(emitter *e, bool is_store, size_t frame_offset) {
+    PUT(e, 0x41, 0xdb);                                       /* fld, fstp tbyte [r9 + ...] */
+    put_mem(e, is_store ? 7 : 5, R9, (int32_t)frame_offset);
+}
+
+/* fnstsw ax; if any exception flag is set: fnclex. Host code never sees the guest's flags, nor the guest the host's. */
+static void emit_clear_x87_flags(emitter *e) {
+    PUT(e, 0xdf, 0xe0, 0xa8, 0x3f, 0x74, 0x02, 0xdb, 0xe2);
+}
+
+/* The values go through FLD and FSTP of extended format, which change and flag nothing. All exceptions are masked. */
+static void emit_x87_light(emitter *e, unsigned light, const uint8_t *bytes, unsigned n) {
+    unsigned depth = (light & LIGHT_A ? 1 : 0) + (light & LIGHT_B ? 1 : 0) + (light & LIGHT_PUSH ? 1 : 0);
+    depth -= light & LIGHT_POP2 ? 2 : light & LIGHT_POP ? 1 : 0;
+    PUT(e, 0x49, 0x89, 0xd1);
+    emit_clear_x87_flags(e);
+    PUT(e, 0x41, 0xd9);                                       /* fnstcw; fldcw */
+    put_mem(e, 7, R9, (int32_t)offsetof(x86_thunk_frame, host_fcw));
+    PUT(e, 0x41, 0xd9);
+    put_mem(e, 5, R9, (int32_t)offsetof(x86_thunk_frame, fcw));
+    if (light & LIGHT_B)
+        put_light_value(e, false, offsetof(x86_thunk_frame, b));
+    if (light & LIGHT_A)
+        put_light_value(e, false, offsetof(x86_thunk_frame, a));
+    put(e, n, bytes);
+    PUT(e, 0x41, 0xdd);                                       /* fnstsw */
+    put_mem(e, 7, R9, (int32_t)offsetof(x86_thunk_frame, fsw));
+    if (light & LIGHT_FLAGS)
+        emit_push_pop_flags(e, false);
+    if (light & LIGHT_TO_B && !(light & LIGHT_POP))
+        PUT(e, 0xdd, 0xd8), depth--;                          /* fstp st0: a, above the result */
+    if (light & (LIGHT_TO_A | LIGHT_TO_B))
+        put_light_value(e, true, light & LIGHT_TO_A ? offsetof(x86_thunk_frame, a) : offsetof(x86_thunk_frame, b)), depth--;
+    while (depth--)
+        PUT(e, 0xdd, 0xd8);
+    emit_clear_x87_flags(e);
+    PUT(e, 0x41, 0xd9);
+    put_mem(e, 5, R9, (int32_t)offsetof(x86_thunk_frame, host_fcw));
+    PUT(e, 0xc3);
+}
+
 /* ---- caches ---- */
 static void flush(struct x86_native *n) {
     memset(n->front, 0, sizeof n->front);
@@ -333,16 +374,18 @@ static unsigned reencode_fields(const x86_insn *in, uint8_t *bytes, back_key *ke
     return x86_reencode(&copy, &map, bytes);
 }
 
-static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in) {
+static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light) {
     struct x86_native *n = cpu->native;
     bool is_x87 = in->map == 0 && !(in->flags & X86_IF_VEX);
     unsigned props = x86_simd_properties(in);
-    back_key key = { .kind = (uint8_t)(is_x87 | in->mode << 4) };
+    back_key key = { .kind = (uint8_t)(is_x87 | in->mode << 4), .light = (uint16_t)light };
     if (!is_x87 && !x86_simd_offered(cpu, in))
         return NULL;
     unsigned length = reencode_fields(in, key.bytes, &key);
     if (length == 0)
         return NULL;
+    if (light & LIGHT_B)                                      /* ST(i) becomes ST(1) */
+        key.bytes[length - 1] = (key.bytes[length - 1] & ~7u) | 1;
     back_entry *entry = back_find(n, &key);
     if (entry->fn)
         return entry->fn;
@@ -351,7 +394,9 @@ static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in) {
         entry = back_find(n, &key);
     }
     emitter e = { n->rw + n->used };
-    if (is_x87)
+    if (light)
+        emit_x87_light(&e, light, key.bytes, length);
+    else if (is_x87)
         emit_x87(&e, in, key.bytes, length);
     else
         emit_simd(&e, in, props, key.bytes, length);
@@ -362,18 +407,26 @@ static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in) {
     return entry->fn;
 }
 
-x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in) {
+static x86_thunk_fn find_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light) {
     struct x86_native *n = cpu->native;
     uint64_t key[2];                                       /* bytes behind the instruction are zero (decode.c) */
     memcpy(&key[0], in->bytes, 8);
     memcpy(&key[1], in->bytes + 7, 8);
-    key[1] ^= in->mode;
+    key[1] ^= in->mode | (light ? 0x80u : 0);
     front_entry *f = &n->front[mix(key[0], key[1]) & (FRONT_ENTRIES - 1)];
     if (f->fn && f->key[0] == key[0] && f->key[1] == key[1])
         return f->fn;
-    x86_thunk_fn fn = make_thunk(cpu, in);
+    x86_thunk_fn fn = make_thunk(cpu, in, light);
     f->key[0] = key[0];
     f->key[1] = key[1];
     f->fn = fn;
     return fn;
+}
+
+x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in) {
+    return find_thunk(cpu, in, 0);
+}
+
+x86_thunk_fn x86_thunk_light(x86_cpu *cpu, const x86_insn *in, unsigned light) {
+    return find_thunk(cpu, in, light);
 }

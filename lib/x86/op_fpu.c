@@ -3,7 +3,7 @@
  * Arithmetic, loads and stores run natively with the guest's real control word: the thunk loads the guest's x87 state, executes
  * one instruction and saves the state without waiting, so an unmasked exception stays pending in the saved FSW.ES and is
  * raised as #MF by the guest's next waiting instruction, as on hardware. A thunk is never entered with an exception
- * pending. Control instructions work on the image directly.
+ * pending. Control instructions work on the image directly, and op_fpu_light.c has a shorter way for common cases.
  *
  * The image (FXSAVE layout) holds the registers stack-relative and the tags in physical order. FIP, FDP and FOP are always
  * the last non-control instruction's; their selectors are in software bytes of the image (simd.h).
@@ -122,7 +122,7 @@ static bool is_store(const x86_insn *in) {
 }
 
 /* Last instruction pointers. In 64-bit mode they are 64-bit offsets, else 32-bit offsets with a selector. */
-static void set_pointers(x86_cpu *cpu, const x86_insn *in) {
+void x86_fpu_set_pointers(x86_cpu *cpu, const x86_insn *in) {
     X86_FPU_FOP(cpu) = (uint16_t)((in->opcode & 7) << 8 | in->modrm);
     X86_FPU_FIP(cpu) = cpu->code_size == 8 ? cpu->rip : (uint32_t)cpu->rip;
     X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
@@ -147,13 +147,15 @@ static void commit_frame(x86_cpu *cpu, const x86_insn *in, const x86_thunk_frame
     memcpy(cpu->fpu.image + 32, frame->fx + 32, 128);
     X86_FPU_FCW(cpu) = fcw;
     x86_fpu_update_es(cpu);
-    set_pointers(cpu, in);
+    x86_fpu_set_pointers(cpu, in);
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (frame->flags & X86_FL_ARITH);
 }
 
 void x86_op_x87(x86_cpu *cpu, const x86_insn *in) {
     begin_waiting(cpu);
     x86_thunk_ready(cpu);
+    if (x86_fpu_light(cpu, in))
+        return;
     x86_thunk_fn fn = x86_thunk(cpu, in);
     if (!fn)
         x86_raise(cpu, X86_UD);
@@ -195,7 +197,7 @@ void x86_op_fwait(x86_cpu *cpu, const x86_insn *in) {
 
 void x86_op_fnop(x86_cpu *cpu, const x86_insn *in) {
     begin_waiting(cpu);
-    set_pointers(cpu, in);
+    x86_fpu_set_pointers(cpu, in);
 }
 
 /* FENI, FDISI, FSETPM: no operation since the 387, and they do not wait. */

@@ -25,12 +25,26 @@ typedef struct x86_thunk_frame {
     uint64_t flags;                                    /* RFLAGS in (FCMOVcc) and out */
     uint32_t mxcsr, mxcsr_after, host_mxcsr;
     uint16_t host_fcw;
+    uint16_t fcw, fsw;                                 /* light x87 thunks: control word in, status out */
+    uint8_t a[16], b[16];                              /* and ST(0), ST(i) as extended values, in and out */
 } x86_thunk_frame;
+
+/* What a light x87 thunk does with the two values. */
+enum x86_light { LIGHT_A = 1,        /* reads ST(0) */
+                 LIGHT_B = 2,        /* reads ST(i), as ST(1) of the thunk */
+                 LIGHT_TO_A = 4, LIGHT_TO_B = 8,
+                 LIGHT_PUSH = 0x10, LIGHT_POP = 0x20, LIGHT_POP2 = 0x40,
+                 LIGHT_CC = 0x80,    /* sets all condition codes, not C1 alone */
+                 LIGHT_FLAGS = 0x100,
+                 LIGHT_STORE = 0x200 };
 
 typedef void (*x86_thunk_fn)(x86_cpu *cpu, void *memory, x86_thunk_frame *frame);
 
 /* The host function for `in`, NULL when it cannot be made (an instruction the CPU model lacks). May flush older thunks. */
 x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in);
+/* A thunk for an x87 instruction of shape `light` (enum x86_light) that works on frame->a and frame->b. Only for a control
+ * word with every exception masked. */
+x86_thunk_fn x86_thunk_light(x86_cpu *cpu, const x86_insn *in, unsigned light);
 x86_thunk_frame *x86_thunk_frame_of(x86_cpu *cpu);
 /* rip + 1 of the instruction that reported an x87 error with CR0.NE = 0; 0: none. */
 uint64_t *x86_ferr_seen(x86_cpu *cpu);
@@ -43,6 +57,8 @@ void x86_check_fpu(x86_cpu *cpu);                      /* x87: #NM */
 void x86_check_fpu_error(x86_cpu *cpu);                /* pending unmasked x87 exception: #MF or FERR# */
 
 /* ---- x87 image helpers (op_fpu.c) ---- */
+void x86_fpu_set_pointers(x86_cpu *cpu, const x86_insn *in);
+bool x86_fpu_light(x86_cpu *cpu, const x86_insn *in);  /* op_fpu_light.c: true when it executed the instruction */
 void x86_fpu_init(x86_cpu *cpu);                       /* FNINIT */
 void x86_fpu_update_es(x86_cpu *cpu);                  /* FSW.ES and B follow from the flags and the masks */
 void x86_mmx_enter(x86_cpu *cpu);                      /* TOP = 0, all tags valid */
