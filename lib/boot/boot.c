@@ -33,7 +33,8 @@ static int boot_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_opti
         return vm_fail(VM_E_FORMAT, "%s: linux_entry %u, but this is no Linux kernel image", kernel->path, o->linux_entry);
     if (vm_multiboot_recognise(kernel)) return vm_multiboot_load(m, kernel, o->initrd, cmdline);
     if (vm_elf_recognise(kernel)) return vm_elf_boot(m, kernel, o->initrd, cmdline);
-    if (vm_sector_recognise(kernel)) return vm_sector_load(m, kernel);
+    if (vm_sector_recognise(kernel))
+        return o->initrd ? vm_fail(VM_E_INVALID, "%s: a boot sector takes no initrd", kernel->path) : vm_sector_load(m, kernel);
     return vm_fail(VM_E_FORMAT, "%s: not a kernel image: neither Linux, Multiboot, ELF nor a boot sector", kernel->path);
 }
 
