@@ -354,6 +354,18 @@ static void random_state(uint8_t *area)
 }
 
 /* ---- one comparison ---- */
+static bool is_dot_product(const x86_insn *in)
+{
+    return in->mnemonic == ZYDIS_MNEMONIC_DPPS || in->mnemonic == ZYDIS_MNEMONIC_DPPD || in->mnemonic == ZYDIS_MNEMONIC_VDPPS ||
+           in->mnemonic == ZYDIS_MNEMONIC_VDPPD;
+}
+
+/* An exact tiny product inside a dot product is not seen when underflow is unmasked. */
+static bool is_unknown_underflow(const x86_insn *in)
+{
+    return is_dot_product(in) && native_vector == X86_XM && !(CTX->in[25] & 0x08);
+}
+
 /* MXCSR bits that a run with masked exceptions cannot tell. An unmasked overflow or underflow sets PE when the result with an
  * unbounded exponent is inexact; a dot product stops at its first step that raises an unmasked exception. */
 static uint32_t unknown_mxcsr(const x86_insn *in)
@@ -363,8 +375,7 @@ static uint32_t unknown_mxcsr(const x86_insn *in)
     unmasked = ~(now >> 7) & now & 0x3f;
     if (native_vector != X86_XM)
         return 0;
-    if (in->mnemonic == ZYDIS_MNEMONIC_DPPS || in->mnemonic == ZYDIS_MNEMONIC_DPPD || in->mnemonic == ZYDIS_MNEMONIC_VDPPS ||
-        in->mnemonic == ZYDIS_MNEMONIC_VDPPD)
+    if (is_dot_product(in))
         return 0x3f;
     return unmasked & 0x18 ? 0x20 : 0;
 }
@@ -372,6 +383,8 @@ static uint32_t unknown_mxcsr(const x86_insn *in)
 static const char *difference(const x86_insn *in, int guest_vector, char *why, size_t bytes)
 {
     uint8_t *g = cpu->fpu.image;
+    if (guest_vector != native_vector && is_unknown_underflow(in))
+        return NULL;
     if (guest_vector != native_vector) {
         snprintf(why, bytes, "vector %d, silicon %d", guest_vector, (int)native_vector);
         return why;
@@ -532,7 +545,7 @@ static void run_one(const x86_insn *in, tally *t)
         random_vector(guest_data + i, 512);
     if (in->mnemonic == ZYDIS_MNEMONIC_LDMXCSR || in->mnemonic == ZYDIS_MNEMONIC_VLDMXCSR)
         for (unsigned i = 2; i < DATA_BYTES; i++)
-            guest_data[i] &= rnd() & 7 ? 0 : 0xff;
+            guest_data[i] &= rnd() & 7 ? 0 : 0xfd;     /* bit 17 exists on AMD's processors, not in the model */
     if (is_state_image(in)) {
         place = DATA_AT + rnd() % (DATA_BYTES - 1024);
         place &= rnd() & 15 ? ~(uint64_t)63 : rnd() & 1 ? ~(uint64_t)15 : ~(uint64_t)0;
