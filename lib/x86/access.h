@@ -16,7 +16,14 @@
 uint64_t x86_load_slow(x86_cpu *cpu, uint64_t la, unsigned n);
 void x86_store_slow(x86_cpu *cpu, uint64_t la, unsigned n, uint64_t v);
 
-static inline uint64_t x86_load_host(const uint8_t *p, unsigned n)
+/* Guests race on their own memory, and that is theirs to do: ThreadSanitizer is told not to look at plain guest accesses. */
+#ifdef __SANITIZE_THREAD__
+#define X86_GUEST_RACES __attribute__((no_sanitize("thread")))
+#else
+#define X86_GUEST_RACES
+#endif
+
+X86_GUEST_RACES static inline uint64_t x86_load_host(const uint8_t *p, unsigned n)
 {
     switch (n) {
     case 1: return *p;
@@ -25,9 +32,29 @@ static inline uint64_t x86_load_host(const uint8_t *p, unsigned n)
     default: { uint64_t v; memcpy(&v, p, 8); return v; }
     }
 }
-static inline void x86_store_host(uint8_t *p, unsigned n, uint64_t v)
+X86_GUEST_RACES static inline void x86_store_host(uint8_t *p, unsigned n, uint64_t v)
 {
     memcpy(p, &v, n == 1 ? 1 : n == 2 ? 2 : n == 4 ? 4 : 8);
+}
+/* n bytes from or to guest memory; 1, 2, 4 and 8 in one piece. */
+static inline void x86_copy_from_host(uint8_t *to, const uint8_t *from, unsigned n)
+{
+    if (n == 8 || n == 4 || n == 2 || n == 1) {
+        uint64_t v = x86_load_host(from, n);
+        memcpy(to, &v, n);
+    } else {
+        memcpy(to, from, n);
+    }
+}
+static inline void x86_copy_to_host(uint8_t *to, const uint8_t *from, unsigned n)
+{
+    if (n == 8 || n == 4 || n == 2 || n == 1) {
+        uint64_t v = 0;
+        memcpy(&v, from, n);
+        x86_store_host(to, n, v);
+    } else {
+        memcpy(to, from, n);
+    }
 }
 uint8_t x86_fetch_byte(x86_cpu *cpu, uint64_t gpa, uint64_t la);
 

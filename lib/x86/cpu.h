@@ -318,7 +318,7 @@ struct x86_cpu {
 };
 enum x86_stat { X86_STAT_FILLS, X86_STAT_WALKS, X86_STAT_WALK_REFS, X86_STAT_FLUSHES, X86_STAT_EXCEPTIONS, X86_STAT_INTERRUPTS,
                 X86_STAT_IO, X86_STAT_MMIO, X86_STAT_BLOCKS, X86_STAT_DECODED, X86_STAT_FALLBACKS, X86_STAT_CODE_WRITES,
-                X86_STAT_ROOT_SWITCHES, X86_STAT_HALTS };
+                X86_STAT_ROOT_SWITCHES, X86_STAT_HALTS, X86_STAT_KVM_EXITS, X86_STAT_KVM_EMULATED };
 
 /* ---- faults and leaving (fault.c) ---- */
 _Noreturn void x86_raise(x86_cpu *cpu, uint8_t vector);                          /* no error code */
@@ -406,7 +406,7 @@ bool x86_tlb_protect(x86_cpu *cpu, uint64_t gpa);
 /* Fast paths. */
 static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool is_write) {
     x86_tlb_entry *e = &cpu->tlb[cpu->ctx].e[X86_TLB_INDEX(la)];
-    uint64_t offset = la ^ (is_write ? e->tag_w : e->tag_r);
+    uint64_t offset = la ^ (is_write ? __atomic_load_n(&e->tag_w, __ATOMIC_RELAXED) : e->tag_r);
     return offset <= 4096u - n ? e->host + offset : NULL;
 }
 

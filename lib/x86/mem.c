@@ -57,7 +57,7 @@ static uint8_t *resolve(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, 
 {
     x86_tlb_entry *e = &cpu->tlb[ctx].e[X86_TLB_INDEX(la)];
     for (int pass = 0; pass < 2; pass++) {
-        uint64_t offset = la ^ (access & X86_WRITE ? e->tag_w : access & X86_EXEC ? e->tag_x : e->tag_r);
+        uint64_t offset = la ^ (access & X86_WRITE ? __atomic_load_n(&e->tag_w, __ATOMIC_RELAXED) : access & X86_EXEC ? e->tag_x : e->tag_r);
         if (offset <= 4096u - n)
             return e->host + offset;
         if (pass)
@@ -122,7 +122,7 @@ static unsigned io_piece(unsigned n)
 static void piece_read(x86_cpu *cpu, const uint8_t *host, uint64_t gpa, uint64_t la, uint8_t *buf, unsigned n, unsigned access)
 {
     if (host) {
-        memcpy(buf, host, n);
+        x86_copy_from_host(buf, host, n);
         return;
     }
     while (n) {
@@ -136,7 +136,7 @@ static void piece_read(x86_cpu *cpu, const uint8_t *host, uint64_t gpa, uint64_t
 static void piece_write(x86_cpu *cpu, uint8_t *host, uint64_t gpa, uint64_t la, const uint8_t *buf, unsigned n)
 {
     if (host) {
-        memcpy(host, buf, n);
+        x86_copy_to_host(host, buf, n);
         return;
     }
     while (n) {

@@ -43,6 +43,11 @@ void x86_tlb_init(x86_cpu *cpu)
     forget_large(cpu);
 }
 
+static void touch(x86_cpu *cpu, unsigned ctx, unsigned i)
+{
+    __atomic_store_n(&cpu->tlb_touched[ctx], cpu->tlb_touched[ctx] | UINT32_C(1) << i / CHUNK, __ATOMIC_RELAXED);
+}
+
 static uint64_t note_large(x86_cpu *cpu, uint64_t la, uint64_t page_bytes)
 {
     if (page_bytes <= 4096)
@@ -65,7 +70,7 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     uint64_t page = la & X86_PAGE_MASK, none = X86_TLB_NONE(i);
     uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0) |
                     (prot & X86_TLB_MAY_W ? X86_TLBM_MAY_W : 0) | note_large(cpu, la, page_bytes);
-    cpu->tlb_touched[ctx] |= UINT32_C(1) << i / CHUNK;
+    touch(cpu, ctx, i);
     __atomic_store_n(&e->tag_w, none, __ATOMIC_RELAXED);
     __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
     e->host = host;
@@ -80,7 +85,7 @@ void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsig
     x86_tlb *t = &cpu->tlb[ctx];
     uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | X86_TLBM_IO | (global ? X86_TLBM_GLOBAL : 0) |
                     note_large(cpu, la, page_bytes);
-    cpu->tlb_touched[ctx] |= UINT32_C(1) << i / CHUNK;
+    touch(cpu, ctx, i);
     drop_entry(t, i);
     t->e[i].host = (uint8_t *)(uintptr_t)((la & X86_PAGE_MASK) | prot);
     __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
@@ -124,7 +129,7 @@ static void sweep(x86_cpu *cpu, uint64_t keep)
                 else if (t->meta[i])
                     drop_entry(t, i);
         }
-        cpu->tlb_touched[c] = left;
+        __atomic_store_n(&cpu->tlb_touched[c], left, __ATOMIC_RELAXED);
     }
 }
 
