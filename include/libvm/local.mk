@@ -1,6 +1,7 @@
 # Public headers, installed as <libvm/...>. The .def tables are part of the interface: they expand into enums.
 libvmincludedir = $(includedir)/libvm
 libvminclude_HEADERS = \
+	include/libvm/boot.h \
 	include/libvm/device.h \
 	include/libvm/error.def \
 	include/libvm/error.h \
@@ -9,6 +10,8 @@ libvminclude_HEADERS = \
 	include/libvm/libvm.h \
 	include/libvm/machine.h \
 	include/libvm/memory.h \
+	include/libvm/mmu.h \
 	include/libvm/reg.def \
 	include/libvm/stat.def \
-	include/libvm/types.h
+	include/libvm/types.h \
+	include/libvm/vcpu.h
