@@ -86,6 +86,7 @@ typedef struct kvm_vcpu {
     int out_after;                     /* does RIP stand after OUT at an exit? -1 not known yet */
     unsigned sregs_wanted;             /* how many more exits bring system registers along */
     bool is_flat;                      /* VM_MODE_FLAT64 is in force and CR3 points at our tables */
+    bool has_cpuid;
     bool has_soft;                     /* interpreter data exists */
     bool is_soft_io;                   /* the interpreter's last instruction waits for the caller's answer */
     uint64_t soft_entries;             /* km->entries when the interpreter's caches were last emptied */
@@ -103,7 +104,6 @@ typedef struct kvm_vcpu {
     int timer_tid;
     bool is_timer_armed, is_late;
     struct kvm_xsave *xsave;
-    uint64_t failures, emulated;       /* emulation failures of KVM; instructions interpreted for it */
     uint64_t exits;
     char reason[160];                  /* of X86_STOP_HOST */
 } kvm_vcpu;

@@ -795,13 +795,8 @@ int kvm_vcpu_create(vm_vcpu *cpu)
         cpu->x86.model = cpu->machine->own_model;
         cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
     }
-    rc = kvm_cpuid_set(kv);
-    if (rc == VM_OK) {
-        set_tsc_offset(kv);
-        return VM_OK;
-    }
-    cpu->backend_data = NULL;
-    munmap(kv->run, km->run_bytes);
+    set_tsc_offset(kv);
+    return VM_OK;
 fail_fd:
     close(kv->fd);
 fail:

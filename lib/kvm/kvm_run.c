@@ -155,6 +155,7 @@ static int enter(kvm_vcpu *kv, bool only_complete)
     int error = errno;
     kv->tid = 0;
     kv->exits++;
+    kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;
     atomic_fetch_add_explicit(&kv->km->entries, 1, memory_order_relaxed);
     kv->is_tlb_stale = true;
     kv->sregs_wanted -= wants_sregs;
@@ -315,7 +316,7 @@ x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions)
     int64_t before = x->budget;
     if (stop == X86_STOP_NONE)
         stop = vm_backend_interp.run(kv->cpu);
-    kv->emulated += (uint64_t)(before - x->budget);
+    x->stat[X86_STAT_KVM_EMULATED] += (uint64_t)(before - x->budget);
     if (!is_slice) {
         x->budget = budget;
         if (stop == X86_STOP_SLICE)
@@ -333,7 +334,6 @@ static x86_stop emulation_failed(kvm_vcpu *kv)
     else if (kv->soft_batch < MAX_BATCH)
         kv->soft_batch *= 2;
     kv->last_failure = kv->exits;
-    kv->failures++;
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
     memset(&kv->run->s.regs.events.exception, 0, sizeof kv->run->s.regs.events.exception);   /* KVM may have queued #UD */
     return kvm_interpret(kv, kv->soft_batch);

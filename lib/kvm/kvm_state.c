@@ -404,6 +404,12 @@ int kvm_load(kvm_vcpu *kv)
     unsigned dirty = kv->dirty;
     if (!dirty)
         return VM_OK;
+    if (!kv->has_cpuid) {              /* not at creation: APIC ids and topology are the platform's, which comes later */
+        int rc = kvm_cpuid_set(kv);
+        if (rc)
+            return rc;
+        kv->has_cpuid = true;
+    }
     if (dirty & VM_STATE_SREGS) {
         int rc = sregs_copy_to(kv, &sync->sregs);
         if (rc)
