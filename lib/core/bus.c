@@ -6,6 +6,7 @@
  * ones (writes: nothing) on a PC.
  */
 #include "core/core.h"
+#include "x86/access.h"
 
 #include <string.h>
 
@@ -131,13 +132,7 @@ static bool write_ram(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
         return false;
     vm_region *r = range->region;
     uint64_t offset = gpa - range->gpa;
-    switch (n) {                       /* aligned stores stay single ones for other vCPUs */
-    case 1: *(volatile uint8_t *)(r->host + offset) = (uint8_t)value; break;
-    case 2: *(volatile uint16_t *)(r->host + offset) = (uint16_t)value; break;
-    case 4: *(volatile uint32_t *)(r->host + offset) = (uint32_t)value; break;
-    case 8: *(volatile uint64_t *)(r->host + offset) = value; break;
-    default: memcpy(r->host + offset, &value, n);
-    }
+    x86_copy_to_host(r->host + offset, (const uint8_t *)&value, n);
     vm_page_written(cpu->machine, cpu, r, offset, n);
     return true;
 }
