@@ -60,6 +60,15 @@ static inline void e_r_gsb(jit_writer *w, unsigned size, unsigned op, unsigned r
     e8(w, 0x80u | (reg & 7) << 3 | (base & 7));
     e32(w, (uint32_t)disp);
 }
+/* op reg, gs:[index * 8 + disp32] */
+static inline void e_r_gs8(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned index, int32_t disp) {
+    e8(w, 0x65);
+    e_rex(w, size, reg, index, 0);
+    e8(w, op);
+    e8(w, (reg & 7) << 3 | 4);
+    e8(w, 0xc0u | (index & 7) << 3 | 5);
+    e32(w, (uint32_t)disp);
+}
 /* op reg, [base + disp32] */
 static inline void e_r_mem(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned base, int32_t disp) {
     e_rex(w, size, reg, 0, base);

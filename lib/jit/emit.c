@@ -28,11 +28,11 @@ static const uint8_t home[16] = { RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9
 
 typedef struct slow_stub {
     uint8_t *jump[2];                     /* the fast path's jumps here: miss, misaligned */
-    uint8_t *resume;
+    uint8_t *resume;                      /* after the access (a group's: after its lookup) */
+    uint8_t *hit;                         /* windows: after the check */
     const jit_op *check, *access;
     uint32_t site;
     bool save, regen, restore;            /* flags: as the fast path had them */
-    bool is_window;                       /* T0 is an offset into the window */
     int recipe;
 } slow_stub;
 
@@ -77,6 +77,41 @@ static void emit_restore(jit_writer *w) {
     e8(w, 0x04), e8(w, 0x7f);                           /* add al, 127: OF */
     e8(w, 0x9e);                                        /* sahf */
     e_mov(w, 8, RAX, T1);
+}
+
+static bool recipe_uses_t1(const jit_unit *u, int i) {
+    const x86_operand *op = u->insn[i].op;
+    return IN_MEMORY(op[0].reg) || (op[1].kind == X86_OP_GPR && IN_MEMORY(op[1].reg));
+}
+
+/* The flags as a recipe in memory: kind and width in JIT_SLOT_FLAGS, operands beside it. C evaluates it if anybody asks. */
+static void emit_lazy(emitter *e, int i) {
+    const x86_insn *in = &e->u->insn[i];
+    const x86_operand *a = &in->op[0], *b = &in->op[1];
+    jit_writer *w = e->w;
+    unsigned kind = jit_recipe_kind(in);
+    if (!IN_MEMORY(a->reg))
+        e_gs_store(w, 8, home[a->reg], JIT_SLOT(JIT_SLOT_FLAG_A));
+    else {
+        e_gs_load(w, 8, T1, GPR(a->reg));
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_FLAG_A));
+    }
+    if (kind != JIT_RECIPE_LOGIC && b->kind == X86_OP_IMM && (int64_t)in->imm == (int16_t)in->imm) {
+        e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAGS));
+        e32(w, JIT_LAZY_FLAGS(kind, a->size) | JIT_LAZY_IMM | (uint32_t)(in->imm << 16));
+        return;
+    }
+    if (kind != JIT_RECIPE_LOGIC && b->kind == X86_OP_IMM) {
+        e_r_gs(w, 8, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAG_B));
+        e32(w, (uint32_t)in->imm);
+    } else if (kind != JIT_RECIPE_LOGIC && !IN_MEMORY(b->reg))
+        e_gs_store(w, 8, home[b->reg], JIT_SLOT(JIT_SLOT_FLAG_B));
+    else if (kind != JIT_RECIPE_LOGIC) {
+        e_gs_load(w, 8, T1, GPR(b->reg));
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_FLAG_B));
+    }
+    e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAGS));
+    e32(w, JIT_LAZY_FLAGS(kind, a->size));
 }
 
 /* Can the flags of instruction i be made again from registers? Which registers must stay. */
@@ -188,11 +223,10 @@ static void need_host(emitter *e) {
 static void need_mem(emitter *e) {
     if (e->mem)
         return;
-    if (!e->host && e->recipe >= 0) {
-        emit_regen(e, e->recipe);
-        e->host = true;
-    }
-    emit_save(e->w);
+    if (e->recipe >= 0)
+        emit_lazy(e, e->recipe);
+    else
+        emit_save(e->w);
     e->mem = true;
 }
 
@@ -215,8 +249,27 @@ static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned 
         e_mov(w, size, host, home[guest]);
 }
 
-/* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored back. */
-static void emit_renamed(emitter *e, unsigned i, int32_t disp) {
+/* Where an access finds its operand: [T0 + disp], gs:[T0 + distance of the window], or gs:[guest register + ...]. */
+static unsigned access_base(const emitter *e, const jit_op *o) {
+    if (!o->is_direct)
+        return T0;
+    const jit_op *ea = o - 2;
+    return ea->op == IR_EA ? home[e->u->insn[o->insn].base] : ea->op == IR_EA_SP ? R12 : RBP;
+}
+static int32_t access_disp(const emitter *e, const jit_op *o) {
+    if (!o->window)
+        return o->disp;
+    int32_t delta = e->j->window_delta[o->window - 1];
+    if (!o->is_direct)
+        return o->disp + delta;
+    const jit_op *ea = o - 2;
+    int64_t disp = ea->op == IR_EA ? e->u->insn[o->insn].disp : ea->op == IR_EA_SP ? ea->imm : 0;
+    return (int32_t)(disp + delta - (int64_t)e->j->window_gpa[o->window - 1]);
+}
+
+/* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored back.
+ * `o` is the access with its memory operand, or NULL. */
+static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     const x86_insn *in = &e->u->insn[i];
     x86_rename map;
     uint8_t spare[2] = { T1, T0 }, used[2] = { 0 };
@@ -225,7 +278,11 @@ static void emit_renamed(emitter *e, unsigned i, int32_t disp) {
     map.gpr[X86_RSP] = R12;
     map.mem_kind = X86_RENAME_MEM_BASE;
     map.mem_base = T0;
-    map.mem_disp = disp;
+    if (o) {
+        map.mem_base = (uint8_t)access_base(e, o);
+        map.mem_disp = access_disp(e, o);
+        map.mem_gs = o->window;
+    }
     map.mem_index = X86_NOREG;
     for (unsigned k = 0; k < in->nops; k++) {
         const x86_operand *o = &in->op[k];
@@ -289,6 +346,7 @@ static void emit_ea(emitter *e, const jit_op *o) {
         uint64_t v = (uint64_t)in->disp;
         if (in->base == X86_REG_RIP)
             v += e->u->insn_rip[i] + in->length;
+        v += (uint64_t)(int64_t)o->adjust;
         e_mov_imm(e->w, T0, size == 8 ? v : (uint32_t)v);
     } else {
         unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
@@ -305,47 +363,56 @@ static void emit_ea(emitter *e, const jit_op *o) {
     }
 }
 
+/* op reg, operand of the access */
+static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg) {
+    if (o->window)
+        e8(e->w, 0x65);
+    e_r_mem(e->w, o->size, op, reg, access_base(e, o), access_disp(e, o));
+}
+
 /* The one access after a CHECK, through [T0]. The same code serves the fast path and the slow stub. */
 static void emit_access(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
+
     switch (o->op) {
     case IR_ACCESS:
-        emit_renamed(e, o->insn, o->disp);
+        emit_renamed(e, o->insn, o);
         break;
     case IR_PUSH_REG:
         if (IN_MEMORY(o->reg)) {
             e_gs_load(w, 8, T1, GPR(o->reg));
-            e_r_mem(w, o->size, 0x89, T1, T0, o->disp);
+            emit_mem(e, o, 0x89, T1);
         } else
-            e_r_mem(w, o->size, 0x89, home[o->reg], T0, o->disp);
+            emit_mem(e, o, 0x89, home[o->reg]);
         break;
     case IR_PUSH_IMM:
         if (o->imm == (int32_t)o->imm || o->size == 4) {
-            e_r_mem(w, o->size, 0xc7, 0, T0, o->disp);
+            emit_mem(e, o, 0xc7, 0);
             e32(w, (uint32_t)o->imm);
         } else {
             e_mov_imm(w, T1, (uint64_t)o->imm);
-            e_r_mem(w, 8, 0x89, T1, T0, o->disp);
+            emit_mem(e, o, 0x89, T1);
         }
         break;
     case IR_PUSH_TMP:
         e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
-        e_r_mem(w, o->size, 0x89, T1, T0, o->disp);
+        emit_mem(e, o, 0x89, T1);
         break;
     case IR_POP_REG:
         if (IN_MEMORY(o->reg)) {
-            e_r_mem(w, o->size, 0x8b, T1, T0, o->disp);
+            emit_mem(e, o, 0x8b, T1);
             e_gs_store(w, 8, T1, GPR(o->reg));
         } else
-            e_r_mem(w, o->size, 0x8b, home[o->reg], T0, o->disp);
+            emit_mem(e, o, 0x8b, home[o->reg]);
         break;
     case IR_LOAD_TMP:
-        e_r_mem(w, o->size, 0x8b, T1, T0, o->disp);
+        emit_mem(e, o, 0x8b, T1);
         e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
         break;
     case IR_LEAVE_SP:
-        e_lea(w, o->size, R12, RBP, 0xff, 1, o->size);
-        e_r_mem(w, o->size, 0x8b, RBP, T0, o->disp);
+        e_mov(w, o->size, T1, RBP);
+        emit_mem(e, o, 0x8b, RBP);
+        e_lea(w, o->size, R12, T1, 0xff, 1, o->size);
         break;
     }
 }
@@ -364,12 +431,13 @@ static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_si
     s->access = check ? check->access : 0;
     s->size = check ? check->size : 0;
     s->align = check ? check->align : 0;
-    s->leader_size = 0;
+    s->leader_size = s->in_window = 0;
     if (check && check->role == JIT_CHECK_LEADER) {
         s->span = check->span;
         s->leader_size = check->size;
         s->leader_access = check->access;
         s->leader_disp = check->disp;
+        s->in_window = check->window;
         s->access = check->span_access;
     }
     s->is_single = is_single;
@@ -396,15 +464,12 @@ static int32_t host_offset(const jit_unit *u) {
 }
 _Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
 
-/* Without paging, reads of the machine's largest RAM region: T0 - its gpa is below the limit. */
+/* Without paging: T0 is an offset into a window (EA took its address off). */
 static void emit_window_lookup(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
-    if (e->j->window_gpa)
-        e_lea(w, 8, T0, T0, 0xff, 1, -(int32_t)e->j->window_gpa);
-    e_r_gs(w, 8, 0x3b, T0, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT));
+    e_r_gs(w, 8, 0x3b, T0, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT + s->check->window - 1));
     s->jump[0] = e_jcc(w, CC_AE);
-    e_r_gs(w, 8, 0x03, T0, JIT_SLOT(JIT_SLOT_WINDOW_HOST));
-    s->is_window = true;
+    s->hit = w->p;
 }
 
 /* T1 = (page number & mask) * 32 */
@@ -420,16 +485,17 @@ static void emit_tlb_index(emitter *e) {
 }
 
 /* The lookup itself: T0 from linear to host, or to the slow stub. */
-static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write, unsigned align) {
+static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) {
     jit_writer *w = e->w;
+    unsigned align = s->check->align;
+    if (s->check->window) {
+        emit_window_lookup(e, s);
+        return;
+    }
     if (align > 1) {
         e_rex(w, 1, 0, 0, T0);
         e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u);             /* test r14b, align - 1 */
         s->jump[1] = e_jcc(w, CC_NE);
-    }
-    if ((e->u->key & JIT_KEY_WINDOW) && !is_write && align <= 1 && size <= 256) {
-        emit_window_lookup(e, s);
-        return;
     }
     emit_tlb_index(e);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
@@ -443,7 +509,8 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     const jit_info *f = &e->u->info[check->insn];
     bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
     if (check->role == JIT_CHECK_MEMBER) {
-        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (!check->window)
+            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
         if (live)
             need_host(e);
         emit_access(e, access);
@@ -457,10 +524,11 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     s->recipe = e->recipe;
     s->regen = s->save = !e->mem && e->recipe >= 0;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
-    emit_lookup(e, s, is_leader ? check->span : check->size, (is_leader ? check->span_access : check->access) & X86_WRITE, check->align);
+    emit_lookup(e, s, is_leader ? check->span : check->size, (is_leader ? check->span_access : check->access) & X86_WRITE);
     if (is_leader) {
         s->resume = w->p;
-        e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (!check->window)
+            e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
     }
     e->host = false;
     if (live) {
@@ -479,11 +547,37 @@ static void emit_leader_stub(emitter *e, slow_stub *s) {
     e_mov_imm(w, T1, s->site);
     e_call_to(w, e->j->begin[vec]);
     e_rr(w, 8, 0x85, T0, T0);
-    e_patch(e_jcc(w, CC_NE), s->resume);
+    uint8_t *bail = e_jcc(w, CC_E);
+    e_jmp_to(w, s->resume);
+    e_patch(bail, w->p);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->check->insn);
     e_mov_imm(w, T0, e->u->insn_rip[s->check->insn]);
     e_mov_imm(w, T1, JIT_LEAVE_REST);
     e_jmp_to(w, e->j->leave[vec]);
+}
+
+/* T0 = host address as an offset into the access's window (which it need not be in). Flags are not needed here. */
+static void emit_host_to_offset(emitter *e, const slow_stub *s) {
+    jit_writer *w = e->w;
+    e_r_gs(w, 8, 0x2b, T0, JIT_SLOT(JIT_SLOT_SELF));
+    e_alu_imm(w, 8, 5, T0, e->j->window_delta[s->check->window - 1]);
+}
+
+/* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A group outside
+ * is given up: its members rely on the window. */
+static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
+    jit_writer *w = e->w;
+    e_lea(w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
+    emit_tlb_index(e);
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    if (s->check->role == JIT_CHECK_LEADER)
+        return;
+    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - s->check->size));
+    uint8_t *miss = e_jcc(w, CC_A);
+    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
+    emit_host_to_offset(e, s);
+    e_jmp_to(w, s->hit);
+    e_patch(miss, w->p);
 }
 
 static void emit_slow_stub(emitter *e, slow_stub *s) {
@@ -493,10 +587,9 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     unsigned access = is_leader ? s->check->span_access : s->check->access;
     bool is_write = access & X86_WRITE, is_read = access & X86_READ;
     e_patch(s->jump[0], w->p);
-    if (!s->is_window)
-        e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-    else if (j->window_gpa)
-        e_lea(w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)j->window_gpa);
+    if (s->check->window)
+        emit_outside(e, s, is_write);
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
     if (s->jump[1])
         e_patch(s->jump[1], w->p);
     if (s->regen)
@@ -515,6 +608,8 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         handled = e_jcc(w, CC_B);
         leave = e_jcc(w, CC_E);
     }
+    if (s->check->window)
+        emit_host_to_offset(e, s);
     if (s->restore)
         emit_restore(w);
     emit_access(e, s->access);
@@ -594,10 +689,9 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
 /* ---- control flow ---- */
 
 static int32_t jump_offset(const jit_unit *u, bool is_code) {
-    return (int32_t)(offsetof(x86_cpu, jump) + jit_table_index(u->key) * sizeof(x86_jump) * X86_JUMP_ENTRIES +
-                     (is_code ? offsetof(x86_jump, code) : offsetof(x86_jump, rip)));
+    return (int32_t)(offsetof(x86_cpu, jump) + jit_table_index(u->key) * sizeof(x86_jumps) +
+                     (is_code ? offsetof(x86_jumps, code) : offsetof(x86_jumps, rip)));
 }
-_Static_assert(sizeof(x86_jump) == 16, "the jump cache is indexed by rip << 4");
 
 static void emit_count(emitter *e, unsigned n) { e_alu_imm(e->w, 8, 5, CNT, (int32_t)n); }
 
@@ -606,12 +700,13 @@ static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
     jit_unit *u = e->u;
     jit_writer *w = e->w;
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = same_page || (u->key & JIT_KEY_CHAIN);
-    bool host = e->host, is_live = same_page && (need & JIT_NEED_HOST);
+    bool host = e->host, is_live = same_page && (need & JIT_NEED_HOST), counted = true;
     if (is_live && target > u->insn_rip[u->count ? u->count - 1 : 0])
-        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)u->count);
+        counted = false, e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)u->count);
     else {
         emit_count(e, u->count);
-        new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
+        if (is_live || !is_chained)
+            new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
         e->host = false;
         if (is_live)
             need_host(e);
@@ -622,14 +717,16 @@ static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
         l->target = target;
         l->is_chained = true;
         l->needs_mem_entry = !same_page;
-        l->jump = e_jmp(w);
+        l->jump = counted && !is_live ? e_jcc(w, CC_NS) : e_jmp(w);
         leave_stub *s = new_leave(e, JIT_LEAVE_LINK, l->jump);
         s->rip = target;
         s->link = l;
         if (e->host)
             s->regen = false;
+        if (counted && !is_live)
+            new_leave(e, JIT_LEAVE_SLICE, e_jmp(w))->rip = target;
     } else {
-        int32_t at = (int32_t)((target << 4) & ((X86_JUMP_ENTRIES - 1) << 4));
+        int32_t at = (int32_t)((target & (X86_JUMP_ENTRIES - 1)) << 3);
         e_mov_imm(w, T0, target);
         e_r_gs(w, 8, 0x3b, T0, jump_offset(u, false) + at);
         new_leave(e, JIT_LEAVE_INDIRECT, e_jcc(w, CC_NE))->rip = target;
@@ -657,7 +754,7 @@ static void new_indirect_leave(emitter *e, unsigned reason, unsigned cc) {
 
 static void emit_indirect(emitter *e) {
     jit_writer *w = e->w;
-    if (!e->mem)
+    if (!e->mem && !(e->recipe >= 0 && !recipe_uses_t1(e->u, e->recipe)))
         e->tmp_in_t1 = false;
     need_mem(e);
     emit_count(e, e->u->count);
@@ -668,12 +765,10 @@ static void emit_indirect(emitter *e) {
         e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
         e_mov(w, 4, T1, T0);
     }
-    e_shift_imm(w, 4, 4, T1, 4);
-    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_JUMP_ENTRIES - 1) << 4));
-    e_r_gsb(w, 8, 0x3b, T0, T1, jump_offset(e->u, false));
+    e_alu_imm(w, 4, 4, T1, (int32_t)(X86_JUMP_ENTRIES - 1));
+    e_r_gs8(w, 8, 0x3b, T0, T1, jump_offset(e->u, false));
     new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
-    e8(w, 0x65), e8(w, 0x41), e8(w, 0xff), e8(w, 0xa0u | (T1 & 7));         /* jmp gs:[r13 + disp32] */
-    e32(w, (uint32_t)jump_offset(e->u, true));
+    e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true));                    /* jmp gs:[r13 * 8 + disp32] */
 }
 
 /* The flags that the edges want, before the branch itself (nothing of this changes the host's flags). */
@@ -691,13 +786,15 @@ static void prepare_edges(emitter *e, bool is_live) {
 
 static void emit_jcc(emitter *e, const jit_op *o) {
     prepare_edges(e, true);
-    uint8_t *taken = e_jcc(e->w, o->cc);
+    bool is_loop = o->target <= e->u->insn_rip[o->insn];                    /* then the jump back is the straight way */
+    unsigned first = is_loop ? 0 : 1;
+    uint8_t *other = e_jcc(e->w, is_loop ? o->cc ^ 1u : o->cc);
     bool host = e->host, mem = e->mem;
-    emit_edge(e, 1, o->fall, e->u->edge_need[1]);
-    e_patch(taken, e->w->p);
+    emit_edge(e, first, is_loop ? o->target : o->fall, e->u->edge_need[first]);
+    e_patch(other, e->w->p);
     e->host = host;
     e->mem = mem;
-    emit_edge(e, 0, o->target, e->u->edge_need[0]);
+    emit_edge(e, !first, is_loop ? o->fall : o->target, e->u->edge_need[!first]);
 }
 
 static void emit_fallback(emitter *e, const jit_op *o) {
@@ -738,13 +835,22 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_NATIVE:
         if (u->info[o->insn].host_at)
             need_host(e);
-        emit_renamed(e, o->insn, 0);
+        emit_renamed(e, o->insn, NULL);
         after_insn(e, o->insn);
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
-    case IR_EA: emit_ea(e, o); break;
-    case IR_EA_SP: e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust); break;
-    case IR_EA_BP: e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust); break;
+    case IR_EA:
+        if (!o->is_direct)
+            emit_ea(e, o);
+        break;
+    case IR_EA_SP:
+        if (!o->is_direct)
+            e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
+        break;
+    case IR_EA_BP:
+        if (!o->is_direct)
+            e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
+        break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
         if (o[1].op == IR_ACCESS)
@@ -774,8 +880,10 @@ static void emit_block(emitter *e) {
     jit_unit *u = e->u;
     jit_block *b = e->block;
     b->entry_mem = e->w->p;
-    if (u->entry_need & JIT_NEED_HOST)
+    if (u->entry_need & JIT_NEED_HOST) {
+        e_call_to(e->w, e->j->flags[!!(u->key & JIT_KEY_VEC)]);
         emit_restore(e->w);
+    }
     b->entry = e->w->p;
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
@@ -935,6 +1043,17 @@ static uint8_t *emit_helper(jit *j, bool vec, const void *function, bool has_add
     return start;
 }
 
+/* Make JIT_SLOT_FLAGS an image if it is a recipe. */
+static uint8_t *emit_flags_thunk(jit *j, uint8_t *helper) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    e_r_gs(w, 1, 0x80, 7, JIT_SLOT(JIT_SLOT_FLAGS));                        /* cmp byte, 1 */
+    e8(w, 1);
+    e_patch(e_jcc(w, CC_A), helper);
+    e8(w, 0xc3);
+    return start;
+}
+
 void jit_emit_thunks(jit *j) {
     for (unsigned vec = 0; vec < 2; vec++) {
         j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
@@ -942,6 +1061,7 @@ void jit_emit_thunks(jit *j) {
         j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);
         j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false);
         j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false);
+        j->flags[vec] = emit_flags_thunk(j, emit_helper(j, vec, (const void *)(uintptr_t)jit_help_flags, false));
     }
     j->code_start = j->w.p;
 }

@@ -111,14 +111,12 @@ bool jit_is_stop(const jit *j, uint64_t rip) {
     return false;
 }
 
-static x86_jump *jump_slot(x86_cpu *cpu, uint32_t key, uint64_t rip) {
-    return &cpu->jump[jit_table_index(key)][rip & (X86_JUMP_ENTRIES - 1)];
-}
+static x86_jumps *jumps_of(x86_cpu *cpu, uint32_t key) { return &cpu->jump[jit_table_index(key)]; }
 
 static void clear_table(jit *j, unsigned t) {
-    x86_jump *table = j->vcpu->x86.jump[t];
-    memset(table, 0, sizeof j->vcpu->x86.jump[t]);
-    table[0].rip = ~UINT64_C(0);
+    x86_jumps *jumps = &j->vcpu->x86.jump[t];
+    memset(jumps->rip, 0, sizeof jumps->rip);
+    jumps->rip[0] = ~UINT64_C(0);
     j->table_used[t] = false;
 }
 
@@ -133,7 +131,7 @@ static void use_table(jit *j, uint32_t key) {
     if (j->table_key[t] != key && j->table_used[t])
         clear_table(j, t);
     if (!j->table_used[t])
-        j->vcpu->x86.jump[t][0].rip = ~UINT64_C(0);
+        j->vcpu->x86.jump[t].rip[0] = ~UINT64_C(0);
     j->table_key[t] = key;
     j->table_used[t] = true;
 }
@@ -176,9 +174,10 @@ static void kill_block(jit *j, jit_block *b) {
     for (unsigned i = 0; i < 2; i++)
         if (b->links[i].to)
             unlink_in(&b->links[i]);
-    x86_jump *slot = jump_slot(&j->vcpu->x86, b->key, b->rip);
-    if (slot->rip == b->rip)
-        slot->rip = (b->rip & (X86_JUMP_ENTRIES - 1)) ? 0 : ~UINT64_C(0);
+    unsigned i = b->rip & (X86_JUMP_ENTRIES - 1);
+    x86_jumps *jumps = jumps_of(&j->vcpu->x86, b->key);
+    if (jumps->rip[i] == b->rip)
+        jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
 static void flush_all(jit *j) {
@@ -244,6 +243,8 @@ static void add_stop(jit *j, uint64_t rip) {
 
 /* ---- translation ---- */
 
+static void note_code_page(jit *j, uint64_t gpa);
+
 /* Guest-physical address of the code at rip; raises the fetch's faults. */
 static uint64_t fetch_gpa(x86_cpu *cpu) {
     unsigned i = X86_TLB_INDEX(cpu->rip);
@@ -279,6 +280,10 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     unsigned prot = 0;
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+    if (key & JIT_KEY_WINDOW)
+        note_code_page(j, gpa & X86_PAGE_MASK);
+    if (j->must_flush)
+        flush_all(j);
     const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
     if (!page || !(prot & X86_EXEC))
         return NULL;
@@ -322,8 +327,42 @@ static jit_block *find_block(jit *j, uint32_t key) {
 
 /* ---- helpers called by emitted code ---- */
 
+/* One flag-setting operation of the host: AL = OF, AH = the others. */
+#define HOST_FLAGS(op, a, b, out) __asm__(op "; lahf; seto %%al" : "=&a"(out), "+r"(a) : "r"(b) : "cc")
+
+/* The flags of a recipe left in memory, computed by the host. */
+#define LAZY_FLAGS(type, kind, x, y, out) do { \
+        type a = (type)(x), b = (type)(y); \
+        if ((kind) == JIT_RECIPE_SUB) \
+            a += b; \
+        else if ((kind) == JIT_RECIPE_ADD) \
+            a -= b; \
+        if ((kind) == JIT_RECIPE_CMP || (kind) == JIT_RECIPE_SUB) \
+            HOST_FLAGS("cmp %2, %1", a, b, out); \
+        else if ((kind) == JIT_RECIPE_ADD) \
+            HOST_FLAGS("add %2, %1", a, b, out); \
+        else if ((kind) == JIT_RECIPE_TEST) \
+            HOST_FLAGS("test %2, %1", a, b, out); \
+        else \
+            HOST_FLAGS("test %1, %1", a, b, out); \
+    } while (0)
+
+static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
+    uint64_t x = cpu->jit_scratch[JIT_SLOT_FLAG_A], y = cpu->jit_scratch[JIT_SLOT_FLAG_B], out;
+    unsigned kind = (recipe & 0x7f) - 1;
+    if (recipe & JIT_LAZY_IMM)
+        y = (uint64_t)(int64_t)(int16_t)(recipe >> 16);
+    if ((recipe >> 8 & 0xff) == 4)
+        LAZY_FLAGS(uint32_t, kind, x, y, out);
+    else
+        LAZY_FLAGS(uint64_t, kind, x, y, out);
+    return out & 0xffff;
+}
+
 static void load_flags(x86_cpu *cpu) {
-    uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS];
+    uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS] & 0xffffffff;
+    if ((f & 0xff) > 1)
+        f = lazy_flags(cpu, f);
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
 }
 static void store_flags(x86_cpu *cpu) {
@@ -390,7 +429,7 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
     uint8_t *p = NULL;
     uint64_t last = la + s->span - 1;
     bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) && (s->in.mode != 8 || x86_canonical(la));
-    if (is_whole && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
+    if (is_whole && !s->in_window && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
         x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
         p = x86_tlb_hit(cpu, la, s->span, is_write);
     }
@@ -399,6 +438,13 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
         j->rest = s->block->count - s->index;
     }
     return p;
+}
+
+uint64_t jit_help_flags(x86_cpu *cpu, uint32_t unused) {
+    (void)unused;
+    load_flags(cpu);
+    store_flags(cpu);
+    return 0;
 }
 
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
@@ -486,9 +532,10 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
 
 static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link) {
     use_table(j, key);
-    x86_jump *slot = jump_slot(cpu, key, cpu->rip);
-    if (!link && slot->rip == cpu->rip && slot->code)
-        return slot->code;
+    x86_jumps *jumps = jumps_of(cpu, key);
+    unsigned i = cpu->rip & (X86_JUMP_ENTRIES - 1);
+    if (!link && jumps->rip[i] == cpu->rip && jumps->code[i])
+        return jumps->code[i];
     uint64_t flushes = j->flushes;
     jit_block *b = find_block(j, key);
     if (!b)
@@ -496,7 +543,8 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     use_table(j, key);
     const uint8_t *code = b->entry_mem + j->w.to_exec;
     if (!jit_is_stop(j, b->rip)) {
-        *slot = (x86_jump){ b->rip, code };
+        jumps->rip[i] = b->rip;
+        jumps->code[i] = code;
         if (link && flushes == j->flushes)
             link_blocks(j, link, b);
     }
@@ -505,25 +553,69 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
 
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
 
-/* The window: the largest readable RAM region, if its address fits an immediate. */
-static void find_window(jit *j) {
-    const vm_view *view = &j->vcpu->machine->view;
+/* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there may
+ * soon be more of it. */
+static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
+    enum { MARGIN = 64, LEAST = 64 };
+    uint64_t pages = r->bytes >> 12, begin = 0, best = 0, best_pages = 0;
+    const _Atomic uint8_t *flags = r->region->page_flags + (r->offset >> 12);
+    for (uint64_t i = 0; i <= pages; i++) {
+        if (i < pages && !(flags[i] & (VM_PAGE_CODE | VM_PAGE_CLEAN)))
+            continue;
+        uint64_t end = i < pages && i > begin + 4 * MARGIN ? i - MARGIN : i;
+        uint64_t first = begin && end > begin + 4 * MARGIN ? begin + MARGIN : begin;
+        if (end - first > best_pages)
+            best = first, best_pages = end - first;
+        begin = i + 1;
+    }
+    uint64_t gpa = r->gpa + (best << 12), bytes = best_pages << 12;
+    int64_t d = delta + (int64_t)(best << 12);
+    if (best_pages < LEAST || d != (int32_t)d)
+        return;
+    j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] = bytes - 255;
+    j->must_flush |= gpa != j->window_gpa[1] || d != j->window_delta[1];
+    j->window_gpa[1] = gpa;
+    j->window_delta[1] = (int32_t)d;
+}
+
+static bool is_window_region(const vm_range *r) {
+    const vm_region *g = r->region;
+    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) && r->bytes >= 4096;
+}
+
+/* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen. */
+static void find_windows(jit *j) {
+    const vm_machine *m = j->vcpu->machine;
     uint64_t *slot = j->vcpu->x86.jit_scratch;
     const vm_range *best = NULL;
-    for (size_t i = 0; i < view->count; i++) {
-        const vm_range *r = &view->ranges[i];
-        const vm_region *g = r->region;
-        bool is_plain = g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30);
-        if (is_plain && (!best || r->bytes > best->bytes))
+    for (size_t i = 0; i < m->view.count; i++) {
+        const vm_range *r = &m->view.ranges[i];
+        if (is_window_region(r) && (!best || r->bytes > best->bytes))
             best = r;
     }
     j->window_stale = false;
-    slot[JIT_SLOT_WINDOW_LIMIT] = best ? best->bytes - 255 : 0;
+    slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
     if (!best)
         return;
-    slot[JIT_SLOT_WINDOW_HOST] = (uint64_t)(uintptr_t)(best->region->host + best->offset);
-    if (best->gpa != j->window_gpa) {
-        j->window_gpa = best->gpa;
+    const uint8_t *host = best->region->host + best->offset;
+    int64_t delta = host - (const uint8_t *)&j->vcpu->x86;
+    vm_range r = *best;
+    if (r.bytes > (UINT64_C(1) << 31))
+        r.bytes = UINT64_C(1) << 31;
+    if (delta != (int32_t)delta || delta > INT32_MAX - 512)
+        return;
+    slot[JIT_SLOT_WINDOW_LIMIT] = r.bytes - 255;
+    j->must_flush |= r.gpa != j->window_gpa[0] || delta != j->window_delta[0];
+    j->window_gpa[0] = r.gpa;
+    j->window_delta[0] = (int32_t)delta;
+    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log)
+        find_write_window(j, &r, delta);
+}
+
+/* A page of the write window holds code now: cut the window. */
+static void note_code_page(jit *j, uint64_t gpa) {
+    if (gpa - j->window_gpa[1] < j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] + 255) {
+        find_windows(j);
         j->must_flush = true;
     }
 }
@@ -532,7 +624,7 @@ static void jit_map_changed(vm_machine *m) {
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus[i] && m->vcpus[i]->x86.jit) {
             ((jit *)m->vcpus[i]->x86.jit)->window_stale = true;
-            m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = 0;
+            m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] = 0;
         }
 }
 
@@ -541,7 +633,7 @@ static x86_stop run_loop(jit *j) {
     jit_link *link = NULL;
     for (;;) {
         if (j->window_stale)
-            find_window(j);
+            find_windows(j);
         if (j->must_flush) {
             flush_all(j);
             link = NULL;

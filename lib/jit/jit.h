@@ -42,6 +42,7 @@ typedef struct jit_site {
     uint8_t leader_access, leader_size;   /* a group's first access itself; size 0: no group */
     int16_t leader_disp;
     uint16_t span;
+    uint8_t in_window;                    /* a group that must lie in a window (1 + which) */
     bool is_single;                       /* the access is the whole instruction: a failed RMW is done by its semantic function */
 } jit_site;
 
@@ -82,7 +83,9 @@ typedef struct jit_op {
     uint16_t span;                        /* LEADER: bytes from the group's lowest address */
     uint8_t span_access;                  /* LEADER: what the group does */
     int16_t disp;                         /* CHECK and its access: offset from the host address made */
-    int16_t adjust;                       /* EA: added to the address (to the group's lowest) */
+    int32_t adjust;                       /* EA: added to the address (to the group's lowest, to an offset into the window) */
+    uint8_t window;                       /* CHECK and its access: 1 + window (0 reads, 1 writes), or 0 */
+    bool is_direct;                       /* MEMBER: in the window for sure; no address is made */
     uint16_t insn;                        /* index into the block's instructions */
     int64_t imm;
     uint64_t target, fall;
@@ -149,19 +152,22 @@ typedef struct jit {
     uint8_t no_groups[1024];              /* by rip: blocks whose groups kept failing */
     bool has_avx, has_bmi2;
     bool window_stale;                    /* the memory map changed */
-    uint64_t window_gpa;                  /* in emitted code as a constant; JIT_SLOT_WINDOW_* hold the rest */
+    uint64_t window_gpa[2];               /* for reads, for writes; in emitted code as constants: where it begins, and */
+    int32_t window_delta[2];              /* how far its host memory is from the x86_cpu */
     uint64_t flushes;
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[2];                    /* by vector state loaded */
-    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2];      /* writable view, for e_call_to */
+    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2], *flags[2];      /* writable view, for e_call_to */
 } jit;
 
-#define JIT_GROUPS 20                     /* slots JIT_SLOT_GROUP.. */
+#define JIT_GROUPS 18                     /* slots JIT_SLOT_GROUP.. */
 /* Slots of x86_cpu.jit_scratch that emitted code uses. */
-enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* word: AL = OF, AH = LAHF */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
-       JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */,
-       JIT_SLOT_WINDOW_HOST = 7, JIT_SLOT_GROUP = 8 };
+enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
+       JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */, JIT_SLOT_WRITE_LIMIT, JIT_SLOT_FLAG_A, JIT_SLOT_FLAG_B, JIT_SLOT_GROUP };
+/* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result), FLAG_B its second. */
+#define JIT_LAZY_FLAGS(kind, size) ((kind) + 1u + ((size) << 8))
+#define JIT_LAZY_IMM 0x80u                /* the second operand is the upper half of the word itself */
 /* jit_scratch[JIT_SLOT_REASON]: how emitted code left. */
 enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_STEP,
        JIT_LEAVE_REST };
@@ -195,6 +201,7 @@ void jit_print(jit *j, const jit_unit *u, const jit_block *b);   /* after a tran
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t site);           /* non-zero: leave, the instruction is done again by the interpreter */
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);         /* non-zero: leave the block */
+uint64_t jit_help_flags(x86_cpu *cpu, uint32_t unused);             /* JIT_SLOT_FLAGS becomes an image */
 bool jit_is_stop(const jit *j, uint64_t rip);
 
 #endif

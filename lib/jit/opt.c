@@ -213,8 +213,55 @@ static void group_pass_run(jit_unit *u) {
             settle(&g, k);
 }
 
+/* ---- windows: without paging, accesses need a bounds check only, and what lies beside one that was checked needs none ---- */
+
+static unsigned window_of(const jit_unit *u, unsigned k) {
+    const jit_op *c = &u->ops[k], *ea = c - 1;
+    const x86_insn *in = &u->insn[c->insn];
+    bool is_leader = c->role == JIT_CHECK_LEADER;
+    unsigned access = is_leader ? c->span_access : c->access, w = access & X86_WRITE ? 1 : 0;
+    if (c->align > 1 || (is_leader ? c->span : c->size) > 256 || (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
+        return 0;
+    int64_t disp = in->disp + ea->adjust - (int64_t)u->j->window_gpa[w];
+    if (ea->op == IR_EA && disp != (int32_t)disp && (in->base < 16 || in->index < 16))
+        return 0;
+    if (ea->op == IR_EA && (u->key & JIT_KEY_64) && (in->asz != 8 || in->seg == X86_FS || in->seg == X86_GS))
+        return 0;
+    return w + 1;
+}
+
+/* May member k be spelled as gs:[register + displacement]? */
+static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w) {
+    const jit_op *ea = c - 1;
+    const x86_insn *in = &u->insn[c->insn];
+    int64_t disp = (ea->op == IR_EA ? in->disp : ea->imm) + u->j->window_delta[w] - (int64_t)u->j->window_gpa[w];
+    return (u->key & JIT_KEY_64) && disp == (int32_t)disp && (ea->op != IR_EA || in->base < X86_R12);
+}
+
+static void window_pass(jit_unit *u) {
+    uint8_t by_slot[JIT_GROUPS] = { 0 };
+    for (unsigned k = 1; k < u->nops; k++) {
+        jit_op *c = &u->ops[k];
+        if (c->op != IR_CHECK)
+            continue;
+        c->window = (uint8_t)(c->role == JIT_CHECK_MEMBER ? by_slot[c->slot] : window_of(u, k));
+        if (c->role == JIT_CHECK_LEADER)
+            by_slot[c->slot] = c->window;
+        if (c->window && c->role == JIT_CHECK_MEMBER)
+            c->is_direct = c[1].is_direct = can_be_direct(u, c, c->window - 1u);
+        if (c->window)
+            c[-1].adjust -= (int32_t)u->j->window_gpa[c->window - 1];
+        if (c->window && c->role == JIT_CHECK_MEMBER)
+            c[1].disp = 0;                /* it makes its own address */
+        c[1].window = c->window;
+        c[-1].is_direct = c->is_direct;
+    }
+}
+
 void jit_optimise(jit_unit *u) {
     flag_pass(u);
     if (!u->no_groups)
         group_pass_run(u);
+    if (u->key & JIT_KEY_WINDOW)
+        window_pass(u);
 }

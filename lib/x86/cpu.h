@@ -142,9 +142,10 @@ typedef struct x86_tlb {
     uint64_t meta[X86_TLB_ENTRIES];
 } x86_tlb;
 
-/* One entry of the JIT's jump caches. An entry's rip is 0 in zeroed memory, so index 0 never holds rip 0. */
+/* The JIT's jump caches: linear addresses of code and their translations, indexed by the address's low bits. An entry's rip is
+ * 0 in zeroed memory, so index 0 never holds rip 0. */
 #define X86_JUMP_ENTRIES 1024u
-typedef struct x86_jump { uint64_t rip; const uint8_t *code; } x86_jump;
+typedef struct x86_jumps { uint64_t rip[X86_JUMP_ENTRIES]; const uint8_t *code[X86_JUMP_ENTRIES]; } x86_jumps;
 
 /* Access kinds; the values of vm_prot. */
 enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4 };
@@ -314,7 +315,7 @@ struct x86_cpu {
     uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
 
     x86_tlb tlb[X86_NCTX];             /* last: large, touched as used */
-    x86_jump jump[16][X86_JUMP_ENTRIES]; /* the JIT's jump caches: linear address of code to its translation */
+    x86_jumps jump[16];                /* touched as used */
 };
 enum x86_stat { X86_STAT_FILLS, X86_STAT_WALKS, X86_STAT_WALK_REFS, X86_STAT_FLUSHES, X86_STAT_EXCEPTIONS, X86_STAT_INTERRUPTS,
                 X86_STAT_IO, X86_STAT_MMIO, X86_STAT_BLOCKS, X86_STAT_DECODED, X86_STAT_FALLBACKS, X86_STAT_CODE_WRITES,
