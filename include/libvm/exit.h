@@ -1,7 +1,7 @@
 /* exit.h - why a run came back.
  *
- * Every vm_vcpu_run() that returns VM_OK says why in a vm_exit. Registers are exact then; RIP is the instruction that caused
- * the exit, not yet completed, for IO, MMIO, UNMAPPED and EXCEPTION; the next instruction to execute for all
+ * Every vm_vcpu_run() that returns VM_OK says why in a vm_exit. Registers are exact then; RIP is the instruction that
+ * caused the exit, not yet completed, for IO, MMIO, UNMAPPED and EXCEPTION; the next instruction to execute for all
  * others.
  */
 #ifndef LIBVM_INCLUDE_EXIT_H
@@ -16,15 +16,16 @@ extern "C" {
 /*  HALT        HLT was executed (RIP is after it). PC: HLT with nothing that could ever wake any vCPU of the machine.
  *  IO          port access that no region handles (io). Reads complete with io.data at the next run of this vCPU.
  *  MMIO        access to an MMIO region whose callback is missing or declined (mmio). Completes like IO.
- *  UNMAPPED    BARE: access to memory that is not there or not permitted (mmio). The next run tries the access again; if it
- *              still fails, a read completes with mmio.data, a write is dropped, a fetch exits UNMAPPED again.
+ *  UNMAPPED    BARE: access to memory that is not there or not permitted (mmio). The next run tries the access again;
+ *              if it still fails, a read completes with mmio.data, a write is dropped, a fetch exits UNMAPPED again.
  *  BUDGET      max_instructions were executed.
  *  DEADLINE    deadline_ns passed.
  *  KICK        vm_vcpu_kick() was called, before or during the run.
  *  UNTIL       RIP reached run_options.until.
- *  EXCEPTION   a vector of run_options.exception_exits was raised (exception); it was not delivered. RIP is the faulting
- *              instruction (for traps the next one, for INT n the INT). CR2 and DR6 are not yet changed: see address.
- *  HYPERCALL   VMCALL or VMMCALL that no one handles (hypercall): BARE machines. Completes with hypercall.result in RAX.
+ *  EXCEPTION   a vector of run_options.exception_exits was raised (exception); it was not delivered. RIP is the
+ *              faulting instruction (for traps the next one, for INT n the INT). CR2 and DR6 are unchanged: see address.
+ *  HYPERCALL   VMCALL or VMMCALL that no one handles (hypercall): BARE machines. Completes with hypercall.result in
+ *              RAX.
  *  SHUTDOWN    triple fault. Running again gives SHUTDOWN again until the vCPU is set to a mode.
  *  RESET       the guest asked for a reset (reset register, keyboard controller). The machine has not been reset;
  *              vm_reset() does it. Running again without it goes on after the request.
@@ -45,7 +46,7 @@ typedef struct vm_exit_io {
     uint8_t  width;                     /* bytes: 1, 2, 4 */
     bool     is_write;
     uint32_t count;                     /* 1: string instructions exit once an element */
-    uint64_t data;                      /* write: what was written. Read: fill in before the next run; preset to all ones */
+    uint64_t data; /* write: what was written. Read: fill in before the next run; preset to all ones */
 } vm_exit_io;
 
 /* Memory access (MMIO, UNMAPPED). */

@@ -27,8 +27,9 @@ typedef struct vm_options {
     vm_platform platform;
     uint32_t    vcpus;                  /* 0 means 1; at most VM_MAX_VCPUS */
     const char *mmu;                    /* MMU strategy name, NULL = the backend's default; see mmu.h */
-    uint64_t    ram_bytes;              /* PC only, required there: main memory, mapped for you; whole 4 KiB pages, at least
-                                           1 MiB. BARE: must be 0, map what you need */
+    /* PC only, required there: main memory, mapped for you; whole 4 KiB pages, at least 1 MiB. BARE: must be 0, map
+     * what you need */
+    uint64_t    ram_bytes;
     uint64_t    code_cache_bytes;       /* JIT: ceiling for translated code, 0 = default */
     const char *cpu_model;              /* what CPUID shows; NULL or "max" = all this backend can do; "kvm" = what every
                                            backend can do here, for vm_backend_select */
@@ -36,22 +37,23 @@ typedef struct vm_options {
 #define VM_OPTIONS_INIT VM_STRUCT_INIT(vm_options)
 #define VM_MAX_VCPUS 64u
 
-/* Makes a machine with its vCPUs in VM_MODE_RESET and an empty memory map (BARE) or a whole PC. `options` may be NULL for
- * all defaults. *out is set on success only (else to NULL).
- * Tracing: environment variable LIBVM_TRACE (a comma-separated list: decode, ir, mcode, exit, mmio, irq, mmu, or all) is
- * read here and sends lines to standard error unless vm_trace_set() redirects them. It is the one case where the library
- * writes anything by itself, and only when the environment asks.
+/* Makes a machine with its vCPUs in VM_MODE_RESET and an empty memory map (BARE) or a whole PC. `options` may be NULL
+ * for all defaults. *out is set on success only (else to NULL).
+ * Tracing: environment variable LIBVM_TRACE (a comma-separated list: decode, ir, mcode, exit, mmio, irq, mmu, or all)
+ * is read here and sends lines to standard error unless vm_trace_set() redirects them. It is the one case where the
+ * library writes anything by itself, and only when the environment asks.
  * VM_E_INVALID bad option; VM_E_UNSUPPORTED backend, MMU strategy or CPU model not available (the message says why);
  * VM_E_NOMEM; VM_E_HOST. Any thread. */
 VM_API int vm_create(const vm_options *options, vm_machine **out);
 
-/* Ends a machine: stops its vCPUs (threads inside vm_vcpu_run get VM_EXIT_KICK first; the call waits for them to leave),
- * calls the `destroy` of every region's ops, frees all it owns. NULL is fine. The caller makes sure that no thread starts
- * another call on this machine. Not from a callback of the same machine: there it is refused and does nothing. */
+/* Ends a machine: stops its vCPUs (threads inside vm_vcpu_run get VM_EXIT_KICK first; the call waits for them to
+ * leave), calls the `destroy` of every region's ops, frees all it owns. NULL is fine. The caller makes sure that no
+ * thread starts another call on this machine. Not from a callback of the same machine: there it is refused and does
+ * nothing. */
 VM_API void vm_destroy(vm_machine *m);
 
-/* Resets the whole machine: devices (ops->reset of every region), then every vCPU to its power-on state; RAM and the map
- * stay. VM_E_BUSY while a vCPU runs, except from a callback on that vCPU's thread when no other runs. */
+/* Resets the whole machine: devices (ops->reset of every region), then every vCPU to its power-on state; RAM and the
+ * map stay. VM_E_BUSY while a vCPU runs, except from a callback on that vCPU's thread when no other runs. */
 VM_API int vm_reset(vm_machine *m);
 
 /* What a backend can do, before creating anything. Capabilities (value is 0 or 1 unless said otherwise):
@@ -61,9 +63,11 @@ VM_API int vm_reset(vm_machine *m);
  *   "retired"          vm_vcpu_retired() counts
  *   "exec-only"        VM_PROT_X without VM_PROT_R is enforced
  *   "phys-bits"        width of guest-physical addresses
- * and of KVM besides: "hardware-ring0" (0: this host emulates guest ring 0 in software, about a million instructions a second;
- * "auto" then chooses another backend), "max-slots" (ranges of memory mapped at full speed; more work, slower), "dirty-ring".
- * On KVM exact budgets and exception exits are the interpreter's work; hypercalls (VMCALL, VMMCALL) are KVM's own: "hypercall" is 0.
+ * and of KVM besides: "hardware-ring0" (0: this host emulates guest ring 0 in software, about a million instructions
+ * a second; "auto" then chooses another backend), "max-slots" (ranges of memory mapped at full speed; more work,
+ * slower), "dirty-ring".
+ * On KVM exact budgets and exception exits are the interpreter's work; hypercalls (VMCALL, VMMCALL) are KVM's own:
+ * "hypercall" is 0.
  * VM_E_NOTFOUND unknown capability; VM_E_INVALID NULL or unknown backend. Any thread. */
 VM_API int vm_query(vm_backend backend, const char *capability, uint64_t *value);
 
@@ -71,11 +75,11 @@ VM_API int vm_query(vm_backend backend, const char *capability, uint64_t *value)
 VM_API vm_backend vm_machine_backend(const vm_machine *m);
 VM_API const char *vm_backend_name(vm_backend backend);
 
-/* Moves a machine to another backend between runs; registers, memory, devices, pending exits and interrupts go along, and the
- * guest cannot tell. Full speed on KVM up to the point of interest, then the interpreter, and back. To go to KVM the guest's
- * CPU must be one that this host's KVM can do: machines created on KVM, or with cpu_model "kvm" (VM_E_UNSUPPORTED otherwise,
- * the message names what is too much). VM_BACKEND_AUTO chooses as vm_create does. If the new backend cannot be set up the
- * machine stays where it was. VM_E_BUSY a vCPU is running. */
+/* Moves a machine to another backend between runs; registers, memory, devices, pending exits and interrupts go along,
+ * and the guest cannot tell. Full speed on KVM up to the point of interest, then the interpreter, and back. To go to
+ * KVM the guest's CPU must be one that this host's KVM can do: machines created on KVM, or with cpu_model "kvm"
+ * (VM_E_UNSUPPORTED otherwise, the message names what is too much). VM_BACKEND_AUTO chooses as vm_create does. If the
+ * new backend cannot be set up the machine stays where it was. VM_E_BUSY a vCPU is running. */
 VM_API int vm_backend_select(vm_machine *m, vm_backend backend);
 
 /* Number of vCPUs; 0 for NULL. */
@@ -102,8 +106,8 @@ typedef enum vm_trace_category {
     VM_TRACE_MMU = 64,                  /* translations */
     VM_TRACE_ALL = 127
 } vm_trace_category;
-/* One line, without newline; valid during the call. May be called from any thread that runs a vCPU or touches the machine,
- * one call at a time; must not call back into libvm. */
+/* One line, without newline; valid during the call. May be called from any thread that runs a vCPU or touches the
+ * machine, one call at a time; must not call back into libvm. */
 typedef void (*vm_trace_fn)(void *user, vm_trace_category category, const char *line);
 /* Trace the categories in `mask` (0: none) to `fn`; fn NULL: to standard error. Replaces what LIBVM_TRACE asked for.
  * Takes effect at once in the calling thread and soon in others. VM_E_INVALID unknown bits. Any thread. */

@@ -13,8 +13,8 @@
 extern "C" {
 #endif
 
-/* A known starting state, the same on every backend. RESET as on power-on; the others besides: RFLAGS = 2, general registers
- * zero, SSE and AVX enabled, interrupts off, debug registers at their reset values. */
+/* A known starting state, the same on every backend. RESET as on power-on; the others besides: RFLAGS = 2, general
+ * registers zero, SSE and AVX enabled, interrupts off, debug registers at their reset values. */
 typedef enum vm_mode {
     VM_MODE_RESET,                      /* architectural reset: real mode at F000:FFF0 */
     VM_MODE_REAL,                       /* 16-bit real mode, all segment bases and RIP 0 */
@@ -68,8 +68,8 @@ typedef struct vm_fpu {
 #define VM_FPU_INIT VM_STRUCT_INIT(vm_fpu)
 
 /* Any single register by number: VM_REG_RAX ... The sizes are in reg.def: general registers, RIP, RFLAGS, control and
- * debug registers, EFER, XCR0 and segment bases 8 bytes; selectors 2; ST0-ST7 10 (stack-relative); FCW, FSW, FTW (full tag
- * word) 2; MXCSR 4; MM0-MM7 8; XMM 16; YMM 32. */
+ * debug registers, EFER, XCR0 and segment bases 8 bytes; selectors 2; ST0-ST7 10 (stack-relative); FCW, FSW, FTW
+ * (full tag word) 2; MXCSR 4; MM0-MM7 8; XMM 16; YMM 32. */
 typedef enum vm_reg_id {
     VM_REG_NONE = 0,
 #define VM_REG(name, text, bytes, cls, index) VM_REG_##name,
@@ -92,8 +92,9 @@ VM_API unsigned vm_vcpu_index(const vm_vcpu *cpu);
 VM_API int vm_vcpu_set_mode(vm_vcpu *cpu, vm_mode mode);
 
 /* Registers in bulk. Setting changes all that the struct holds; reserved bits the CPU cannot hold, and combinations it
- * could never reach, are VM_E_INVALID with nothing changed. Setting RIP in a callback makes execution go on there after the
- * current instruction; setting registers drops a pending completion of an IO, MMIO or UNMAPPED exit when RIP changes. */
+ * could never reach, are VM_E_INVALID with nothing changed. Setting RIP in a callback makes execution go on there
+ * after the current instruction; setting registers drops a pending completion of an IO, MMIO or UNMAPPED exit when
+ * RIP changes. */
 VM_API int vm_vcpu_get_regs(vm_vcpu *cpu, vm_regs *regs);
 VM_API int vm_vcpu_set_regs(vm_vcpu *cpu, const vm_regs *regs);
 VM_API int vm_vcpu_get_sregs(vm_vcpu *cpu, vm_sregs *sregs);
@@ -101,22 +102,24 @@ VM_API int vm_vcpu_set_sregs(vm_vcpu *cpu, const vm_sregs *sregs);
 VM_API int vm_vcpu_get_fpu(vm_vcpu *cpu, vm_fpu *fpu);
 VM_API int vm_vcpu_set_fpu(vm_vcpu *cpu, const vm_fpu *fpu);
 
-/* One register. `bytes` must be its size (VM_E_INVALID otherwise). Writing a selector in real or virtual-8086 mode sets base
- * = selector * 16; in other modes only the selector changes (use vm_vcpu_set_sregs or VM_REG_FS_BASE ... for the rest).
+/* One register. `bytes` must be its size (VM_E_INVALID otherwise). Writing a selector in real or virtual-8086 mode
+ * sets base = selector * 16; in other modes only the selector changes (use vm_vcpu_set_sregs or VM_REG_FS_BASE ...
+ * for the rest).
  * VM_E_NOTFOUND: no such register. */
 VM_API int vm_vcpu_read_reg(vm_vcpu *cpu, int reg_id, void *value, size_t bytes);
 VM_API int vm_vcpu_write_reg(vm_vcpu *cpu, int reg_id, const void *value, size_t bytes);
 
-/* Model-specific registers by number, with the checks of RDMSR and WRMSR at ring 0: VM_E_NOTFOUND when the guest would get
- * #GP on reading, VM_E_INVALID when on writing. */
+/* Model-specific registers by number, with the checks of RDMSR and WRMSR at ring 0: VM_E_NOTFOUND when the guest
+ * would get #GP on reading, VM_E_INVALID when on writing. */
 VM_API int vm_vcpu_get_msr(vm_vcpu *cpu, uint32_t msr, uint64_t *value);
 VM_API int vm_vcpu_set_msr(vm_vcpu *cpu, uint32_t msr, uint64_t value);
 
-/* Translates a linear address as the vCPU would now, at its current privilege level, for `access` (R, W or X, one of them), and
- * changes nothing: no accessed or dirty bits. VM_E_FAULT: page fault; the message has its error code. */
+/* Translates a linear address as the vCPU would now, at its current privilege level, for `access` (R, W or X, one of
+ * them), and changes nothing: no accessed or dirty bits. VM_E_FAULT: page fault; the message has its error code. */
 VM_API int vm_vcpu_translate(vm_vcpu *cpu, uint64_t gva, vm_prot access, uint64_t *gpa);
 /* Copies guest-virtual memory as a debugger would: through the current page tables with supervisor rights whatever the
- * privilege level, ignoring write protection, RAM only. All or nothing: VM_E_FAULT names the first address that failed. */
+ * privilege level, ignoring write protection, RAM only. All or nothing: VM_E_FAULT names the first address that
+ * failed. */
 VM_API int vm_vcpu_read(vm_vcpu *cpu, uint64_t gva, void *buffer, size_t bytes);
 VM_API int vm_vcpu_write(vm_vcpu *cpu, uint64_t gva, const void *buffer, size_t bytes);
 
@@ -128,28 +131,30 @@ typedef struct vm_run_options {
     uint64_t max_instructions;          /* 0 = no budget; exact on the software backends (vm_query "exact-budget") */
     uint64_t deadline_ns;               /* 0 = none; host time from now */
     bool     has_until;
-    uint64_t until;                     /* stop before executing this address (RIP, not linear address). A run that starts there
-                                           executes at least one instruction first */
-    uint64_t exception_exits;           /* bit v, v < 32: vector v is an exit instead of being delivered. First exceptions only,
-                                           not those raised while delivering another; not hardware interrupts */
+    /* stop before executing this address (RIP, not linear address). A run that starts there executes at least one
+     * instruction first */
+    uint64_t until;
+    /* bit v, v < 32: vector v is an exit instead of being delivered. First exceptions only, not those raised while
+     * delivering another; not hardware interrupts */
+    uint64_t exception_exits;
 } vm_run_options;
 #define VM_RUN_OPTIONS_INIT VM_STRUCT_INIT(vm_run_options)
 
-/* Runs the guest on this vCPU in the calling thread until there is something to report. `options` NULL: no limits; `exit`
- * NULL: the record is not wanted; then reads that need completion give all ones. The record passed to the run after an IO, MMIO,
- * UNMAPPED or HYPERCALL exit carries the completion (data, result); `exit` NULL there, or a record of another reason,
- * completes with all ones. A machine with several vCPUs needs one thread for each.
- * VM_E_BUSY: the vCPU is running in another thread, or this is a callback inside its own run; VM_E_INVALID: bad options;
- * VM_E_INTERNAL: the machine is poisoned. */
+/* Runs the guest on this vCPU in the calling thread until there is something to report. `options` NULL: no limits;
+ * `exit` NULL: the record is not wanted; then reads that need completion give all ones. The record passed to the run
+ * after an IO, MMIO, UNMAPPED or HYPERCALL exit carries the completion (data, result); `exit` NULL there, or a record
+ * of another reason, completes with all ones. A machine with several vCPUs needs one thread for each.
+ * VM_E_BUSY: the vCPU is running in another thread, or this is a callback inside its own run; VM_E_INVALID: bad
+ * options; VM_E_INTERNAL: the machine is poisoned. */
 VM_API int vm_vcpu_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit);
 
 /* Makes the current run, or the next one if none is under way, stop with VM_EXIT_KICK at the next instruction boundary.
  * Sticky: consumed by one run; several kicks before that are one. Any thread, async-signal-safe; NULL is fine. */
 VM_API void vm_vcpu_kick(vm_vcpu *cpu);
 
-/* Makes the guest take an event before its next instruction: vector 0-31 as an exception (has_error: with this error code), or
- * else as an external interrupt, whatever RFLAGS.IF says; vector 2 is an NMI. Vector 14 uses CR2 as it is. VM_E_BUSY:
- * an earlier injection has not been delivered yet. VM_E_INVALID: an error code where the vector has none. */
+/* Makes the guest take an event before its next instruction: vector 0-31 as an exception (has_error: with this error
+ * code), or else as an external interrupt, whatever RFLAGS.IF says; vector 2 is an NMI. Vector 14 uses CR2 as it is.
+ * VM_E_BUSY: an earlier injection has not been delivered yet. VM_E_INVALID: an error code where the vector has none. */
 VM_API int vm_vcpu_inject(vm_vcpu *cpu, uint8_t vector, bool has_error, uint32_t error);
 
 #ifdef __cplusplus

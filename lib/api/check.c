@@ -21,7 +21,7 @@ int vm_struct_in(void *to, size_t bytes, const void *from, const char *function,
     memcpy(to, from, size < bytes ? size : bytes);
     for (size_t i = bytes; i < size; i++)
         if (((const uint8_t *)from)[i])
-            return vm_fail(VM_E_INVALID, "%s: %s->size is %u, and byte %zu, which this version does not know, is not zero",
+            return vm_fail(VM_E_INVALID, "%s: %s->size is %u, and byte %zu, unknown to this version, is not zero",
                            function, name, size, i);
     return VM_OK;
 }
@@ -34,7 +34,8 @@ int vm_struct_out(void *to, const void *from, size_t bytes, const char *function
     if (size <= sizeof size || size > 65536)
         return vm_fail(VM_E_INVALID, "%s: %s->size is %u; set it with the struct's _INIT macro", function, name, size);
     if (from)
-        memcpy((uint8_t *)to + sizeof size, (const uint8_t *)from + sizeof size, (size < bytes ? size : bytes) - sizeof size);
+        memcpy((uint8_t *)to + sizeof size, (const uint8_t *)from + sizeof size,
+               (size < bytes ? size : bytes) - sizeof size);
     return VM_OK;
 }
 

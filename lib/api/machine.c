@@ -20,7 +20,7 @@ static int check_options(const vm_options *o)
         return vm_fail(VM_E_UNSUPPORTED, "vm_create: no MMU strategy \"%.60s\"", o->mmu);
     if (o->platform == VM_PLATFORM_BARE) {
         if (o->ram_bytes)
-            return vm_fail(VM_E_INVALID, "vm_create: ram_bytes is 0x%llx, but a BARE machine has no main memory (map some)",
+            return vm_fail(VM_E_INVALID, "vm_create: ram_bytes is 0x%llx, but a BARE machine has none (map some)",
                            (unsigned long long)o->ram_bytes);
     } else if (o->ram_bytes % 4096 || o->ram_bytes < RAM_MIN || o->ram_bytes > RAM_MAX) {
         return vm_fail(VM_E_INVALID, "vm_create: ram_bytes is 0x%llx; a PC needs whole pages from 0x%llx to 0x%llx",

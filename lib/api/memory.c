@@ -25,7 +25,7 @@ static int check_range(const vm_machine *m, const char *function, uint64_t gpa, 
     if (!bytes)
         return vm_fail(VM_E_INVALID, "%s: size is zero", function);
     if (gpa > phys_mask(m) || bytes - 1 > phys_mask(m) - gpa)
-        return vm_fail(VM_E_INVALID, "%s: 0x%llx + 0x%llx runs past the physical address space, which ends at 0x%llx", function,
+        return vm_fail(VM_E_INVALID, "%s: 0x%llx + 0x%llx runs past the physical addresses' end, 0x%llx", function,
                        (ull)gpa, (ull)bytes, (ull)phys_mask(m));
     return VM_OK;
 }
@@ -34,14 +34,16 @@ static int check_pages(const vm_machine *m, const char *function, uint64_t gpa, 
 {
     VM_CHECK(check_range(m, function, gpa, bytes));
     if (gpa % PAGE || bytes % PAGE)
-        return vm_fail(VM_E_INVALID, "%s: 0x%llx + 0x%llx is not made of whole 4 KiB pages", function, (ull)gpa, (ull)bytes);
+        return vm_fail(VM_E_INVALID, "%s: 0x%llx + 0x%llx is not made of whole 4 KiB pages", function, (ull)gpa,
+                       (ull)bytes);
     return VM_OK;
 }
 
 static int check_prot(const char *function, vm_prot prot)
 {
     if ((unsigned)prot & ~(unsigned)VM_PROT_RWX)
-        return vm_fail(VM_E_INVALID, "%s: unknown permission bits 0x%x", function, (unsigned)prot & ~(unsigned)VM_PROT_RWX);
+        return vm_fail(VM_E_INVALID, "%s: unknown permission bits 0x%x", function,
+                       (unsigned)prot & ~(unsigned)VM_PROT_RWX);
     return VM_OK;
 }
 
@@ -79,7 +81,8 @@ VM_API int vm_map_host(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot
     VM_CHECK(check_ram(m, "vm_map_host", gpa, bytes, prot));
     VM_CHECK_NULL("vm_map_host", host);
     if ((uintptr_t)host % PAGE || (uintptr_t)host + (bytes - 1) < (uintptr_t)host)
-        return vm_fail(VM_E_INVALID, "vm_map_host: host memory at %p must be page-aligned and fit the address space", host);
+        return vm_fail(VM_E_INVALID, "vm_map_host: host memory at %p must be page-aligned and fit the address space",
+                       host);
     vm_region proto = { .kind = VM_REGION_HOST, .gpa = gpa, .bytes = bytes, .host = host, .prot = prot };
     return vm_region_add(m, &proto, out);
 }
@@ -94,12 +97,14 @@ static int check_file(int fd, uint64_t offset, uint64_t bytes)
     if (!S_ISREG(st.st_mode))
         return VM_OK;                  /* a device, shared memory: mmap will tell */
     if (((uint64_t)st.st_size + PAGE - 1) / PAGE * PAGE < offset + bytes)
-        return vm_fail(VM_E_INVALID, "vm_map_file: 0x%llx + 0x%llx is beyond the file's 0x%llx bytes", (ull)offset, (ull)bytes,
+        return vm_fail(VM_E_INVALID, "vm_map_file: 0x%llx + 0x%llx is beyond the file's 0x%llx bytes", (ull)offset,
+                       (ull)bytes,
                        (ull)st.st_size);
     return VM_OK;
 }
 
-VM_API int vm_map_file(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot, int fd, uint64_t offset, bool private_copy,
+VM_API int vm_map_file(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot, int fd, uint64_t offset,
+                       bool private_copy,
                        vm_region **out)
 {
     if (out)
@@ -134,7 +139,8 @@ VM_API int vm_map_mmio(vm_machine *m, uint64_t gpa, uint64_t bytes, const vm_io_
         *out = NULL;
     VM_CHECK(check_io(m, "vm_map_mmio", ops, &copy));
     VM_CHECK(check_range(m, "vm_map_mmio", gpa, bytes));
-    vm_region proto = { .kind = VM_REGION_MMIO, .gpa = gpa, .bytes = bytes, .prot = VM_PROT_RWX, .ops = copy, .user = user };
+    vm_region proto = { .kind = VM_REGION_MMIO, .gpa = gpa, .bytes = bytes, .prot = VM_PROT_RWX, .ops = copy,
+                        .user = user };
     return vm_region_add(m, &proto, out);
 }
 
@@ -146,7 +152,8 @@ VM_API int vm_map_pio(vm_machine *m, uint16_t port, unsigned count, const vm_io_
     VM_CHECK(check_io(m, "vm_map_pio", ops, &copy));
     if (!count || count > 0x10000u - port)
         return vm_fail(VM_E_INVALID, "vm_map_pio: %u ports from 0x%x are not within the 65536 there are", count, port);
-    vm_region proto = { .kind = VM_REGION_PIO, .gpa = port, .bytes = count, .prot = VM_PROT_RWX, .ops = copy, .user = user };
+    vm_region proto = { .kind = VM_REGION_PIO, .gpa = port, .bytes = count, .prot = VM_PROT_RWX, .ops = copy,
+                        .user = user };
     return vm_region_add(m, &proto, out);
 }
 

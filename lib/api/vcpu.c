@@ -235,7 +235,8 @@ VM_API int vm_vcpu_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exi
         options = &o;
     }
     if (options && options->exception_exits >> 32)
-        return vm_fail(VM_E_INVALID, "vm_vcpu_run: exception_exits 0x%llx: there are 32 vectors", (ull)options->exception_exits);
+        return vm_fail(VM_E_INVALID, "vm_vcpu_run: exception_exits 0x%llx: there are 32 vectors",
+                       (ull)options->exception_exits);
     if (exit && exit->size == sizeof *exit)
         return vm_run(cpu, options, exit);
     if (exit)
@@ -255,8 +256,8 @@ VM_API void vm_vcpu_kick(vm_vcpu *cpu)
 
 VM_API int vm_vcpu_inject(vm_vcpu *cpu, uint8_t vector, bool has_error, uint32_t error)
 {
-    static const uint32_t with_error = 1u << 8 | 1u << 10 | 1u << 11 | 1u << 12 | 1u << 13 | 1u << 14 | 1u << 17 | 1u << 21 |
-                                       1u << 29 | 1u << 30;
+    static const uint32_t with_error = 1u << 8 | 1u << 10 | 1u << 11 | 1u << 12 | 1u << 13 | 1u << 14 | 1u << 17 |
+                                      1u << 21 | 1u << 29 | 1u << 30;
     VM_CHECK(vm_check_vcpu(cpu, "vm_vcpu_inject"));
     if (has_error && (vector >= 32 || !(with_error >> vector & 1)))
         return vm_fail(VM_E_INVALID, "vm_vcpu_inject: vector %u has no error code", vector);

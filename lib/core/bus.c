@@ -1,9 +1,9 @@
 /* bus.c - guest accesses that are not plain RAM accesses: device memory, ports, holes, forbidden and observed writes.
  *
- * Called on the vCPU's thread in VM_GUEST. The region is looked up with the device lock held, because waiting for the lock
- * may let an edit through. One access is one callback at its true width; widths a callback cannot have (3, 5, 6, 7) and
- * accesses across a region's end are split, lowest address first. What nobody answers is an exit on BARE machines and all
- * ones (writes: nothing) on a PC.
+ * Called on the vCPU's thread in VM_GUEST. The region is looked up with the device lock held, because waiting for the
+ * lock may let an edit through. One access is one callback at its true width; widths a callback cannot have (3, 5, 6,
+ * 7) and accesses across a region's end are split, lowest address first. What nobody answers is an exit on BARE
+ * machines and all ones (writes: nothing) on a PC.
  */
 #include "core/core.h"
 #include "x86/access.h"

@@ -1,11 +1,12 @@
 /* clock.c - guest time and timers.
  *
- * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine, started with the first timer that is armed,
- * fires timers under the device lock. BARE machines: time is vCPU 0's retired instructions, one nanosecond each, plus what
- * vm_clock_advance() added; timers fire from vCPU 0's run loop, which cuts its slices at the next deadline.
+ * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine, started with the first timer that
+ * is armed, fires timers under the device lock. BARE machines: time is vCPU 0's retired instructions, one nanosecond
+ * each, plus what vm_clock_advance() added; timers fire from vCPU 0's run loop, which cuts its slices at the next
+ * deadline.
  *
- * Lock order: device_lock, then clock->lock. A timer is freed with the device lock held (or with the machine at its end), and
- * fires with it held: so it cannot go away while its function runs, except by its own doing.
+ * Lock order: device_lock, then clock->lock. A timer is freed with the device lock held (or with the machine at its
+ * end), and fires with it held: so it cannot go away while its function runs, except by its own doing.
  */
 #include "core/core.h"
 
@@ -163,7 +164,8 @@ vm_timer *vm_timer_new(vm_machine *m, void (*fn)(void *user), void *user)
     if (!t)
         return NULL;
     pthread_mutex_lock(&c->lock);
-    *t = (vm_timer){ .machine = m, .fn = fn, .user = user, .deadline = UINT64_MAX, .next = c->timers, .link = &c->timers };
+    *t = (vm_timer){ .machine = m, .fn = fn, .user = user, .deadline = UINT64_MAX, .next = c->timers,
+                      .link = &c->timers };
     if (t->next)
         t->next->link = &t->next;
     __atomic_store_n(&c->timers, t, __ATOMIC_RELEASE);

@@ -3,9 +3,10 @@
  * A vm_machine owns everything: vCPUs, memory map, bus, devices. There are no globals; two machines in one process
  * never meet.
  *
- * Locks are recursive and taken in this order: device_lock (all device callbacks, interrupt controllers), then machine->lock
- * (edits of the map; held between vm_pause and vm_resume), then the clock's and the trace's own. A thread that holds
- * machine->lock and not device_lock must not ask for device_lock. Nothing is held while guest code runs.
+ * Locks are recursive and taken in this order: device_lock (all device callbacks, interrupt controllers), then
+ * machine->lock (edits of the map; held between vm_pause and vm_resume), then the clock's and the trace's own. A
+ * thread that holds machine->lock and not device_lock must not ask for device_lock. Nothing is held while guest code
+ * runs.
  *
  * What a vCPU's thread may be doing is one word, vm_vcpu.state:
  *   VM_IDLE     nobody is inside vm_vcpu_run
@@ -13,9 +14,10 @@
  *   VM_BLOCKED  inside an instruction, waiting for one of the machine's locks
  *   VM_GUEST    anything else inside vm_vcpu_run: executing, in a callback
  * An edit stops the world: it waits until no other vCPU is in VM_GUEST. So whatever runs in VM_GUEST may read the map
- * without a lock; a thread that drives no vCPU reads it under machine->lock. What belongs to a vCPU (TLB, decoded code) may
- * be changed by others only while the world is stopped; decoded code only in VM_IDLE and VM_LOOP, because in VM_BLOCKED the
- * instruction under way still lies in it: then the change is queued (vm_vcpu_request) for the next boundary.
+ * without a lock; a thread that drives no vCPU reads it under machine->lock. What belongs to a vCPU (TLB, decoded
+ * code) may be changed by others only while the world is stopped; decoded code only in VM_IDLE and VM_LOOP, because
+ * in VM_BLOCKED the instruction under way still lies in it: then the change is queued (vm_vcpu_request) for the next
+ * boundary.
  */
 #ifndef LIBVM_CORE_H
 #define LIBVM_CORE_H
@@ -45,9 +47,11 @@ void vm_machine_lock(vm_machine *m);
 void vm_machine_unlock(vm_machine *m);
 
 /* ---- memory (memory.c) ----
- * A view is the sorted array of the regions of one address space; lookups are binary searches with a last-hit cache a vCPU.
+ * A view is the sorted array of the regions of one address space; lookups are binary searches with a last-hit cache a
+ * vCPU.
  * Edits change it in place while the world is stopped. */
-typedef enum vm_region_kind { VM_REGION_RAM, VM_REGION_HOST, VM_REGION_FILE, VM_REGION_MMIO, VM_REGION_PIO } vm_region_kind;
+typedef enum vm_region_kind { VM_REGION_RAM, VM_REGION_HOST, VM_REGION_FILE, VM_REGION_MMIO,
+                              VM_REGION_PIO } vm_region_kind;
 #define VM_PAGE_CODE  1u     /* holds bytes some backend has translated or decoded: writes must be seen */
 #define VM_PAGE_CLEAN 2u     /* dirty log on and page not dirty yet: the first write must be seen */
 #define VM_PAGE_DIRTY 4u     /* written since the last fetch */
@@ -71,13 +75,14 @@ typedef struct vm_range { uint64_t gpa, bytes; vm_region *region; uint64_t offse
 typedef struct vm_view { size_t count, capacity; vm_range *ranges; } vm_view;
 
 const vm_range *vm_view_find(const vm_view *view, uint64_t gpa);           /* NULL: nothing there */
-/* Host pointer to [gpa, gpa + *bytes) of RAM, *bytes shortened to the contiguous run; NULL when not RAM. For loaders and devices. */
+/* Host pointer to [gpa, gpa + *bytes) of RAM, *bytes shortened to the contiguous run; NULL when not RAM. For loaders
+ * and devices. */
 void *vm_memory_ptr(vm_machine *m, uint64_t gpa, size_t *bytes);
 /* What devices use for DMA: whole transfer or false; marks dirty, invalidates code. Never recurses into MMIO. */
 bool vm_dma_read(vm_machine *m, uint64_t gpa, void *buf, size_t bytes);
 bool vm_dma_write(vm_machine *m, uint64_t gpa, const void *buf, size_t bytes);
-/* Bytes at gpa changed behind the CPUs' backs: dirty, and every vCPU drops translations of them before its next instruction
- * (the calling vCPU at once). */
+/* Bytes at gpa changed behind the CPUs' backs: dirty, and every vCPU drops translations of them before its next
+ * instruction (the calling vCPU at once). */
 void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes);
 
 /* ---- vCPU ---- */
@@ -100,8 +105,9 @@ struct vm_vcpu {
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
     unsigned lock_depth;               /* x86_env.lock_begin without lock_end */
-    uint64_t deadline;                 /* host time (CLOCK_MONOTONIC ns) this run must end; UINT64_MAX: none. For backends that
-                                          cannot be cut into slices */
+    /* host time (CLOCK_MONOTONIC ns) this run must end; UINT64_MAX: none. For backends that cannot be cut into
+     * slices */
+    uint64_t deadline;
     _Atomic bool is_hopeless;          /* halted with IF = 0 */
     bool irq_look;                     /* the interrupt source may have something */
     bool is_shut_down;                 /* triple fault: until reset */
@@ -109,7 +115,7 @@ struct vm_vcpu {
     unsigned event_seen;               /* machine->event_seq already reported */
     uint8_t bare_cr8;
     uint64_t random_state;
-    bool has_budget;                   /* this run was given max_instructions: backends that cannot count must find another way */
+    bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
 enum { VM_IDLE, VM_GUEST, VM_BLOCKED, VM_LOOP, VM_WAITED = 0x100 };
@@ -118,14 +124,15 @@ static inline bool vm_vcpu_is_running(const vm_vcpu *cpu) { return (cpu->state &
 static inline bool vm_vcpu_is_mine(const vm_vcpu *cpu) { return cpu->owner == vm_thread_self(); }
 
 /* ---- backends ----
- * run(): execute guest code until something the run loop must see. x86.budget is the slice in instructions (interpreter and
- * JIT count it down exactly and return X86_STOP_SLICE at 0); returns at the next block boundary when x86.attention is
- * non-zero. Registers in x86 are complete when it returns. A backend never calls a device.
- * A backend may keep a vCPU's state elsewhere (KVM). Then gpr, rip and rflags of x86 are current whenever run() has returned,
- * and anything else in the core or the API that looks at x86 calls vm_vcpu_fetch(cpu, parts) before reading or changing a
- * part (in callbacks too), and vm_vcpu_changed(cpu, parts) after changing it. Both cost nothing on software backends. */
+ * run(): execute guest code until something the run loop must see. x86.budget is the slice in instructions
+ * (interpreter and JIT count it down exactly and return X86_STOP_SLICE at 0); returns at the next block boundary when
+ * x86.attention is non-zero. Registers in x86 are complete when it returns. A backend never calls a device.
+ * A backend may keep a vCPU's state elsewhere (KVM). Then gpr, rip and rflags of x86 are current whenever run() has
+ * returned, and anything else in the core or the API that looks at x86 calls vm_vcpu_fetch(cpu, parts) before reading
+ * or changing a part (in callbacks too), and vm_vcpu_changed(cpu, parts) after changing it. Both cost nothing on
+ * software backends. */
 #define VM_STATE_REGS  1u              /* gpr, rip, rflags */
-#define VM_STATE_SREGS 2u              /* segments, gdtr, idtr, cr0-4, efer, flat, cpl and other things derived, inhibit, NMI state */
+#define VM_STATE_SREGS 2u              /* segments, gdtr, idtr, cr0-4, efer, flat, cpl and others derived, inhibit, NMI state */
 #define VM_STATE_FPU   4u              /* fpu, xcr0 */
 #define VM_STATE_MSRS  8u              /* all the rest: dr, MSRs, MTRRs */
 #define VM_STATE_ALL  15u
@@ -137,19 +144,20 @@ typedef struct vm_backend_ops {
     int  (*vcpu_create)(vm_vcpu *cpu);
     void (*vcpu_destroy)(vm_vcpu *cpu);
     x86_stop (*run)(vm_vcpu *cpu);
-    void (*map_changed)(vm_machine *m);                                     /* vCPUs are paused; after every edit of regions,
-                                                                               permissions, and of m->dirty_log */
-    void (*dirty_sync)(vm_machine *m);                                      /* KVM: bring page_flags' VM_PAGE_DIRTY up to date */
+    /* vCPUs are paused; after every edit of regions, permissions, and of m->dirty_log */
+    void (*map_changed)(vm_machine *m);
+    void (*dirty_sync)(vm_machine *m); /* KVM: bring page_flags' VM_PAGE_DIRTY up to date */
     void (*code_changed)(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);       /* on the vCPU's own thread, or paused */
-    void (*flush_code)(vm_vcpu *cpu);                                       /* all of it: hooks changed, snapshot restored */
-    void (*tlb_flushed)(vm_vcpu *cpu);                                      /* linear-address caches (jump caches) are stale */
-    void (*get_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: make parts of x86 current; NULL for software */
-    void (*set_state)(vm_vcpu *cpu, unsigned parts);                        /* KVM: parts of x86 changed; used by the next run() */
-    void (*kick)(vm_vcpu *cpu);                                             /* async-signal-safe; NULL: attention is enough */
-    void (*leave)(vm_vcpu *cpu);                                            /* KVM: the vCPU goes to another backend: finish what is
-                                                                               open and bring all of its state into x86 */
-    bool takes_interrupts;             /* PC: run() itself takes vectors from the interrupt source (vm_pc_irq_source) at the
-                                          right moment; the run loop then leaves them alone, except to wake a halted vCPU */
+    void (*flush_code)(vm_vcpu *cpu); /* all of it: hooks changed, snapshot restored */
+    void (*tlb_flushed)(vm_vcpu *cpu); /* linear-address caches (jump caches) are stale */
+    void (*get_state)(vm_vcpu *cpu, unsigned parts); /* KVM: make parts of x86 current; NULL for software */
+    void (*set_state)(vm_vcpu *cpu, unsigned parts); /* KVM: parts of x86 changed; used by the next run() */
+    void (*kick)(vm_vcpu *cpu); /* async-signal-safe; NULL: attention is enough */
+    /* KVM: the vCPU goes to another backend: finish what is open and bring all of its state into x86 */
+    void (*leave)(vm_vcpu *cpu);
+    /* PC: run() itself takes vectors from the interrupt source (vm_pc_irq_source) at the right moment; the run loop
+     * then leaves them alone, except to wake a halted vCPU */
+    bool takes_interrupts;
 } vm_backend_ops;
 extern const vm_backend_ops vm_backend_interp, vm_backend_jit, vm_backend_kvm;
 
@@ -179,7 +187,7 @@ struct vm_machine {
     pthread_mutex_t trace_lock;        /* the sink: */
     vm_trace_fn trace_fn; void *trace_user;
     _Atomic int poisoned;              /* VM_E_INTERNAL happened */
-    _Atomic int event; _Atomic uint64_t event_code;        /* VM_EXIT_POWEROFF, _RESET, _GUEST_EXIT posted by a device */
+    _Atomic int event; _Atomic uint64_t event_code; /* VM_EXIT_POWEROFF, _RESET, _GUEST_EXIT posted by a device */
     _Atomic unsigned event_seq;        /* counts them: each vCPU reports each once */
     _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
     _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
@@ -198,14 +206,15 @@ static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts) {
     if (cpu->machine->backend->set_state)
         cpu->machine->backend->set_state(cpu, parts);
 }
-/* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests; holds machine->lock, so
- * one thread at a time. With device_lock held too, or without it for good. */
+/* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests; holds
+ * machine->lock, so one thread at a time. With device_lock held too, or without it for good. */
 void vm_pause(vm_machine *m);
 void vm_resume(vm_machine *m);
-void vm_vcpu_notify(vm_vcpu *cpu, uint32_t attention_bits);       /* set bits, wake from HLT, backend kick; any thread */
+void vm_vcpu_notify(vm_vcpu *cpu, uint32_t attention_bits); /* set bits, wake from HLT, backend kick; any thread */
 /* The vCPU of m that the calling thread is driving; NULL: none. */
 vm_vcpu *vm_vcpu_self(vm_machine *m);
-/* Begin and end a run: false when the vCPU is taken. After release the machine may be gone. wait_idle: for destruction. */
+/* Begin and end a run: false when the vCPU is taken. After release the machine may be gone. wait_idle: for
+ * destruction. */
 bool vm_vcpu_claim(vm_vcpu *cpu);
 void vm_vcpu_release(vm_vcpu *cpu);
 void vm_vcpu_wait_idle(vm_vcpu *cpu);
@@ -218,7 +227,7 @@ void vm_vcpu_request(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);
 void vm_vcpu_take_requests(vm_vcpu *cpu);
 /* A device asks the machine to stop: VM_EXIT_POWEROFF, VM_EXIT_RESET, VM_EXIT_GUEST_EXIT with a code. Any thread. */
 void vm_machine_event(vm_machine *m, vm_exit_reason reason, uint64_t code);
-void vm_machine_reset(vm_machine *m);                              /* platform reset: devices and vCPUs; vCPUs paused or caller's */
+void vm_machine_reset(vm_machine *m); /* platform reset: devices and vCPUs; vCPUs paused or caller's */
 
 /* ---- internal map calls for platform code: like the public ones, region marked internal ---- */
 int vm_add_mmio(vm_machine *m, uint64_t gpa, uint64_t bytes, const vm_io_ops *ops, void *user, vm_region **out);
@@ -252,10 +261,13 @@ typedef struct vm_irq_source {
 } vm_irq_source;
 extern const vm_irq_source vm_pc_irq_source;                       /* platform/pc.c */
 
-/* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller; categories in machine.h ---- */
+/* ---- tracing (trace.c): LIBVM_TRACE=decode,ir,mcode,exit,mmio,irq to stderr or the sink set by the caller;
+ * categories in machine.h ---- */
 void vm_trace_init(vm_machine *m);
-static inline unsigned vm_trace_mask(const vm_machine *m) { return atomic_load_explicit(&m->trace_mask, memory_order_relaxed); }
-void vm_trace_line(vm_machine *m, vm_trace_category category, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static inline unsigned vm_trace_mask(const vm_machine *m) { return atomic_load_explicit(&m->trace_mask,
+                                                                                        memory_order_relaxed); }
+void vm_trace_line(vm_machine *m, vm_trace_category category, const char *format, ...) __attribute__((format(printf,
+                                                                                                             3, 4)));
 
 
 /* ---- bus.c: accesses of a vCPU that are not plain RAM. X86_IO_EXIT: nobody answered ---- */
@@ -274,19 +286,21 @@ const vm_backend_ops *vm_backend_find(vm_backend *backend);
 int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *value);
 int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
 void vm_vcpu_free(vm_vcpu *cpu);
-int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit);                /* exit: full-size, never NULL */
-void vm_vcpu_reset(vm_vcpu *cpu);                                  /* forget exits, injections, shutdown; not the registers */
+int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit); /* exit: full-size, never NULL */
+void vm_vcpu_reset(vm_vcpu *cpu); /* forget exits, injections, shutdown; not the registers */
 /* memory.c */
-int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);            /* takes proto's fields; frees nothing on failure */
-/* Removal in two steps, because the second needs the device lock, which is not to be asked for under machine->lock: out of
- * the map (RAM kinds are freed or buried), then the owner's destroy callback. */
+/* takes proto's fields; frees nothing on failure */
+int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);
+/* Removal in two steps, because the second needs the device lock, which is not to be asked for under machine->lock:
+ * out of the map (RAM kinds are freed or buried), then the owner's destroy callback. */
 bool vm_region_is_known(vm_machine *m, const vm_region *r);         /* r may be a stale pointer; under machine->lock */
 void vm_region_detach(vm_region *r);
 void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r);
-void vm_region_leave(vm_region *r);                                /* a callback has returned: finish a delayed removal */
+void vm_region_leave(vm_region *r); /* a callback has returned: finish a delayed removal */
 void vm_regions_free(vm_machine *m);                               /* destruction: callbacks, then memory */
 int  vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot);
-int  vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool is_write);    /* VM_E_FAULT; no message limit */
+/* VM_E_FAULT; no message limit */
+int  vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool is_write);
 int  vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes);                            /* vm_invalidate */
 void vm_memory_dirty_log(vm_machine *m, bool on);
 void vm_memory_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap);

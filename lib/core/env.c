@@ -1,6 +1,7 @@
 /* env.c - what a vCPU sees of its surroundings: the x86_env table of every machine.
  *
- * Called on the vCPU's thread inside an instruction. On BARE machines what a PC would ask its platform for is answered here:
+ * Called on the vCPU's thread inside an instruction. On BARE machines what a PC would ask its platform for is
+ * answered here:
  * CR8 is a plain register, there is no APIC, random numbers repeat from run to run.
  */
 #include "core/core.h"

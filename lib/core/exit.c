@@ -1,7 +1,8 @@
 /* exit.c - exit records: filling them, completing what they left open, and saying them in words.
  *
- * An access that nobody handled left the instruction unfinished. The next run writes its result into the CPU's log of accesses
- * (x86_cpu.io_log) and executes the instruction again from its start; the log answers what has been done already.
+ * An access that nobody handled left the instruction unfinished. The next run writes its result into the CPU's log of
+ * accesses (x86_cpu.io_log) and executes the instruction again from its start; the log answers what has been done
+ * already.
  */
 #include "core/core.h"
 #include "x86/insn.h"
@@ -30,7 +31,8 @@ VM_API int vm_exit_format(const vm_exit *e, char *buffer, size_t bytes)
         return vm_fail(VM_E_INVALID, "vm_exit_format: NULL argument");
     switch (e->reason) {
     case VM_EXIT_IO:
-        snprintf(detail, sizeof detail, " %s port 0x%x width %u data 0x%llx", e->io.is_write ? "write" : "read", e->io.port,
+        snprintf(detail, sizeof detail, " %s port 0x%x width %u data 0x%llx", e->io.is_write ? "write" : "read",
+                 e->io.port,
                  e->io.width, (unsigned long long)e->io.data);
         break;
     case VM_EXIT_MMIO: case VM_EXIT_UNMAPPED:
@@ -39,7 +41,8 @@ VM_API int vm_exit_format(const vm_exit *e, char *buffer, size_t bytes)
                  (unsigned long long)e->mmio.gva, e->mmio.width, (unsigned long long)e->mmio.data);
         break;
     case VM_EXIT_EXCEPTION:
-        snprintf(detail, sizeof detail, " vector %u error 0x%x%s address 0x%llx", e->exception.vector, e->exception.error,
+        snprintf(detail, sizeof detail, " vector %u error 0x%x%s address 0x%llx", e->exception.vector,
+                 e->exception.error,
                  e->exception.has_error ? "" : " (none)", (unsigned long long)e->exception.address);
         break;
     case VM_EXIT_HYPERCALL:
@@ -109,7 +112,8 @@ void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit)
     uint64_t data = a->is_write ? a->data : ~UINT64_C(0);
     if (a->is_port) {
         exit->reason = VM_EXIT_IO;
-        exit->io = (vm_exit_io){ .port = a->port, .width = a->width, .is_write = a->is_write, .count = 1, .data = data };
+        exit->io = (vm_exit_io){ .port = a->port, .width = a->width, .is_write = a->is_write, .count = 1,
+                                 .data = data };
     } else {
         const vm_range *range = vm_find(cpu, a->gpa);
         exit->reason = range && range->region->kind == VM_REGION_MMIO ? VM_EXIT_MMIO : VM_EXIT_UNMAPPED;
@@ -129,7 +133,8 @@ void vm_exit_from_exception(vm_vcpu *cpu, vm_exit *exit)
     exit->reason = VM_EXIT_EXCEPTION;
     exit->exception = (vm_exit_exception){ .vector = f->vector, .has_error = f->has_error,
                                            .error = f->has_error ? f->error : 0,
-                                           .address = f->vector == X86_PF ? f->address : f->vector == X86_DB ? f->dr6 : 0 };
+                                           .address = f->vector == X86_PF ? f->address
+                                                      : f->vector == X86_DB ? f->dr6 : 0 };
     fill_insn(cpu, exit, 0);
 }
 
@@ -139,7 +144,8 @@ void vm_exit_from_hypercall(vm_vcpu *cpu, vm_exit *exit)
     exit->reason = VM_EXIT_HYPERCALL;
     exit->hypercall = (vm_exit_hypercall){
         .number = x->gpr[X86_RAX], .result = ~UINT64_C(0),
-        .args = { x->gpr[X86_RBX], x->gpr[X86_RCX], x->gpr[X86_RDX], x->gpr[X86_RSI], x->gpr[X86_RDI], x->gpr[X86_R8] } };
+        .args = { x->gpr[X86_RBX], x->gpr[X86_RCX], x->gpr[X86_RDX], x->gpr[X86_RSI], x->gpr[X86_RDI],
+                  x->gpr[X86_R8] } };
     cpu->has_pending = true;
     cpu->pending.reason = exit->reason;
     cpu->pending.rip = x->rip;

@@ -2,10 +2,12 @@
  *
  * See core.h for the states of a vCPU and the order of locks. The rules kept here:
  *   - A vCPU's thread that has to wait for a lock says so (VM_BLOCKED) and so never holds up an edit.
- *   - It goes back to VM_GUEST only while the world is not stopped: store VM_GUEST, then look at pause_count; the stopping
- *     side counts up pause_count, then looks at the states. Both sides use sequentially consistent operations, so at least one
- *     of them sees the other.
- *   - A state word may be waited on (VM_WAITED); changing the state then wakes the waiters by the word's address alone, which
+ *   - It goes back to VM_GUEST only while the world is not stopped: store VM_GUEST, then look at pause_count; the
+ *   stopping
+ *     side counts up pause_count, then looks at the states. Both sides use sequentially consistent operations, so at
+ *     least one of them sees the other.
+ *   - A state word may be waited on (VM_WAITED); changing the state then wakes the waiters by the word's address
+ *   alone, which
  *     is safe even if the machine is freed in between.
  */
 #include "core/core.h"

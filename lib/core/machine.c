@@ -1,7 +1,7 @@
 /* machine.c - making, resetting and ending a machine; choosing its backend.
  *
- * Creation goes up a ladder: locks, backend, clock, vCPUs, MMU strategy, platform; failure at any rung comes down through
- * vm_machine_destroy(), which copes with whatever is missing.
+ * Creation goes up a ladder: locks, backend, clock, vCPUs, MMU strategy, platform; failure at any rung comes down
+ * through vm_machine_destroy(), which copes with whatever is missing.
  */
 #include "core/core.h"
 #include "mmu/mmu.h"

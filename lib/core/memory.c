@@ -1,17 +1,18 @@
 /* memory.c - regions, the views made of them, and what happens when memory changes.
  *
- * A region lies in exactly one view (memory or ports) while it is enabled. Views are sorted arrays, edited in place while the
- * world is stopped (vm_pause), so a reader in VM_GUEST or under machine->lock needs no lock of its own.
+ * A region lies in exactly one view (memory or ports) while it is enabled. Views are sorted arrays, edited in place
+ * while the world is stopped (vm_pause), so a reader in VM_GUEST or under machine->lock needs no lock of its own.
  *
  * Pages of RAM carry flags shared by all vCPUs:
- *   VM_PAGE_CODE   somebody has decoded code from it. Set before the bytes are read, after every vCPU's write tag for the page
+ *   VM_PAGE_CODE   somebody has decoded code from it. Set before the bytes are read, after every vCPU's write tag for
+ *   the page
  *                  is gone; so each later write comes through vm_page_written() and is announced to all of them.
  *   VM_PAGE_CLEAN  the dirty log is on and has not seen a write.
- * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it, so that
- * a page that merely once held code, or holds data beside code, does not stay slow.
+ * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it,
+ * so that a page that merely once held code, or holds data beside code, does not stay slow.
  *
- * Host memory of a region removed while some instruction is under way (VM_BLOCKED) is buried in m->graves and freed when the
- * world is next found at rest.
+ * Host memory of a region removed while some instruction is under way (VM_BLOCKED) is buried in m->graves and freed
+ * when the world is next found at rest.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
@@ -240,7 +241,8 @@ int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
         r->page_flags = calloc(r->bytes / PAGE, 1);
         if (!r->page_flags) {
             free(r);
-            return vm_fail(VM_E_NOMEM, "no memory for the page flags of 0x%llx bytes", (unsigned long long)proto->bytes);
+            return vm_fail(VM_E_NOMEM, "no memory for the page flags of 0x%llx bytes",
+                           (unsigned long long)proto->bytes);
         }
         if (m->dirty_log)
             memset((void *)r->page_flags, VM_PAGE_CLEAN, r->bytes / PAGE);
@@ -395,7 +397,8 @@ static int prepare_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot 
         vm_region *r = range->region;
         uint64_t offset = at - r->gpa, n = r->bytes - offset < left ? r->bytes - offset : left;
         if (r->is_read_only && (prot & VM_PROT_W))
-            return vm_fail(VM_E_UNSUPPORTED, "the file mapped at 0x%llx is open for reading only", (unsigned long long)r->gpa);
+            return vm_fail(VM_E_UNSUPPORTED, "the file mapped at 0x%llx is open for reading only",
+                           (unsigned long long)r->gpa);
         if (!r->page_prot && n != r->bytes) {
             r->page_prot = malloc(r->bytes / PAGE);
             if (!r->page_prot)
@@ -579,7 +582,8 @@ static int copy_locked(vm_machine *m, vm_vcpu *self, uint64_t gpa, uint8_t *buff
     vm_region *r;
     uint64_t hole;
     if (find_hole(m, gpa, bytes, is_write, &hole))
-        return vm_fail(VM_E_FAULT, "no %sRAM at guest-physical 0x%llx", is_write ? "writable " : "", (unsigned long long)hole);
+        return vm_fail(VM_E_FAULT, "no %sRAM at guest-physical 0x%llx", is_write ? "writable " : "",
+                       (unsigned long long)hole);
     for (uint64_t n; bytes; gpa += n, buffer += n, bytes -= n) {
         n = bytes;
         uint8_t *p = ram_ptr(m, gpa, &n, &r);
@@ -598,7 +602,8 @@ int vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, bool
     if (!bytes)
         return VM_OK;
     if (gpa + (bytes - 1) < gpa)
-        return vm_fail(VM_E_FAULT, "0x%llx + 0x%zx runs past the end of the address space", (unsigned long long)gpa, bytes);
+        return vm_fail(VM_E_FAULT, "0x%llx + 0x%zx runs past the end of the address space", (unsigned long long)gpa,
+                       bytes);
     vm_vcpu *self = vm_vcpu_self(m);
     if (reading_is_safe(m, self))
         return copy_locked(m, self, gpa, buffer, bytes, is_write);

@@ -1,7 +1,7 @@
 /* regs.c - the registers of a vCPU for its caller: one by number, or in bulk.
  *
- * Inside a callback RIP is the instruction under way; writing it sets where execution goes on. Everything that changes modes
- * ends in settle(), which recomputes what x86_cpu derives and empties the TLB if translations may differ.
+ * Inside a callback RIP is the instruction under way; writing it sets where execution goes on. Everything that
+ * changes modes ends in settle(), which recomputes what x86_cpu derives and empties the TLB if translations may differ.
  */
 #include "core/core.h"
 #include "platform/pc.h"
@@ -194,7 +194,8 @@ static int write_mxcsr(x86_cpu *x, uint32_t v)
     return VM_OK;
 }
 
-/* Vector or x87 state beyond the initial one is about to be put into the XSAVE image: say so to XRSTOR's bookkeeping. */
+/* Vector or x87 state beyond the initial one is about to be put into the XSAVE image: say so to XRSTOR's bookkeeping.
+ * */
 static void mark_in_use(x86_cpu *x, unsigned components)
 {
     uint64_t bv;
@@ -329,11 +330,11 @@ void vm_sregs_get(vm_vcpu *cpu, vm_sregs *s)
     s->apic_base = cpu->machine->is_pc ? vm_pc_apic_base(cpu) : 0;
 }
 
-#define CR0_BITS (X86_CR0_PE | X86_CR0_MP | X86_CR0_EM | X86_CR0_TS | X86_CR0_ET | X86_CR0_NE | X86_CR0_WP | X86_CR0_AM | \
-                  X86_CR0_NW | X86_CR0_CD | X86_CR0_PG)
-#define CR4_BITS (X86_CR4_VME | X86_CR4_PVI | X86_CR4_TSD | X86_CR4_DE | X86_CR4_PSE | X86_CR4_PAE | X86_CR4_MCE | X86_CR4_PGE | \
-                  X86_CR4_PCE | X86_CR4_OSFXSR | X86_CR4_OSXMMEXCPT | X86_CR4_UMIP | X86_CR4_FSGSBASE | X86_CR4_PCIDE | \
-                  X86_CR4_OSXSAVE | X86_CR4_SMEP | X86_CR4_SMAP)
+#define CR0_BITS (X86_CR0_PE | X86_CR0_MP | X86_CR0_EM | X86_CR0_TS | X86_CR0_ET | X86_CR0_NE | X86_CR0_WP | \
+                  X86_CR0_AM | X86_CR0_NW | X86_CR0_CD | X86_CR0_PG)
+#define CR4_BITS (X86_CR4_VME | X86_CR4_PVI | X86_CR4_TSD | X86_CR4_DE | X86_CR4_PSE | X86_CR4_PAE | X86_CR4_MCE | \
+                  X86_CR4_PGE | X86_CR4_PCE | X86_CR4_OSFXSR | X86_CR4_OSXMMEXCPT | X86_CR4_UMIP | X86_CR4_FSGSBASE | \
+                  X86_CR4_PCIDE | X86_CR4_OSXSAVE | X86_CR4_SMEP | X86_CR4_SMAP)
 #define EFER_BITS (X86_EFER_SCE | X86_EFER_LME | X86_EFER_LMA | X86_EFER_NXE | X86_EFER_FFXSR)
 
 static int reserved(const char *name, uint64_t value, uint64_t bits)
@@ -367,7 +368,8 @@ static int check_bases(const vm_sregs *s)
     const vm_segment *segs = &s->es;
     for (unsigned i = 0; i < X86_NSEG; i++)
         if (!x86_canonical(segs[i].base))
-            return vm_fail(VM_E_INVALID, "base 0x%llx of segment %u is not canonical", (unsigned long long)segs[i].base, i);
+            return vm_fail(VM_E_INVALID, "base 0x%llx of segment %u is not canonical",
+                           (unsigned long long)segs[i].base, i);
     if (!x86_canonical(s->gdtr.base) || !x86_canonical(s->idtr.base))
         return vm_fail(VM_E_INVALID, "GDTR 0x%llx or IDTR 0x%llx is not canonical", (unsigned long long)s->gdtr.base,
                        (unsigned long long)s->idtr.base);
@@ -389,7 +391,8 @@ static int check_sregs(const vm_sregs *s, uint64_t phys_mask)
     if ((s->xcr0 & ~UINT64_C(7)) || !(s->xcr0 & 1) || (s->xcr0 & 6) == 4)
         return vm_fail(VM_E_INVALID, "XCR0 = 0x%llx: needs x87, and SSE for AVX", (unsigned long long)s->xcr0);
     if (s->dr6 >> 32 || s->dr7 >> 32)
-        return vm_fail(VM_E_INVALID, "DR6 = 0x%llx, DR7 = 0x%llx: upper halves must be zero", (unsigned long long)s->dr6,
+        return vm_fail(VM_E_INVALID, "DR6 = 0x%llx, DR7 = 0x%llx: upper halves must be zero",
+                       (unsigned long long)s->dr6,
                        (unsigned long long)s->dr7);
     int status = check_bases(s);
     return status == VM_OK ? check_modes(s) : status;
@@ -401,7 +404,8 @@ static int load_pdptes(x86_cpu *x, const vm_sregs *s, uint64_t pdpte[4])
     bool is_pae = (s->cr0 & X86_CR0_PG) && (s->cr4 & X86_CR4_PAE) && !(s->efer & X86_EFER_LMA);
     memcpy(pdpte, x->pdpte, 32);
     if (is_pae && !x86_read_phys(x, s->cr3 & 0xffffffe0, pdpte, 32))
-        return vm_fail(VM_E_INVALID, "CR3 = 0x%llx: no RAM there for the page-directory pointers", (unsigned long long)s->cr3);
+        return vm_fail(VM_E_INVALID, "CR3 = 0x%llx: no RAM there for the page-directory pointers",
+                       (unsigned long long)s->cr3);
     return VM_OK;
 }
 

@@ -1,7 +1,8 @@
 /* run.c - the run loop: everything that happens between two stretches of guest code.
  *
- * A round looks at what others asked for (attention), at interrupts, then lets the backend execute until something comes up, and
- * decides whether that is for the caller. The thread is in VM_GUEST throughout, except while it sleeps or the world is stopped.
+ * A round looks at what others asked for (attention), at interrupts, then lets the backend execute until something
+ * comes up, and decides whether that is for the caller. The thread is in VM_GUEST throughout, except while it sleeps
+ * or the world is stopped.
  */
 #include "core/core.h"
 #include "platform/pc.h"
@@ -11,7 +12,7 @@
 /* No run is cut up unless something has to be looked at that cannot ring. */
 #define SLICE_FOREVER (INT64_C(1) << 62)
 #define SLICE_DEADLINE INT64_C(50000)  /* a millisecond or so between looks at the host's clock */
-#define SLICE_WINDOW INT64_C(1000)     /* an interrupt waits for the guest to allow it; x86_irq_window() should ring before */
+#define SLICE_WINDOW INT64_C(1000)     /* an interrupt waits to be allowed; x86_irq_window() should ring before */
 
 typedef struct run {
     uint64_t left;                     /* instructions of the budget */
@@ -76,12 +77,13 @@ static int deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint32_
 {
     x86_cpu *x = &cpu->x86;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_IRQ)
-        vm_trace_line(cpu->machine, VM_TRACE_IRQ, "cpu%u vector 0x%x rip 0x%llx", cpu->index, vector, (unsigned long long)x->rip);
+        vm_trace_line(cpu->machine, VM_TRACE_IRQ, "cpu%u vector 0x%x rip 0x%llx", cpu->index, vector,
+                      (unsigned long long)x->rip);
     x->halted = false;
     vm_vcpu_fetch(cpu, VM_STATE_ALL);
     x86_stop stop = x86_inject(x, vector, has_error, error);
     vm_vcpu_changed(cpu, VM_STATE_ALL);
-    if (stop == X86_STOP_IO) {         /* its stack is device memory nobody handles: deliver again once that is answered */
+    if (stop == X86_STOP_IO) { /* its stack is device memory nobody handles: deliver again once that is answered */
         cpu->inject.is_set = true;
         cpu->inject.vector = vector;
         cpu->inject.has_error = has_error;
@@ -145,7 +147,8 @@ static int sleep_until_needed(vm_vcpu *cpu, run *r)
     return reason;
 }
 
-/* Interrupts, injections, HLT, waiting for SIPI: 0 to go on with guest code, an exit reason, or -1 to begin another round. */
+/* Interrupts, injections, HLT, waiting for SIPI: 0 to go on with guest code, an exit reason, or -1 to begin another
+ * round. */
 static int events(vm_vcpu *cpu, run *r)
 {
     x86_cpu *x = &cpu->x86;
@@ -175,7 +178,8 @@ static int events(vm_vcpu *cpu, run *r)
 
 static bool has_events(const vm_vcpu *cpu)
 {
-    return cpu->irq_look | cpu->x86.halted | cpu->is_parked | cpu->inject.is_set | cpu->x86.nmi_pending | cpu->is_shut_down;
+    return cpu->irq_look | cpu->x86.halted | cpu->is_parked | cpu->inject.is_set | cpu->x86.nmi_pending |
+           cpu->is_shut_down;
 }
 
 /* ---- after a stretch of guest code ---- */

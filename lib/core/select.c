@@ -1,8 +1,8 @@
 /* select.c - moving a machine from one backend to another between runs.
  *
- * The state of a vCPU is its x86_cpu; a backend that keeps it elsewhere brings it there first (ops->leave). Then the old backend's
- * per-vCPU data goes and the new one's comes: both may want the same fields of x86_cpu, so they never exist side by side. If
- * the new backend fails, the old one is made again; what it needs was there a moment ago.
+ * The state of a vCPU is its x86_cpu; a backend that keeps it elsewhere brings it there first (ops->leave). Then the
+ * old backend's per-vCPU data goes and the new one's comes: both may want the same fields of x86_cpu, so they never
+ * exist side by side. If the new backend fails, the old one is made again; what it needs was there a moment ago.
  */
 #include "core/core.h"
 

@@ -1,7 +1,7 @@
 /* trace.c - lines of text about what a machine does, for whoever asked: LIBVM_TRACE or vm_trace_set().
  *
- * The mask is one relaxed load, so tracing costs nothing when off. One line at a time per machine goes to the sink; without
- * one, to standard error in a single write.
+ * The mask is one relaxed load, so tracing costs nothing when off. One line at a time per machine goes to the sink;
+ * without one, to standard error in a single write.
  */
 #include "core/core.h"
 

@@ -28,7 +28,8 @@ void vm_vcpu_reset(vm_vcpu *cpu)
 
 int vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out)
 {
-    vm_vcpu *cpu = mmap(NULL, mapping_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    vm_vcpu *cpu = mmap(NULL, mapping_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                        -1, 0);
     if (cpu == MAP_FAILED)
         return vm_fail_errno(VM_E_NOMEM, "mmap of a vCPU");
     cpu->machine = m;

@@ -38,8 +38,8 @@ bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x
     return ok;
 }
 
-/* Enter a page of RAM. SMP: it may become code while its write tag is made, and whoever marks it may not have seen the tag;
- * so look again once the tag is there. */
+/* Enter a page of RAM. SMP: it may become code while its write tag is made, and whoever marks it may not have seen
+ * the tag; so look again once the tag is there. */
 static void enter_ram(vm_vcpu *cpu, uint64_t la, unsigned ctx, const x86_walk *w, uint8_t *host, unsigned prot)
 {
     x86_cpu *x = &cpu->x86;
@@ -67,7 +67,8 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
     unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
     if (x86_tlb_known(x, ctx, la, access, gpa)) {
-        /* Device memory; or a write that has to be seen, unless that has ended: then translate once more for the tag. */
+        /* Device memory; or a write that has to be seen, unless that has ended: then translate once more for the tag.
+         * */
         if (access != X86_WRITE || !x->env->page(x, *gpa & X86_PAGE_MASK, &prot) || !(prot & X86_WRITE))
             return true;
     }

@@ -1,5 +1,5 @@
-/* flat.c - strategy "flat": linear addresses are physical ones, with no walk and no fault. For machines whose guests do not
- * use paging; once a guest switches paging on, its tables are walked as under "tlb", so results never differ. */
+/* flat.c - strategy "flat": linear addresses are physical ones, with no walk and no fault. For machines whose guests
+ * do not use paging; once a guest switches paging on, its tables are walked as under "tlb", so results never differ. */
 #include "mmu/mmu.h"
 
 bool vm_mmu_is_flat(const vm_vcpu *cpu)

@@ -8,9 +8,10 @@
 #include "core/core.h"
 const vm_mmu_ops *vm_mmu_find(const char *name);         /* NULL name: default ("tlb"); NULL result: unknown */
 bool vm_mmu_fill(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa);    /* x86_env.fill */
-void vm_mmu_root_changed(x86_cpu *cpu, bool keep_global);                                      /* x86_env.root_changed */
+void vm_mmu_root_changed(x86_cpu *cpu, bool keep_global); /* x86_env.root_changed */
 void vm_mmu_invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes);                             /* x86_env.invalidate */
-/* Drop write permission of a page from a vCPU's inline TLB (it became a code or clean page); of all RAM: gpa = UINT64_MAX. */
+/* Drop write permission of a page from a vCPU's inline TLB (it became a code or clean page); of all RAM: gpa =
+ * UINT64_MAX. */
 bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa);          /* true: there was one */
 /* The guest's own walk in a given access context, counted. */
 bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);

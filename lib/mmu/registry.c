@@ -1,7 +1,7 @@
 /* registry.c - the MMU strategies there are, and choosing one.
  *
- * The list of registered strategies is the library's one process-wide variable: append-only, its slots written once under a
- * lock and published by the count, so that reading needs none.
+ * The list of registered strategies is the library's one process-wide variable: append-only, its slots written once
+ * under a lock and published by the count, so that reading needs none.
  */
 #include "mmu/mmu.h"
 

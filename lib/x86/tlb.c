@@ -1,14 +1,14 @@
 /* tlb.c - the inline TLB: entering and removing pages.
  *
- * Each context's table is divided into 32 chunks, and a bit says which of them may hold entries: emptying a table costs what
- * was used of it, and a CPU that ran ten instructions has touched a few hundred bytes of its tables.
+ * Each context's table is divided into 32 chunks, and a bit says which of them may hold entries: emptying a table
+ * costs what was used of it, and a CPU that ran ten instructions has touched a few hundred bytes of its tables.
  *
- * An entry covers 4 KiB whatever the guest's page size. Dropping one address must drop all of the guest page it lies in, so
- * the linear range covered by large pages is kept (one each for the lower and upper half of the address space); inside of it
- * a drop looks at every entry.
+ * An entry covers 4 KiB whatever the guest's page size. Dropping one address must drop all of the guest page it lies
+ * in, so the linear range covered by large pages is kept (one each for the lower and upper half of the address
+ * space); inside of it a drop looks at every entry.
  *
- * Tags and meta words are written by the CPU's own thread. Another thread may take write tags away (x86_tlb_protect): it
- * reads meta words and clears tag_w with atomic operations; x86_tlb_set() writes the meta word before the tag.
+ * Tags and meta words are written by the CPU's own thread. Another thread may take write tags away (x86_tlb_protect):
+ * it reads meta words and clears tag_w with atomic operations; x86_tlb_set() writes the meta word before the tag.
  */
 #include "x86/cpu.h"
 
@@ -79,7 +79,8 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     __atomic_store_n(&e->tag_w, prot & X86_WRITE ? page : none, __ATOMIC_RELEASE);
 }
 
-void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes)
+void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global,
+                    uint64_t page_bytes)
 {
     unsigned i = X86_TLB_INDEX(la);
     x86_tlb *t = &cpu->tlb[ctx];

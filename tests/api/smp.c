@@ -214,7 +214,8 @@ static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
 {
     (void)cpu, (void)offset, (void)width;
     device *d = user;
-    *value = ++d->reads;               /* not atomic: callbacks of one machine exclude each other */
+    *value = d->reads + 1;             /* not atomic: callbacks of one machine exclude each other */
+    __atomic_store_n(&d->reads, *value, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -322,17 +323,21 @@ EACH_BACKEND(destroy_under_load)
     for (unsigned round = 0; round < 20; round++) {
         vm_machine *m = machine(backend, 3);
         vm_io_ops ops = VM_IO_OPS_INIT;
-        device d = { .m = m };
+        device d[2] = { { .m = m }, { .m = m } };
         job jobs[3];
         pthread_t thread;
         ops.read = device_read;
-        OK(vm_map_mmio(m, 0x10000000, 0x1000, &ops, &d, NULL));
+        OK(vm_map_mmio(m, 0x10000000, 0x1000, &ops, &d[0], NULL));
+        OK(vm_map_mmio(m, 0x10001000, 0x1000, &ops, &d[1], NULL));
         LOAD(m, 0, read_device, UINT64_MAX, 0, 0x10000000);
         LOAD(m, 1, write_for_ever, 0, DATA, 0);
-        LOAD(m, 2, read_device, UINT64_MAX, 0, 0x10000000);
+        LOAD(m, 2, read_device, UINT64_MAX, 0, 0x10001000);
         for (unsigned i = 0; i < 3; i++)
             start(&jobs[i], m, i, false);
-        usleep(2000);                  /* they have begun: a machine may not be destroyed under a call that begins */
+        /* They have begun: a machine may not be destroyed under a call that begins. */
+        while (!__atomic_load_n(&d[0].reads, __ATOMIC_RELAXED) || !__atomic_load_n(&d[1].reads, __ATOMIC_RELAXED) ||
+               !peek(m, DATA))
+            usleep(100);
         CHECK(pthread_create(&thread, NULL, destroyer, m) == 0);
         for (unsigned i = 0; i < 3; i++)
             finish(&jobs[i], VM_EXIT_KICK);
