@@ -6,11 +6,17 @@
  */
 #include "core/core.h"
 
+#include <string.h>
+
 static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus)
 {
-    for (unsigned i = 0; i < vcpus; i++)
+    for (unsigned i = 0; i < vcpus; i++) {
+        x86_cpu *x = &m->vcpus[i]->x86;
         if (ops->vcpu_destroy)
             ops->vcpu_destroy(m->vcpus[i]);
+        memset(x->jump, 0, sizeof x->jump);              /* as the next backend would find them in a new vCPU */
+        memset(x->jit_scratch, 0, sizeof x->jit_scratch);
+    }
     if (ops->machine_destroy)
         ops->machine_destroy(m);
     m->has_backend = false;

@@ -78,6 +78,10 @@ typedef struct kvm_vcpu {
     bool is_reported;                  /* the open exit went to the caller as X86_STOP_IO */
     bool rip_unresolved;               /* x86.rip is KVM's: maybe after the instruction (see kvm_resolve) */
     uint64_t shown[18];                /* gpr, rip, rflags as shown at an open exit: to see what a callback changed */
+    bool in_run;                       /* inside kvm_run: changes come from callbacks */
+    uint64_t boundary;                 /* RIP at the last entry: surely the start of an instruction */
+    uint64_t read_state[18];           /* `shown` at the last read exit; the write that follows may be of the same instruction */
+    bool has_read_state;
     bool is_shown;                     /* x86 shows registers of an open exit: `shown`, not what KVM goes on with */
     bool regs_changed;                 /* somebody changed x86's registers meanwhile */
     bool is_replaced;                  /* ... all of the state: nothing of KVM's is wanted any more */

@@ -10,9 +10,15 @@
  * iteration). KVM keeps its own values; they are written back only if somebody changes registers. It costs a few
  * microseconds, so it waits until somebody looks: a callback that asks nothing pays nothing.
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
 #include "kvm/kvm.h"
 
+#include <errno.h>
 #include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
 #include "x86/system.h"
 
 /* ---- the open access ---- */
@@ -85,12 +91,26 @@ x86_stop kvm_handle_io(kvm_vcpu *kv)
 
 /* ---- memory ---- */
 
+/* KVM shows an access to RAM as MMIO when it has no slot for it, or when the memory behind the slot is gone: a file that was cut
+ * short. The second would be SIGBUS here. */
+static bool is_memory_gone(kvm_vcpu *kv, uint64_t gpa)
+{
+    const vm_range *r = vm_view_find(&kv->cpu->machine->view, gpa);
+    if (!r || r->region->kind == VM_REGION_MMIO)
+        return false;
+    uint8_t byte;
+    struct iovec to = { &byte, 1 }, from = { r->region->host + r->offset + (gpa - r->gpa), 1 };
+    return process_vm_readv(getpid(), &to, 1, &from, 1, 0) < 0 && errno == EFAULT;
+}
+
 x86_stop kvm_handle_mmio(kvm_vcpu *kv)
 {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     unsigned n = run->mmio.len <= 8 ? run->mmio.len : 8;
     x86_io_access a = { .gpa = run->mmio.phys_addr, .width = (uint8_t)n, .is_write = run->mmio.is_write };
+    if (is_memory_gone(kv, a.gpa))
+        return kvm_host_failed(kv, "guest memory at 0x%llx has no host memory behind it any more", (unsigned long long)a.gpa);
     if (a.is_write) {
         kv->open = KVM_OPEN_WRITE;
         kv->rip_unresolved = true;
@@ -114,8 +134,12 @@ x86_stop kvm_complete(kvm_vcpu *kv)
     struct kvm_run *run = kv->run;
     bool is_answered = x->io_count == 1 && x->io_log[0].done && !kv->dirty;
     kv->is_reported = false;
+    if (kv->open == KVM_OPEN_WRITE && kv->regs_changed) {
+        kv->open = KVM_OPEN_READ;      /* x86 shows the state before the instruction, changed: execute it from there */
+        return kvm_interpret(kv, 1);
+    }
     if (kv->open == KVM_OPEN_WRITE) {
-        bool is_retry = x->io_count == 0 && !kv->regs_changed && !is_port_exit(kv);
+        bool is_retry = x->io_count == 0 && !is_port_exit(kv);
         x86_io_retire(x);
         if (is_retry) {
             uint64_t value = load(run->mmio.data, run->mmio.len);
@@ -198,7 +222,11 @@ static bool operand_at(x86_cpu *x, const x86_insn *in, uint64_t rip, uint64_t gp
     return false;
 }
 
-static unsigned string_width(const x86_insn *in) { return in->opcode & 1 ? (in->osz == 8 && in->opcode < 0x70 ? 4 : in->osz) : 1; }
+static unsigned string_width(const x86_insn *in)
+{
+    bool is_port = in->opcode >= 0x6c && in->opcode <= 0x6f;
+    return !(in->opcode & 1) ? 1 : in->osz == 8 && is_port ? 4 : in->osz;
+}
 
 static int64_t string_step(const x86_cpu *x, const x86_insn *in)
 {
@@ -207,14 +235,31 @@ static int64_t string_step(const x86_cpu *x, const x86_insn *in)
 
 static bool is_plain(const x86_insn *in) { return in->map == 0; }
 
+/* The width of what `in` writes to memory, 0: not known. */
+static unsigned write_width(const x86_insn *in)
+{
+    if (in->flags & X86_IF_STRING)
+        return string_width(in);
+    for (unsigned i = 0; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS)
+            return in->op[i].size;
+    return 0;
+}
+
 /* Does `in` at `rip` do the write that this exit is about? */
 static bool does_write(kvm_vcpu *kv, const x86_insn *in, uint64_t rip)
 {
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_run *run = kv->run;
     uint64_t la;
-    if (!is_port_exit(kv))
-        return operand_at(x, in, rip, run->mmio.phys_addr, in->flags & X86_IF_STRING ? string_step(x, in) : 0, &la);
+    if (!is_port_exit(kv)) {
+        unsigned width = write_width(in);
+        bool is_store = is_plain(in) && (in->opcode == 0x88 || in->opcode == 0x89) && width <= 8;
+        if (is_store && x86_get_gpr(x, in->op[1].reg, width) != load(run->mmio.data, run->mmio.len))
+            return false;              /* another register's value was stored */
+        return (width == 0 || width == run->mmio.len || width > 8) &&
+               operand_at(x, in, rip, run->mmio.phys_addr, in->flags & X86_IF_STRING ? string_step(x, in) : 0, &la);
+    }
     if (!is_plain(in))
         return false;
     unsigned width = in->opcode & 1 ? (in->osz == 2 ? 2 : 4) : 1;
@@ -223,30 +268,63 @@ static bool does_write(kvm_vcpu *kv, const x86_insn *in, uint64_t rip)
                                      (is_dx && (uint16_t)x->gpr[X86_RDX] == run->io.port));
 }
 
-/* The longest instruction that ends at `after` and does the write; its length, 0: none. */
-static unsigned length_before(kvm_vcpu *kv, uint64_t after, x86_insn *found)
-{
-    x86_cpu *x = &kv->cpu->x86;
-    uint8_t bytes[15];
-    uint64_t base = seg_base(x, X86_CS);
-    for (unsigned length = 15; length > 0; length--) {
-        x86_insn in;
-        if (length > after || read_code(x, base + after - length, bytes, length) < length)
-            continue;
-        if (x86_decode(bytes, length, x->code_size, &in) == 0 && in.length == length && does_write(kv, &in, after - length)) {
-            *found = in;
-            return length;
-        }
-    }
-    return 0;
-}
-
-static bool stands_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in)
+static unsigned decode_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in)
 {
     x86_cpu *x = &kv->cpu->x86;
     uint8_t bytes[15];
     unsigned n = read_code(x, seg_base(x, X86_CS) + rip, bytes, sizeof bytes);
-    return n && x86_decode(bytes, n, x->code_size, in) == 0 && in->length <= n && does_write(kv, in, rip);
+    return n && x86_decode(bytes, n, x->code_size, in) == 0 && in->length <= n ? in->length : 0;
+}
+
+/* Straight-line code since the last entry: its instructions are known one by one. */
+#define WALK_BYTES 256u
+static unsigned length_by_walk(kvm_vcpu *kv, uint64_t after, x86_insn *found)
+{
+    uint64_t at = kv->boundary;
+    while (at < after && after - at <= WALK_BYTES) {
+        unsigned length = decode_at(kv, at, found);
+        if (!length)
+            return 0;
+        at += length;
+        if (at == after)
+            return does_write(kv, found, at - length) ? length : 0;
+    }
+    return 0;
+}
+
+static bool is_repeated(const x86_insn *in)
+{
+    return (in->flags & X86_IF_STRING) && (in->flags & (X86_IF_REP | X86_IF_REPNE));
+}
+
+/* Which of two instructions that end at the same place and do the same: the byte before the shorter is a prefix that changes
+ * nothing, or the end of the instruction before. LOCK, address-size and (in 16-bit code) segment prefixes are meant; others
+ * that change nothing are rarely written. */
+static bool is_meant(const x86_insn *longer, uint8_t first)
+{
+    bool is_segment = first == 0x26 || first == 0x2e || first == 0x36 || first == 0x3e;
+    return first == 0xf0 || first == 0x67 || (is_segment && longer->mode == 2);
+}
+
+/* The instruction that ends at `after` and does the write; its length, 0: none. A repeated string instruction cannot be it:
+ * RIP stays on those. */
+static unsigned length_before(kvm_vcpu *kv, uint64_t after, x86_insn *found)
+{
+    unsigned best = length_by_walk(kv, after, found);
+    for (unsigned length = 1, is_walked = best; !is_walked && length <= 15 && length <= after; length++) {
+        x86_insn in;
+        if (decode_at(kv, after - length, &in) == length && !is_repeated(&in) && does_write(kv, &in, after - length) &&
+            (!best || in.opcode_off < in.length - best || is_meant(&in, in.bytes[0]))) {
+            *found = in;
+            best = length;
+        }
+    }
+    return best;
+}
+
+static bool stands_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in)
+{
+    return decode_at(kv, rip, in) && does_write(kv, in, rip);
 }
 
 /* An ambiguous OUT (the next instruction is the same one): let KVM finish it and see whether RIP moves. A finished write needs
@@ -272,6 +350,21 @@ static void undo_iteration(x86_cpu *x, const x86_insn *in)
         x->gpr[X86_RCX] = (x->gpr[X86_RCX] & ~mask) | ((x->gpr[X86_RCX] + 1) & mask);
 }
 
+/* The last read exit was of the instruction that ends at `rip` (or repeats there): its registers are the ones before it. */
+static bool is_same_instruction(kvm_vcpu *kv, uint64_t rip, bool is_repeating)
+{
+    x86_insn in;
+    uint64_t start = kv->read_state[16];
+    return kv->has_read_state && (is_repeating ? start == rip : start + decode_at(kv, start, &in) == rip);
+}
+
+static void undo_stack(x86_cpu *x, const x86_insn *in)
+{
+    bool is_pop = is_plain(in) && in->opcode == 0x8f;
+    if (is_pop)
+        x->gpr[X86_RSP] -= in->osz;
+}
+
 void kvm_resolve(kvm_vcpu *kv)
 {
     x86_cpu *x = &kv->cpu->x86;
@@ -279,8 +372,12 @@ void kvm_resolve(kvm_vcpu *kv)
     kv->rip_unresolved = false;
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
     uint64_t rip = x->rip;
-    bool is_repeating = (x->rflags & X86_FL_RF) && stands_at(kv, rip, &at) && (at.flags & X86_IF_STRING);
-    if (is_repeating) {
+    bool is_repeating = (x->rflags & X86_FL_RF) && decode_at(kv, rip, &at) && (at.flags & X86_IF_STRING);
+    if (is_same_instruction(kv, rip, is_repeating)) {
+        memcpy(x->gpr, kv->read_state, sizeof x->gpr);
+        x->rip = x->next_rip = kv->read_state[16];
+        x->rflags = kv->read_state[17];
+    } else if (is_repeating) {
         undo_iteration(x, &at);
     } else {
         unsigned length = length_before(kv, rip, &before);
@@ -289,6 +386,7 @@ void kvm_resolve(kvm_vcpu *kv)
             x->rip = x->next_rip = rip - length;
             if (before.flags & X86_IF_STRING)
                 undo_iteration(x, &before);
+            undo_stack(x, &before);
         }
     }
     x->rflags &= ~(uint64_t)X86_FL_RF;

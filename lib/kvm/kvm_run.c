@@ -148,6 +148,7 @@ static int enter(kvm_vcpu *kv, bool only_complete)
         kv->is_nmi_given = false;
         kv->cpu->x86.nmi_pending = false;
     }
+    kv->boundary = run->s.regs.regs.rip;
     kv->tid = kv->own_tid;
     if (kv->cpu->x86.attention)
         run->immediate_exit = 1;
@@ -546,8 +547,14 @@ static x86_stop handle_exit(kvm_vcpu *kv)
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
     case KVM_EXIT_MMIO:
-        kv->cpu->x86.rflags &= ~(uint64_t)(open_of(run) == KVM_OPEN_READ ? X86_FL_RF : 0);
-        kvm_show(kv);
+        if (open_of(run) == KVM_OPEN_READ) {
+            kv->cpu->x86.rflags &= ~(uint64_t)X86_FL_RF;
+            kvm_show(kv);
+            memcpy(kv->read_state, kv->shown, sizeof kv->shown);
+            kv->has_read_state = true;
+        } else {
+            kvm_show(kv);
+        }
         return run->exit_reason == KVM_EXIT_IO ? kvm_handle_io(kv) : kvm_handle_mmio(kv);
     case KVM_EXIT_HLT: return X86_STOP_HALT;
     case KVM_EXIT_IRQ_WINDOW_OPEN:
@@ -611,6 +618,8 @@ static x86_stop run_guest(kvm_vcpu *kv)
         }
         if (stop != X86_STOP_NONE)
             return stop;
+        if (kv->open != KVM_OPEN_READ)
+            kv->has_read_state = false;
         int rc = enter(kv, is_wanted || (kv->open != KVM_OPEN_NONE && (kv->regs_changed || kv->dirty)));
         int error = errno;
         kv->open = KVM_OPEN_NONE;
@@ -633,11 +642,12 @@ static x86_stop run_guest(kvm_vcpu *kv)
 static x86_stop run_blocked(kvm_vcpu *kv)
 {
     x86_stop stop = X86_STOP_NONE;
+    bool is_soft = kv->is_soft_io || (kv->is_replaced && kv->cpu->x86.io_count);
     if (kv->is_replaced && kvm_settle(kv) != VM_OK)
         return X86_STOP_HOST;
     if (kv->is_reported)
         stop = kvm_complete(kv);
-    else if (kv->is_soft_io)           /* the interpreter met that access: it takes the answer */
+    else if (is_soft)                  /* the interpreter met that access: it takes the answer */
         stop = kvm_interpret(kv, 1);
     if (stop == X86_STOP_NONE && needs_interpreter(kv))
         return kvm_interpret(kv, 0);
@@ -653,7 +663,9 @@ x86_stop kvm_run(vm_vcpu *cpu)
     sigset_t old;
     block_kicks(kv, &old);
     kv->own_tid = (int)syscall(SYS_gettid);
+    kv->in_run = true;
     x86_stop stop = run_blocked(kv);
+    kv->in_run = false;
     unblock_kicks(kv, &old);
     return stop;
 }

@@ -391,7 +391,7 @@ void kvm_set_state(vm_vcpu *cpu, unsigned parts)
     kv->dirty |= parts;
     if (parts & VM_STATE_REGS)
         kv->regs_changed = true;
-    if (parts == VM_STATE_ALL) {       /* reset, a starting mode, a snapshot: nothing of the old state counts */
+    if (parts == VM_STATE_ALL && !kv->in_run) {          /* reset, a starting mode, an injection: x86 is all that counts */
         kv->is_replaced = true;
         kv->has_events = kv->is_reported = kv->is_soft_io = false;
     }
