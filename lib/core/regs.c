@@ -129,6 +129,10 @@ int vm_regs_read(vm_vcpu *cpu, int reg_id, void *value)
     unsigned index = regs_table[reg_id].index, bytes = regs_table[reg_id].bytes;
     uint64_t v = 0;
     switch ((enum reg_class)regs_table[reg_id].cls) {
+    case GPR: case RIP: case RFLAGS: vm_vcpu_fetch(cpu, VM_STATE_REGS); break;
+    default: break;
+    }
+    switch ((enum reg_class)regs_table[reg_id].cls) {
     case GPR: memcpy(value, &x->gpr[index], 8); return VM_OK;
     case RIP: memcpy(value, &x->rip, 8); return VM_OK;
     case RFLAGS: memcpy(value, &x->rflags, 8); return VM_OK;
@@ -247,6 +251,7 @@ int vm_regs_write(vm_vcpu *cpu, int reg_id, const void *value)
     unsigned index = regs_table[reg_id].index, bytes = regs_table[reg_id].bytes;
     uint64_t v = 0;
     memcpy(&v, value, bytes < 8 ? bytes : 8);
+    vm_vcpu_fetch(cpu, VM_STATE_REGS);
     switch ((enum reg_class)regs_table[reg_id].cls) {
     case GPR: x->gpr[index] = v; break;
     case RIP: set_rip(cpu, v); break;
@@ -273,6 +278,7 @@ void vm_regs_get(vm_vcpu *cpu, vm_regs *regs)
 {
     const x86_cpu *x = &cpu->x86;
     _Static_assert(offsetof(vm_regs, r15) - offsetof(vm_regs, rax) == 15 * 8, "vm_regs lists them in x86 order");
+    vm_vcpu_fetch(cpu, VM_STATE_REGS);
     memcpy(&regs->rax, x->gpr, sizeof x->gpr);
     regs->rip = x->rip;
     regs->rflags = x->rflags;
@@ -281,6 +287,7 @@ void vm_regs_get(vm_vcpu *cpu, vm_regs *regs)
 void vm_regs_set(vm_vcpu *cpu, const vm_regs *regs)
 {
     x86_cpu *x = &cpu->x86;
+    vm_vcpu_fetch(cpu, VM_STATE_REGS);
     memcpy(x->gpr, &regs->rax, sizeof x->gpr);
     set_rip(cpu, regs->rip);
     uint64_t flags = clean_flags(regs->rflags);
