@@ -12,9 +12,20 @@ bench/kernels.elf: bench/kernels.c bench/kernels.ld
 CLEANFILES += bench/kernels.elf bench/kernels.json boot.json
 
 BENCH_COLUMNS = jit,flat,interp,unicorn
-bench: bench-kernels bench-boot
+bench: bench-kernels bench-boot $(bench_kvm_target)
 bench-kernels: bench/bench_kernels bench/kernels.elf
 	bench/bench_kernels bench/kernels.elf --json bench/kernels.json --columns $(BENCH_COLUMNS)
 bench-boot: examples/vmrun
 	VMRUN=examples/vmrun BENCH_JSON=boot.json $(srcdir)/bench/boot
-.PHONY: bench bench-kernels bench-boot
+.PHONY: bench bench-kernels bench-boot bench-kvm
+
+# KVM: exits, creation, ring 3, against raw ioctls. Says so and ends where there is no usable KVM.
+if BUILD_KVM
+EXTRA_PROGRAMS += bench/bench_kvm
+bench_bench_kvm_SOURCES = bench/bench_kvm.c
+bench_bench_kvm_LDADD = libvm.la
+CLEANFILES += bench/kvm.json
+bench_kvm_target = bench-kvm
+endif
+bench-kvm: bench/bench_kvm
+	bench/bench_kvm --json bench/kvm.json
