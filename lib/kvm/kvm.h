@@ -66,6 +66,15 @@ typedef struct kvm_machine {
 typedef enum kvm_open { KVM_OPEN_NONE, KVM_OPEN_READ /* state is before the instruction */,
                         KVM_OPEN_WRITE /* the write is out; state may be after the instruction */ } kvm_open;
 
+/* An instruction that kvm_resolve found: the bytes before `after` (and at it) were these, and it has this length. */
+#define KVM_KNOWN_BYTES 32
+typedef struct kvm_known {
+    uint64_t after;
+    uint8_t bytes[KVM_KNOWN_BYTES];    /* from after - 16 on */
+    uint8_t mode, reason, length;
+    uint16_t port, width;
+} kvm_known;
+
 typedef struct kvm_vcpu {
     vm_vcpu *cpu;
     kvm_machine *km;
@@ -79,6 +88,8 @@ typedef struct kvm_vcpu {
     bool rip_unresolved;               /* x86.rip is KVM's: maybe after the instruction (see kvm_resolve) */
     uint64_t shown[18];                /* gpr, rip, rflags as shown at an open exit: to see what a callback changed */
     bool in_run;                       /* inside kvm_run: changes come from callbacks */
+    uint64_t shown_next;               /* next_rip beside `shown` */
+    kvm_known known[16];               /* instructions found by kvm_resolve */
     uint64_t boundary;                 /* RIP at the last entry: surely the start of an instruction */
     uint64_t read_state[18];           /* `shown` at the last read exit; the write that follows may be of the same instruction */
     bool has_read_state;
@@ -101,8 +112,8 @@ typedef struct kvm_vcpu {
     bool is_shut_down;
     sigset_t host_mask;                /* thread's mask that KVM's signal mask was made from */
     bool has_mask;
-    _Atomic int tid, is_kicked;        /* thread inside KVM_RUN, 0: none; a signal was sent to it */
-    int own_tid;
+    pthread_t thread;                  /* in kvm_run */
+    _Atomic int is_inside, is_kicked;  /* it is in KVM_RUN; a signal was sent to it */
     bool has_foreign;                  /* a kick signal came that was not ours: given back */
     timer_t timer;                     /* for deadlines, bound to the thread timer_tid (0: none) */
     int timer_tid;

@@ -47,7 +47,7 @@ static const struct feature_word *word_of(uint32_t leaf, uint32_t sub, unsigned 
 
 int kvm_cpuid_read(kvm_machine *km)
 {
-    for (unsigned n = 64; n <= 4096; n *= 2) {
+    for (unsigned n = 256; n <= 4096; n *= 2) {
         struct kvm_cpuid2 *c = calloc(1, sizeof *c + n * sizeof c->entries[0]);
         if (!c)
             return vm_fail(VM_E_NOMEM, "no memory for KVM's CPUID");

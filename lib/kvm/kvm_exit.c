@@ -365,10 +365,59 @@ static void undo_stack(x86_cpu *x, const x86_insn *in)
         x->gpr[X86_RSP] -= in->osz;
 }
 
-void kvm_resolve(kvm_vcpu *kv)
+/* Devices are polled by loops: the same instruction exits again and again. */
+static kvm_known *known_of(kvm_vcpu *kv, uint64_t after, kvm_known *now)
+{
+    x86_cpu *x = &kv->cpu->x86;
+    const struct kvm_run *run = kv->run;
+    bool is_port = is_port_exit(kv);
+    memset(now, 0, sizeof *now);
+    now->after = after;
+    now->mode = x->code_size;
+    now->reason = (uint8_t)run->exit_reason;
+    now->port = is_port ? run->io.port : 0;
+    now->width = is_port ? run->io.size : (uint16_t)run->mmio.len;
+    if (after < 16 || read_code(x, seg_base(x, X86_CS) + after - 16, now->bytes, KVM_KNOWN_BYTES) < KVM_KNOWN_BYTES)
+        return NULL;
+    return &kv->known[(after ^ after >> 4) & 15];
+}
+
+static bool is_known(const kvm_known *k, const kvm_known *now)
+{
+    return k && k->length && k->after == now->after && k->mode == now->mode && k->reason == now->reason &&
+           k->port == now->port && k->width == now->width && !memcmp(k->bytes, now->bytes, sizeof k->bytes);
+}
+
+/* The instruction stands before `rip`: show it there. */
+static void show_before(kvm_vcpu *kv, uint64_t rip)
 {
     x86_cpu *x = &kv->cpu->x86;
     x86_insn at, before;
+    kvm_known now, *k = known_of(kv, rip, &now);
+    if (is_known(k, &now)) {
+        x->rip = rip - k->length;
+        x->next_rip = rip;
+        return;
+    }
+    unsigned length = length_before(kv, rip, &before);
+    bool may_stand = is_port_exit(kv) && stands_at(kv, rip, &at);
+    if (!length || (may_stand && !is_rip_after(kv, rip)))
+        return;
+    x->rip = rip - length;
+    x->next_rip = rip;
+    undo_stack(x, &before);
+    if (before.flags & X86_IF_STRING) {
+        undo_iteration(x, &before);
+    } else if (k && !(is_plain(&before) && before.opcode == 0x8f)) {
+        now.length = (uint8_t)length;
+        *k = now;
+    }
+}
+
+void kvm_resolve(kvm_vcpu *kv)
+{
+    x86_cpu *x = &kv->cpu->x86;
+    x86_insn at;
     kv->rip_unresolved = false;
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
     uint64_t rip = x->rip;
@@ -380,14 +429,7 @@ void kvm_resolve(kvm_vcpu *kv)
     } else if (is_repeating) {
         undo_iteration(x, &at);
     } else {
-        unsigned length = length_before(kv, rip, &before);
-        bool may_stand = is_port_exit(kv) && stands_at(kv, rip, &at);
-        if (length && (!may_stand || is_rip_after(kv, rip))) {
-            x->rip = x->next_rip = rip - length;
-            if (before.flags & X86_IF_STRING)
-                undo_iteration(x, &before);
-            undo_stack(x, &before);
-        }
+        show_before(kv, rip);
     }
     x->rflags &= ~(uint64_t)X86_FL_RF;
     kvm_show(kv);

@@ -46,10 +46,10 @@ x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...)
 void kvm_kick(vm_vcpu *cpu)
 {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
-    int saved = errno, tid = kv ? kv->tid : 0;
-    if (tid) {
+    int saved = errno;
+    if (kv && kv->is_inside) {         /* then its thread lives */
         kv->is_kicked = 1;
-        syscall(SYS_tgkill, getpid(), tid, KVM_KICK_SIGNAL);
+        pthread_kill(kv->thread, KVM_KICK_SIGNAL);
     }
     errno = saved;
 }
@@ -109,18 +109,19 @@ static int arm_timer(kvm_vcpu *kv)
     uint64_t at = kv->cpu->deadline;
     if (at == UINT64_MAX)
         return VM_OK;
-    if (kv->timer_tid != kv->own_tid) {
+    int tid = (int)syscall(SYS_gettid);
+    if (kv->timer_tid != tid) {
         struct sigevent event;
         memset(&event, 0, sizeof event);
         event.sigev_notify = SIGEV_THREAD_ID;
         event.sigev_signo = KVM_KICK_SIGNAL;
-        event._sigev_un._tid = kv->own_tid;
+        event._sigev_un._tid = tid;
         if (kv->timer_tid)
             timer_delete(kv->timer);
         kv->timer_tid = 0;
         if (timer_create(CLOCK_MONOTONIC, &event, &kv->timer) < 0)
             return vm_fail_errno(VM_E_HOST, "timer_create for a vCPU's deadline");
-        kv->timer_tid = kv->own_tid;
+        kv->timer_tid = tid;
     }
     struct itimerspec when;
     memset(&when, 0, sizeof when);
@@ -149,12 +150,12 @@ static int enter(kvm_vcpu *kv, bool only_complete)
         kv->cpu->x86.nmi_pending = false;
     }
     kv->boundary = run->s.regs.regs.rip;
-    kv->tid = kv->own_tid;
+    kv->is_inside = 1;
     if (kv->cpu->x86.attention)
         run->immediate_exit = 1;
     int rc = ioctl(kv->fd, KVM_RUN, 0);
     int error = errno;
-    kv->tid = 0;
+    kv->is_inside = 0;
     kv->exits++;
     kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;
     atomic_fetch_add_explicit(&kv->km->entries, 1, memory_order_relaxed);
@@ -203,6 +204,7 @@ void kvm_show(kvm_vcpu *kv)
     memcpy(kv->shown, x->gpr, sizeof x->gpr);
     kv->shown[16] = x->rip;
     kv->shown[17] = x->rflags;
+    kv->shown_next = x->next_rip;
     kv->is_shown = true;
 }
 
@@ -210,7 +212,7 @@ void kvm_show(kvm_vcpu *kv)
 static void absorb(kvm_vcpu *kv)
 {
     x86_cpu *x = &kv->cpu->x86;
-    uint64_t gpr[16], rip = x->rip != kv->shown[16] ? x->rip : x->next_rip, rflags = x->rflags;
+    uint64_t gpr[16], rip = x->rip, next_rip = x->next_rip, rflags = x->rflags;
     bool is_merge = kv->regs_changed && kv->is_shown && !kv->is_replaced;
     kv->rip_unresolved = false;
     if (kv->is_replaced) {
@@ -225,8 +227,8 @@ static void absorb(kvm_vcpu *kv)
         for (unsigned i = 0; i < 16; i++)
             if (gpr[i] != kv->shown[i])
                 x->gpr[i] = gpr[i];
-        if (rip != kv->shown[16])
-            x->rip = x->next_rip = rip;
+        if (rip != kv->shown[16] || next_rip != kv->shown_next)
+            x->rip = x->next_rip = rip != kv->shown[16] ? rip : next_rip;
         if (rflags != kv->shown[17])
             x->rflags = rflags;
         kv->dirty |= VM_STATE_REGS;
@@ -662,7 +664,7 @@ x86_stop kvm_run(vm_vcpu *cpu)
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     sigset_t old;
     block_kicks(kv, &old);
-    kv->own_tid = (int)syscall(SYS_gettid);
+    kv->thread = pthread_self();
     kv->in_run = true;
     x86_stop stop = run_blocked(kv);
     kv->in_run = false;

@@ -316,8 +316,8 @@ static int read_sregs(kvm_vcpu *kv)
         if (kvm_ioctl(kv->fd, KVM_GET_VCPU_EVENTS, &sync->events) < 0)
             return vm_fail_errno(VM_E_HOST, "KVM_GET_VCPU_EVENTS");
         kv->has_synced_sregs = true;
-        kv->sregs_wanted = 32;
     }
+    kv->sregs_wanted = 32;             /* whoever looks once looks again */
     kv->has_events = true;
     sregs_copy_from(kv, &sync->sregs, &sync->events);
     return VM_OK;
