@@ -47,6 +47,14 @@ typedef struct leave_stub {
     int32_t sp_delta;
 } leave_stub;
 
+/* A SIDE exit's edge, emitted after the block with the flags as they were at the jump. */
+typedef struct side_stub {
+    uint8_t *jump;
+    const jit_op *op;
+    bool mem;
+    int recipe;
+} side_stub;
+
 typedef struct emitter {
     jit_unit *u;
     jit *j;
@@ -54,9 +62,10 @@ typedef struct emitter {
     jit_block *block;
     bool host, mem;                       /* where the flags are now */
     int recipe;                           /* instruction that can be done again, or -1 */
-    unsigned nslow, nleave;
+    unsigned nslow, nleave, nside, nlink;
+    side_stub side[JIT_MAX_SIDES];
     slow_stub slow[JIT_MAX_SITES];
-    leave_stub leaves[JIT_MAX_INSNS + 8];
+    leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;                           /* instruction that could not be spelled, or -1 */
     bool tmp_in_t1;
 } emitter;
@@ -695,16 +704,18 @@ static int32_t jump_offset(const jit_unit *u, bool is_code) {
 
 static void emit_count(emitter *e, unsigned n) { e_alu_imm(e->w, 8, 5, CNT, (int32_t)n); }
 
-/* One edge of the block: count, maybe leave, go. */
-static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
+/* One edge of the block, after instruction i: count, maybe leave, go. */
+static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     jit_unit *u = e->u;
+    unsigned count = u->count ? i + 1 : 0;
     jit_writer *w = e->w;
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = same_page || (u->key & JIT_KEY_CHAIN);
     bool host = e->host, is_live = same_page && (need & JIT_NEED_HOST), counted = true;
-    if (is_live && target > u->insn_rip[u->count ? u->count - 1 : 0])
-        counted = false, e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)u->count);
-    else {
-        emit_count(e, u->count);
+    if (is_live && target > u->insn_rip[i]) {
+        counted = false;
+        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
+    } else {
+        emit_count(e, count);
         if (is_live || !is_chained)
             new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
         e->host = false;
@@ -712,7 +723,7 @@ static void emit_edge(emitter *e, unsigned k, uint64_t target, unsigned need) {
             need_host(e);
     }
     if (is_chained) {
-        jit_link *l = &e->block->links[k];
+        jit_link *l = &e->block->links[e->nlink++];
         l->from = e->block;
         l->target = target;
         l->is_chained = true;
@@ -771,9 +782,8 @@ static void emit_indirect(emitter *e) {
     e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true));                    /* jmp gs:[r13 * 8 + disp32] */
 }
 
-/* The flags that the edges want, before the branch itself (nothing of this changes the host's flags). */
-static void prepare_edges(emitter *e, bool is_live) {
-    unsigned need = e->u->edge_need[0] | e->u->edge_need[1];
+/* The flags that edges want, before the branch itself (nothing of this changes the host's flags). */
+static void prepare_edges(emitter *e, unsigned need, bool is_live) {
     if (need & JIT_NEED_MEM)
         need_mem(e);
     if (is_live && !e->host)
@@ -785,16 +795,31 @@ static void prepare_edges(emitter *e, bool is_live) {
 }
 
 static void emit_jcc(emitter *e, const jit_op *o) {
-    prepare_edges(e, true);
+    prepare_edges(e, e->u->edge_need[0] | e->u->edge_need[1], true);
     bool is_loop = o->target <= e->u->insn_rip[o->insn];                    /* then the jump back is the straight way */
     unsigned first = is_loop ? 0 : 1;
     uint8_t *other = e_jcc(e->w, is_loop ? o->cc ^ 1u : o->cc);
     bool host = e->host, mem = e->mem;
-    emit_edge(e, first, is_loop ? o->target : o->fall, e->u->edge_need[first]);
+    emit_edge(e, o->insn, is_loop ? o->target : o->fall, e->u->edge_need[first]);
     e_patch(other, e->w->p);
     e->host = host;
     e->mem = mem;
-    emit_edge(e, !first, is_loop ? o->fall : o->target, e->u->edge_need[!first]);
+    emit_edge(e, o->insn, is_loop ? o->fall : o->target, e->u->edge_need[!first]);
+}
+
+static void emit_side(emitter *e, const jit_op *o) {
+    need_host(e);
+    e->side[e->nside++] = (side_stub){ .jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .recipe = e->recipe };
+}
+
+static void emit_side_stub(emitter *e, const side_stub *s) {
+    unsigned need = e->u->info[s->op->insn].side_need;
+    e_patch(s->jump, e->w->p);
+    e->host = true;
+    e->mem = s->mem;
+    e->recipe = s->recipe;
+    prepare_edges(e, need, false);
+    emit_edge(e, s->op->insn, s->op->target, need);
 }
 
 static void emit_fallback(emitter *e, const jit_op *o) {
@@ -860,10 +885,11 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_MOVE_TMP: emit_move_tmp(e, o); break;
     case IR_FALLBACK: case IR_FALLBACK_END: emit_fallback(e, o); break;
     case IR_JUMP:
-        prepare_edges(e, e->u->edge_need[0] & JIT_NEED_HOST);
-        emit_edge(e, 0, o->target, u->edge_need[0]);
+        prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);
+        emit_edge(e, o->insn, o->target, u->edge_need[0]);
         break;
     case IR_JCC: emit_jcc(e, o); break;
+    case IR_SIDE: emit_side(e, o); break;
     case IR_JUMP_TMP: emit_indirect(e); break;
     case IR_NEED_VEC: {
         leave_stub *s = new_leave(e, JIT_LEAVE_VEC, NULL);
@@ -880,38 +906,53 @@ static void emit_block(emitter *e) {
     jit_unit *u = e->u;
     jit_block *b = e->block;
     b->entry_mem = e->w->p;
-    if (u->entry_need & JIT_NEED_HOST) {
-        e_call_to(e->w, e->j->flags[!!(u->key & JIT_KEY_VEC)]);
-        emit_restore(e->w);
-    }
+    if (u->entry_need & JIT_NEED_HOST)
+        e_call_to(e->w, e->j->flags);
     b->entry = e->w->p;
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->recipe = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++)
         emit_op(e, k);
+    for (unsigned k = 0; k < e->nside && e->failed < 0; k++)
+        emit_side_stub(e, &e->side[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++)
         emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++)
         emit_leave_stub(e, &e->leaves[k]);
 }
 
+static void *arena_take(jit *j, size_t bytes) {
+    void *p = j->arena + j->arena_used;
+    j->arena_used += (bytes + 15) & ~(size_t)15;
+    return p;
+}
+
+static void place_lists(emitter *e) {
+    jit_block *b = e->block;
+    b->nlinks = (uint8_t)(e->u->sides + 2);
+    b->links = arena_take(e->j, b->nlinks * sizeof *b->links);
+    memset(b->links, 0, b->nlinks * sizeof *b->links);
+    b->nextents = (uint8_t)e->u->nextents;
+    b->extents = arena_take(e->j, b->nextents * sizeof *b->extents);
+    memcpy(b->extents, e->u->extents, b->nextents * sizeof *b->extents);
+}
+
 jit_block *jit_emit(jit_unit *u, int *failed) {
     jit *j = u->j;
     emitter e = { .u = u, .j = j, .w = &j->w, .failed = -1 };
     *failed = -1;
-    if (j->w.end - j->w.p < JIT_BLOCK_BYTES || j->arena_bytes - j->arena_used < sizeof(jit_block) + JIT_MAX_SITES * (sizeof(jit_site) + 16))
+    if (j->w.end - j->w.p < JIT_BLOCK_BYTES || j->arena_bytes - j->arena_used < sizeof(jit_block) + 2048 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
-    jit_block *b = e.block = (jit_block *)(j->arena + j->arena_used);
-    j->arena_used += (sizeof *b + 15) & ~(size_t)15;
+    jit_block *b = e.block = arena_take(j, sizeof *b);
     memset(b, 0, sizeof *b);
     b->rip = u->rip;
     b->gpa = u->gpa;
     b->key = u->key;
     b->count = (uint16_t)u->count;
-    memcpy(b->extents, u->extents, sizeof b->extents);
+    place_lists(&e);
     emit_block(&e);
     if (e.failed >= 0) {
         *failed = e.failed;
@@ -937,38 +978,56 @@ static void emit_reload(jit_writer *w) {
 static void emit_mxcsr(jit_writer *w, unsigned op, int32_t disp) {          /* /2 ldmxcsr, /3 stmxcsr gs:[disp] */
     e8(w, 0x65), e8(w, 0x0f), e8(w, 0xae), e8(w, op << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)disp);
 }
-/* movups/movups or vextractf128/vinsertf128 between register n and the XSAVE image */
-static void emit_vec(jit *j, unsigned n, bool is_store) {
+/* Register n from or to the XSAVE image. */
+enum { VEC_STORE, VEC_LOAD_128, VEC_LOAD_256 };
+static void emit_vec(jit *j, unsigned n, unsigned how) {
     jit_writer *w = &j->w;
-    unsigned r = n >= 8 ? 0x44 : 0;
-    if (is_store || !j->has_avx) {
-        e8(w, 0x65);
-        if (r)
-            e8(w, r);
-        e8(w, 0x0f), e8(w, is_store ? 0x11 : 0x10), e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
-    } else {                                                                /* vmovups xmm, m128 */
-        e8(w, 0x65), e8(w, 0xc5), e8(w, n >= 8 ? 0x78 : 0xf8), e8(w, 0x10);
-        e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
+    e8(w, 0x65);
+    if (how == VEC_LOAD_256)                                                /* vmovups xmm, m128 */
+        e8(w, 0xc5), e8(w, n >= 8 ? 0x78 : 0xf8), e8(w, 0x10);
+    else {                                                                  /* movups */
+        if (n >= 8)
+            e8(w, 0x44);
+        e8(w, 0x0f), e8(w, how == VEC_STORE ? 0x11 : 0x10);
     }
-    if (!j->has_avx)
+    e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
+    if (!j->has_avx || how == VEC_LOAD_128)
         return;
-    e8(w, 0x65), e8(w, 0xc4);
-    if (is_store) {                                                         /* vextractf128 m128, ymm, 1 */
-        e8(w, n >= 8 ? 0x63 : 0xe3), e8(w, 0x7d), e8(w, 0x19);
-    } else {                                                                /* vinsertf128 ymm, ymm, m128, 1 */
-        e8(w, n >= 8 ? 0x63 : 0xe3), e8(w, ((~n & 15) << 3) | 5), e8(w, 0x18);
-    }
+    e8(w, 0x65), e8(w, 0xc4), e8(w, n >= 8 ? 0x63 : 0xe3);
+    if (how == VEC_STORE)                                                   /* vextractf128 m128, ymm, 1 */
+        e8(w, 0x7d), e8(w, 0x19);
+    else                                                                    /* vinsertf128 ymm, ymm, m128, 1 */
+        e8(w, ((~n & 15) << 3) | 5), e8(w, 0x18);
     e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(576 + 16 * n)), e8(w, 1);
 }
 static void emit_vec_spill(jit *j) {
     emit_mxcsr(&j->w, 3, FPU(24));
     emit_mxcsr(&j->w, 2, JIT_SLOT(JIT_SLOT_MXCSR));
     for (unsigned n = 0; n < 16; n++)
-        emit_vec(j, n, true);
+        emit_vec(j, n, VEC_STORE);
 }
+/* Upper halves that are zero are made so with VZEROUPPER: loaded as zeros they would count as in use, and each legacy SSE
+ * instruction would have to merge with (and wait for) the register's old value. */
 static void emit_vec_reload(jit *j) {
+    jit_writer *w = &j->w;
+    uint8_t *clean = NULL, *done = NULL;
+    if (j->has_avx) {
+        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
+        for (unsigned n = 0; n < 16; n++) {                                 /* movdqa/por xmm0, gs:[upper n] */
+            e8(w, 0x65), e8(w, 0x66), e8(w, 0x0f), e8(w, n ? 0xeb : 0x6f), e8(w, 0x04), e8(w, 0x25);
+            e32(w, (uint32_t)FPU(576 + 16 * n));
+        }
+        ebytes(w, "\x66\x0f\x38\x17\xc0", 5);                               /* ptest xmm0, xmm0 */
+        clean = e_jcc(w, CC_E);
+        for (unsigned n = 0; n < 16; n++)
+            emit_vec(j, n, VEC_LOAD_256);
+        done = e_jmp(w);
+        e_patch(clean, w->p);
+    }
     for (unsigned n = 0; n < 16; n++)
-        emit_vec(j, n, false);
+        emit_vec(j, n, VEC_LOAD_128);
+    if (done)
+        e_patch(done, w->p);
     emit_mxcsr(&j->w, 2, FPU(24));
 }
 
@@ -1043,13 +1102,41 @@ static uint8_t *emit_helper(jit *j, bool vec, const void *function, bool has_add
     return start;
 }
 
-/* Make JIT_SLOT_FLAGS an image if it is a recipe. */
-static uint8_t *emit_flags_thunk(jit *j, uint8_t *helper) {
+/* One recipe in memory, carried out: the host's flags. */
+static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size) {
+    int32_t b = JIT_SLOT(JIT_SLOT_FLAG_B);
+    e_gs_load(w, size, T1, JIT_SLOT(JIT_SLOT_FLAG_A));
+    switch (kind) {
+    case JIT_RECIPE_CMP: e_r_gs(w, size, 0x3b, T1, b); break;
+    case JIT_RECIPE_TEST: e_r_gs(w, size, 0x85, T1, b); break;
+    case JIT_RECIPE_ADD: e_r_gs(w, size, 0x2b, T1, b), e_r_gs(w, size, 0x03, T1, b); break;
+    case JIT_RECIPE_SUB: e_r_gs(w, size, 0x03, T1, b), e_r_gs(w, size, 0x2b, T1, b); break;
+    default: e_rr(w, size, 0x85, T1, T1); break;
+    }
+}
+
+/* The flags in memory, image or recipe, become the host's. */
+static uint8_t *emit_flags_thunk(jit *j) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
-    e_r_gs(w, 1, 0x80, 7, JIT_SLOT(JIT_SLOT_FLAGS));                        /* cmp byte, 1 */
-    e8(w, 1);
-    e_patch(e_jcc(w, CC_A), helper);
+    e_gs_load(w, 4, T1, JIT_SLOT(JIT_SLOT_FLAGS));
+    e_rr(w, 1, 0x84, T1, T1);                                               /* test r13b, r13b: the immediate's bit is the sign */
+    uint8_t *no_imm = e_jcc(w, CC_NS);
+    e_mov(w, 4, T0, T1);
+    e_shift_imm(w, 4, 7, T0, 16);
+    e_rr(w, 8, 0x63, T0, T0);                                               /* movsxd */
+    e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_FLAG_B));
+    e_patch(no_imm, w->p);
+    e_alu_imm(w, 4, 4, T1, 0xff7f);
+    for (unsigned kind = JIT_RECIPE_CMP; kind <= JIT_RECIPE_LOGIC; kind++)
+        for (unsigned size = 4; size <= 8; size += 4) {
+            e_alu_imm(w, 4, 7, T1, (int32_t)JIT_LAZY_FLAGS(kind, size));
+            uint8_t *other = e_jcc(w, CC_NE);
+            emit_memory_recipe(w, kind, size);
+            e8(w, 0xc3);
+            e_patch(other, w->p);
+        }
+    emit_restore(w);
     e8(w, 0xc3);
     return start;
 }
@@ -1061,7 +1148,7 @@ void jit_emit_thunks(jit *j) {
         j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);
         j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false);
         j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false);
-        j->flags[vec] = emit_flags_thunk(j, emit_helper(j, vec, (const void *)(uintptr_t)jit_help_flags, false));
     }
+    j->flags = emit_flags_thunk(j);
     j->code_start = j->w.p;
 }

@@ -171,7 +171,7 @@ static void kill_block(jit *j, jit_block *b) {
         b->in = l->next_in;
         l->to = NULL;
     }
-    for (unsigned i = 0; i < 2; i++)
+    for (unsigned i = 0; i < b->nlinks; i++)
         if (b->links[i].to)
             unlink_in(&b->links[i]);
     unsigned i = b->rip & (X86_JUMP_ENTRIES - 1);
@@ -194,7 +194,7 @@ static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
     if ((b->gpa ^ gpa) & X86_PAGE_MASK)
         return false;
     uint64_t begin = gpa & 0xfff, end = begin + bytes;
-    for (unsigned i = 0; i < 3; i++)
+    for (unsigned i = 0; i < b->nextents; i++)
         if (b->extents[i].begin < end && begin < b->extents[i].end)
             return true;
     return false;
@@ -438,13 +438,6 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
         j->rest = s->block->count - s->index;
     }
     return p;
-}
-
-uint64_t jit_help_flags(x86_cpu *cpu, uint32_t unused) {
-    (void)unused;
-    load_flags(cpu);
-    store_flags(cpu);
-    return 0;
 }
 
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {

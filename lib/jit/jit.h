@@ -9,10 +9,12 @@
 #ifdef VM_TINY_BLOCKS
 #define JIT_MAX_INSNS 1
 #else
-#define JIT_MAX_INSNS 48
+#define JIT_MAX_INSNS 64                  /* at most 64: sets of them are uint64_t */
 #endif
 #define JIT_MAX_OPS (JIT_MAX_INSNS * 6)
 #define JIT_MAX_SITES (JIT_MAX_INSNS * 2)
+#define JIT_MAX_SIDES 8                   /* conditional exits from a block before its end */
+#define JIT_MAX_EXTENTS 24
 #define JIT_BLOCK_BYTES 32768             /* code one block may need, stubs included */
 #define JIT_HASH 16384
 #define JIT_STOPS 8
@@ -68,9 +70,10 @@ struct jit_block {
     uint8_t *entry;                       /* writable view: flags as `need` says */
     uint8_t *entry_mem;                   /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next;
-    jit_link links[2];
     jit_link *in;
-    jit_extent extents[3];                /* bytes it was made from: itself, looked-ahead targets */
+    uint8_t nlinks, nextents;
+    jit_link *links;
+    jit_extent *extents;                  /* bytes it was made from: itself, looked-ahead targets */
 };
 
 /* CHECK: how the address is made host. ALONE looks it up; a LEADER looks up the whole span its group touches and keeps
@@ -104,6 +107,8 @@ typedef struct jit_info {
     uint16_t host_at;                     /* bits that must be in the host's flags when it executes, for itself or for later */
     uint16_t exact_at;                    /* bits somebody may look at when it leaves (or later) */
     uint16_t exact_after;
+    bool is_side;                         /* a SIDE op; what its target needs: */
+    uint8_t side_need;
     bool can_leave;                       /* may fault or call out */
     bool falls_back;                      /* flags go in and come out through memory */
 } jit_info;
@@ -120,8 +125,10 @@ typedef struct jit_unit {                 /* one block being translated */
     jit_info info[JIT_MAX_INSNS];
     unsigned nops;
     jit_op ops[JIT_MAX_OPS];
-    unsigned entry_need, edge_need[2];    /* JIT_NEED_* */
-    jit_extent extents[3];
+    unsigned entry_need, edge_need[2];    /* JIT_NEED_*; of the last op's target and fall */
+    unsigned sides;
+    unsigned nextents;
+    jit_extent extents[JIT_MAX_EXTENTS];
     uint64_t forced;                      /* instructions that must fall back */
     bool no_groups;
 } jit_unit;
@@ -158,7 +165,7 @@ typedef struct jit {
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[2];                    /* by vector state loaded */
-    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2], *flags[2];      /* writable view, for e_call_to */
+    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2], *flags;      /* writable view, for e_call_to */
 } jit;
 
 #define JIT_GROUPS 18                     /* slots JIT_SLOT_GROUP.. */
@@ -201,7 +208,6 @@ void jit_print(jit *j, const jit_unit *u, const jit_block *b);   /* after a tran
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t site);           /* non-zero: leave, the instruction is done again by the interpreter */
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);         /* non-zero: leave the block */
-uint64_t jit_help_flags(x86_cpu *cpu, uint32_t unused);             /* JIT_SLOT_FLAGS becomes an image */
 bool jit_is_stop(const jit *j, uint64_t rip);
 
 #endif

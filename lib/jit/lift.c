@@ -421,40 +421,115 @@ static void lift_insn(jit_unit *u, unsigned i) {
     }
 }
 
-bool jit_lift(jit_unit *u, unsigned max_insns) {
-    unsigned offset = u->rip & 0xfff;
-    uint64_t rip = u->rip;
-    bool is_open = true;
-    u->count = u->nops = 0;
-    while (is_open && u->count < max_insns) {
-        unsigned avail = 4096 - offset, i = u->count;
-        if (!avail || (i && jit_is_stop(u->j, rip)) || u->nops + 8 > JIT_MAX_OPS)
-            break;
-        x86_insn *in = &u->insn[i];
-        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, in) < 0)
-            break;
-        /* Vector code starts a block of its own, entered with the vector registers loaded. */
-        if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {
-            if (!i) {
-                add_op(u, IR_NEED_VEC, 0);
-                offset += in->length;
-                is_open = false;
-            }
-            break;
-        }
-        u->insn_rip[i] = rip;
-        u->count++;
-        lift_insn(u, i);
-        is_open = !(in->flags & (X86_IF_BRANCH | X86_IF_END));
-        offset += in->length;
-        rip = wrap(u, rip + in->length);
+/* ---- traces ----
+ * A block goes on past conditional jumps (they become SIDE exits), follows forward jumps within the page, and, where a loop
+ * closes on the block's own start, holds a few copies of it: so flags, budget and address checks are settled once for
+ * several iterations. */
+
+typedef struct trace {
+    uint64_t rip;                         /* next instruction */
+    unsigned piece;                       /* first offset of the contiguous piece being read */
+    unsigned body, copies;                /* instructions in one iteration, iterations so far */
+    bool is_open, can_loop;
+} trace;
+
+enum { MAX_COPIES = 4, MAX_PIECES = 6 };
+
+static void close_piece(jit_unit *u, trace *t, unsigned end) {
+    if (u->nextents < JIT_MAX_EXTENTS && end > t->piece)
+        u->extents[u->nextents++] = (jit_extent){ (uint16_t)t->piece, (uint16_t)end };
+}
+
+/* Go on reading at target, on this page. */
+static void jump_to(jit_unit *u, trace *t, uint64_t target, unsigned end) {
+    close_piece(u, t, end);
+    t->rip = target;
+    t->piece = target & 0xfff;
+}
+
+/* Is there room for another copy of a loop that closes here? */
+static bool may_repeat(jit_unit *u, trace *t, uint64_t target) {
+    if (target != u->rip || !t->can_loop)
+        return false;
+    if (!t->body)
+        t->body = u->count;
+    t->copies++;
+    return t->copies < MAX_COPIES && u->count + t->body <= JIT_MAX_INSNS && u->nextents < MAX_PIECES;
+}
+
+static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
+    jit_op *o = add_op(u, IR_SIDE, i);
+    o->cc = (uint8_t)cc;
+    o->target = target;
+    u->sides++;
+}
+
+/* A direct jump or branch: true when the trace goes on. */
+static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
+    uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
+    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
+    if (JIT_MAX_INSNS < 8 || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES)
+        return false;
+    if (may_repeat(u, t, target)) {
+        if (class == C_JCC)
+            add_side(u, i, in->cc ^ 1u, next);
+        jump_to(u, t, target, end);
+        return true;
     }
+    if (target <= u->insn_rip[i])
+        return false;
+    if (class == C_JCC) {
+        if (end >= 4096)
+            return false;
+        add_side(u, i, in->cc, target);
+        return true;
+    }
+    if (u->nextents >= MAX_PIECES)
+        return false;
+    jump_to(u, t, target, end);
+    return true;
+}
+
+/* One instruction. False: it is not part of this block. */
+static bool lift_next(jit_unit *u, trace *t) {
+    unsigned i = u->count, offset = t->rip & 0xfff, avail = 4096 - offset;
+    x86_insn *in = &u->insn[i];
+    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
+        return false;
+    if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, in) < 0)
+        return false;
+    if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {       /* starts a block of its own, entered with the vector registers loaded */
+        if (!i) {
+            add_op(u, IR_NEED_VEC, 0);
+            t->is_open = false;
+        }
+        return false;
+    }
+    u->insn_rip[i] = t->rip;
+    u->count++;
+    unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
+    t->can_loop &= class != C_FALLBACK;
+    if ((class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end)) {
+        if (class == C_JCC && t->rip == u->insn_rip[i])
+            t->rip = wrap(u, t->rip + in->length);
+        return true;
+    }
+    lift_insn(u, i);
+    t->is_open = !(in->flags & (X86_IF_BRANCH | X86_IF_END));
+    t->rip = wrap(u, t->rip + in->length);
+    return true;
+}
+
+bool jit_lift(jit_unit *u, unsigned max_insns) {
+    trace t = { .rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = true };
+    u->count = u->nops = u->sides = u->nextents = 0;
+    while (t.is_open && u->count < max_insns && lift_next(u, &t))
+        ;
     if (!u->nops && !u->count)
         return false;
-    if (is_open) {
-        jit_op *o = add_op(u, IR_JUMP, u->count - 1);
-        o->target = rip;
-    }
-    u->extents[0] = (jit_extent){ u->rip & 0xfff, (uint16_t)offset };
+    if (t.is_open)
+        add_op(u, IR_JUMP, u->count - 1)->target = t.rip;
+    uint64_t last = u->count ? u->insn_rip[u->count - 1] : u->rip;
+    close_piece(u, &t, (unsigned)(last & 0xfff) + (u->count ? u->insn[u->count - 1].length : u->insn[0].length));
     return true;
 }

@@ -12,22 +12,37 @@
  */
 #include "jit/jit.h"
 
+static unsigned need_of(jit_unit *u, uint64_t rip) {
+    jit_extent seen;
+    unsigned need = jit_flag_need(u, rip, &seen);
+    if (seen.end > seen.begin && u->nextents < JIT_MAX_EXTENTS)
+        u->extents[u->nextents++] = seen;
+    return need;
+}
+
 static void edges_need(jit_unit *u) {
-    const jit_op *last = &u->ops[u->nops - 1];
     u->edge_need[0] = u->edge_need[1] = 0;
-    u->extents[1] = u->extents[2] = (jit_extent){ 0, 0 };
-    switch (last->op) {
-    case IR_JCC:
-        u->edge_need[1] = jit_flag_need(u, last->fall, &u->extents[2]);
-        /* fallthrough */
-    case IR_JUMP:
-        u->edge_need[0] = jit_flag_need(u, last->target, &u->extents[1]);
-        break;
-    case IR_JUMP_TMP:
-        u->edge_need[0] = JIT_NEED_MEM;
-        break;
-    default:
-        break;
+    for (unsigned i = 0; i < u->count; i++)
+        u->info[i].is_side = false;
+    for (unsigned k = 0; k < u->nops; k++) {
+        const jit_op *o = &u->ops[k];
+        switch (o->op) {
+        case IR_SIDE:
+            u->info[o->insn].is_side = true;
+            u->info[o->insn].side_need = (uint8_t)need_of(u, o->target);
+            break;
+        case IR_JCC:
+            u->edge_need[1] = need_of(u, o->fall);
+            /* fallthrough */
+        case IR_JUMP:
+            u->edge_need[0] = need_of(u, o->target);
+            break;
+        case IR_JUMP_TMP:
+            u->edge_need[0] = JIT_NEED_MEM;
+            break;
+        default:
+            break;
+        }
     }
 }
 
@@ -43,7 +58,11 @@ static void flag_pass(jit_unit *u) {
         jit_info *f = &u->info[i];
         jit_classify_flags(in, f);
         f->falls_back = (u->forced >> i & 1) || jit_insn_falls_back(u, in);
-        f->can_leave = f->falls_back || jit_insn_can_leave(u, in);
+        f->can_leave = f->falls_back || f->is_side || jit_insn_can_leave(u, in);
+        if (f->is_side) {
+            host |= f->side_need & JIT_NEED_HOST ? X86_FL_ARITH : 0;
+            exact = X86_FL_ARITH;
+        }
         f->exact_after = exact;
         if (f->falls_back) {              /* all flags through memory */
             f->host_at = 0;
