@@ -146,7 +146,7 @@ static void task_gate_event(x86_cpu *cpu, const x86_event *ev, const idt_gate *g
 {
     x86_desc tss;
     x86_task_gate_tss(cpu, g->sel, &tss);
-    x86_task_switch(cpu, &tss, X86_TASK_EVENT, ev->rip, ev->has_error, ev->error);
+    x86_task_switch(cpu, &tss, X86_TASK_EVENT, ev->rip, ev);
 }
 
 /* 64-bit: the frame is SS, RSP, RFLAGS, CS, RIP and perhaps an error code, on a 16-byte aligned stack (SDM vol. 3, 6.14). */

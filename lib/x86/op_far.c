@@ -203,7 +203,7 @@ static void far_task(x86_cpu *cpu, x86_desc *d, bool is_call)
             x86_raise_sel(cpu, X86_NP, d->sel);
         tss = *d;
     }
-    x86_task_switch(cpu, &tss, is_call ? X86_TASK_CALL : X86_TASK_JMP, cpu->next_rip, false, 0);
+    x86_task_switch(cpu, &tss, is_call ? X86_TASK_CALL : X86_TASK_JMP, cpu->next_rip, NULL);
 }
 
 static void far_transfer(x86_cpu *cpu, const x86_insn *in, bool is_call)
@@ -411,7 +411,7 @@ static void iret_task(x86_cpu *cpu)
         x86_raise_sel(cpu, X86_TS, link);
     if (!x86_desc_p(&d))
         x86_raise_sel(cpu, X86_NP, link);
-    x86_task_switch(cpu, &d, X86_TASK_IRET, cpu->next_rip, false, 0);
+    x86_task_switch(cpu, &d, X86_TASK_IRET, cpu->next_rip, NULL);
 }
 
 static uint64_t iret_flags_mask(const x86_cpu *cpu, unsigned n)

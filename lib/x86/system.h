@@ -92,8 +92,8 @@ void x86_deliver_event(x86_cpu *cpu, const x86_event *ev);
 /* ---- task.c ---- */
 enum { X86_TASK_JMP, X86_TASK_CALL, X86_TASK_EVENT, X86_TASK_IRET };
 /* Switch to the task whose (checked, available or for IRET busy) TSS descriptor is d; the old task will resume at `rip`. For
- * events an error code may be pushed on the new stack. Leaves next_rip and rip at the new task's EIP. Raises. */
-void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, bool has_error, uint32_t error);
+ * events (ev, else NULL) an error code may be pushed on the new stack. Leaves next_rip and rip at the new task's EIP. Raises. */
+void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, const x86_event *ev);
 /* Find the TSS named by a task gate: raises #GP, #NP. */
 void x86_task_gate_tss(x86_cpu *cpu, uint16_t sel, x86_desc *d);
 

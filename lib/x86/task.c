@@ -175,14 +175,14 @@ static void load_task_segments(x86_cpu *cpu, const task_state *t)
     x86_mode_changed(cpu);
 }
 
-void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, bool has_error, uint32_t error)
+void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, const x86_event *ev)
 {
     x86_seg old = cpu->seg[X86_TR], tr;
     task_state t;
     bool is_nested = reason == X86_TASK_CALL || reason == X86_TASK_EVENT;
     uint32_t old_flags = (uint32_t)cpu->rflags, flags;
 
-    x86_desc_to_seg(d, d->sel & 0xfffc, &tr);
+    x86_desc_to_seg(d, d->sel, &tr);
     if (tr.limit < (tr.attr & 8 ? TSS32_BYTES : TSS16_BYTES) - 1)
         x86_raise_sel(cpu, X86_TS, d->sel);
     if (old.limit < (old.attr & 8 ? TSS32_LDT : TSS16_LDT) - 1)
@@ -191,6 +191,8 @@ void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, b
     flags = t.eflags;
     if (reason == X86_TASK_IRET)
         old_flags &= ~X86_FL_NT;
+    if (ev && ev->set_rf)
+        old_flags |= X86_FL_RF;
     save_tss(cpu, &old, (uint32_t)rip, old_flags);
     if (is_nested) {
         flags |= X86_FL_NT;
@@ -203,9 +205,9 @@ void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, b
     commit_task(cpu, &t, &tr, flags);
 
     load_task_segments(cpu, &t);
-    if (has_error) {
+    if (ev && ev->has_error) {
         x86_stack st = x86_current_stack(cpu);
-        x86_stack_push(cpu, &st, t.is_32 ? 4 : 2, error);
+        x86_stack_push(cpu, &st, t.is_32 ? 4 : 2, ev->error);
         cpu->gpr[X86_RSP] = x86_stack_rsp(cpu, &st);
     }
     x86_check_target(cpu, &cpu->seg[X86_CS], t.eip);

@@ -87,6 +87,7 @@ TEST(task_gate_interrupt_with_error_code)
     CHECK_EQ(get32(0x5000 - 4), 0x88);
     CHECK_EQ(get16(TSS2), TSS_SEL);
     CHECK_EQ(get32(TSS + 32), 0x100000);                                /* the faulting instruction */
+    CHECK(get32(TSS + 36) & X86_FL_RF);
     CHECK(cpu->rflags & X86_FL_NT);
     cpu->gpr[X86_RSP] += 4;
     RUNS(0xcf);
