@@ -1,6 +1,13 @@
 # tests/kvm: the KVM backend, beyond the tests by table that every backend runs.
 if BUILD_KVM
-check_PROGRAMS += tests/kvm/kvm
+check_PROGRAMS += tests/kvm/kvm tests/kvm/kvm_boot
 tests_kvm_kvm_SOURCES = tests/kvm/kvm.c
 tests_kvm_kvm_LDADD = $(TEST_LIBS)
+tests_kvm_kvm_boot_SOURCES = tests/kvm/boot.c
+tests_kvm_kvm_boot_LDADD = $(TEST_LIBS)
+
+# A whole kernel on KVM alone. Seconds on hardware, an hour where guest ring 0 is emulated: by hand only.
+check-kvm-boot: tests/kvm/kvm_boot
+	VM_KVM_BOOT=1 TEST_TIMEOUT=7200 tests/kvm/kvm_boot
 endif
+.PHONY: check-kvm-boot
