@@ -222,7 +222,7 @@ VM_API int vm_vcpu_write(vm_vcpu *cpu, uint64_t gva, const void *buffer, size_t 
 
 VM_API uint64_t vm_vcpu_retired(const vm_vcpu *cpu)
 {
-    return cpu ? __atomic_load_n(&cpu->x86.retired, __ATOMIC_RELAXED) : 0;
+    return cpu ? vm_vcpu_retired_now(cpu) : 0;
 }
 
 VM_API int vm_vcpu_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
@@ -267,7 +267,9 @@ VM_API int vm_vcpu_inject(vm_vcpu *cpu, uint8_t vector, bool has_error, uint32_t
     cpu->inject.has_error = has_error;
     cpu->inject.error = error;
     cpu->inject.is_set = true;
-    if (vm_vcpu_is_running(cpu))
-        vm_vcpu_notify(cpu, X86_ATT_IRQ);                /* from a callback: at the next boundary */
+    if (vm_vcpu_is_running(cpu)) {                       /* from a callback: right after this instruction */
+        vm_vcpu_notify(cpu, X86_ATT_IRQ);
+        vm_vcpu_look_again(cpu);
+    }
     return VM_OK;
 }

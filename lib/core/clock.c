@@ -44,7 +44,7 @@ uint64_t vm_clock_now(vm_machine *m)
     struct vm_clock *c = m->clock;
     if (m->is_pc)
         return vm_host_now() - c->start_ns;
-    return m->vcpus[0]->x86.retired + __atomic_load_n(&c->advanced, __ATOMIC_RELAXED);
+    return vm_vcpu_retired_now(m->vcpus[0]) + __atomic_load_n(&c->advanced, __ATOMIC_RELAXED);
 }
 
 uint64_t vm_clock_tsc(vm_machine *m)

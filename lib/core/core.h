@@ -157,6 +157,12 @@ typedef struct vm_backend_ops {
     void (*leave)(vm_vcpu *cpu);
     /* PC: run() itself takes vectors from the interrupt source (vm_pc_irq_source) at the right moment; the run loop
      * then leaves them alone, except to wake a halted vCPU */
+    /* From a callback: rip, mode or pending events changed; decide anew what to execute after the instruction under way.
+     * NULL: flush_code. */
+    void (*look_again)(vm_vcpu *cpu);
+    /* Instructions retired before the one under way, on the vCPU's own thread. NULL: x86.retired is always exact when
+     * anything outside of the backend can see it. */
+    uint64_t (*retired)(const vm_vcpu *cpu);
     bool takes_interrupts;
 } vm_backend_ops;
 extern const vm_backend_ops vm_backend_interp, vm_backend_jit, vm_backend_kvm;
@@ -287,6 +293,8 @@ int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *valu
 int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
 void vm_vcpu_free(vm_vcpu *cpu);
 int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit); /* exit: full-size, never NULL */
+void vm_vcpu_look_again(vm_vcpu *cpu);                             /* its own thread, in a callback or not */
+uint64_t vm_vcpu_retired_now(const vm_vcpu *cpu);                  /* exact in callbacks on its own thread */
 void vm_vcpu_reset(vm_vcpu *cpu); /* forget exits, injections, shutdown; not the registers */
 /* memory.c */
 /* takes proto's fields; frees nothing on failure */

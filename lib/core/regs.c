@@ -48,10 +48,12 @@ static bool in_callback(const vm_vcpu *cpu)
 
 static void set_rip(vm_vcpu *cpu, uint64_t rip)
 {
-    if (in_callback(cpu))
-        cpu->x86.next_rip = rip;
-    else
+    if (!in_callback(cpu)) {
         cpu->x86.rip = rip;
+    } else if (rip != cpu->x86.rip) {  /* in bulk, the current one comes back unchanged */
+        cpu->x86.next_rip = rip;
+        vm_vcpu_look_again(cpu);
+    }
 }
 
 /* Bits that cannot be changed read as they must. */
@@ -66,6 +68,7 @@ static void settle(vm_vcpu *cpu, bool translations_differ)
     if (translations_differ)
         x->env->root_changed(x, false);
     x86_mode_changed(x);
+    vm_vcpu_look_again(cpu);
 }
 
 /* The two-bit tag of a register that is in use (SDM vol. 1, 8.1.7). */

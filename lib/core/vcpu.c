@@ -26,6 +26,25 @@ void vm_vcpu_reset(vm_vcpu *cpu)
     x86_io_retire(&cpu->x86);
 }
 
+void vm_vcpu_look_again(vm_vcpu *cpu)
+{
+    const vm_backend_ops *backend = cpu->machine->backend;
+    if (!vm_vcpu_is_running(cpu))
+        return;
+    if (backend->look_again)
+        backend->look_again(cpu);
+    else if (backend->flush_code)
+        backend->flush_code(cpu);
+}
+
+uint64_t vm_vcpu_retired_now(const vm_vcpu *cpu)
+{
+    const vm_backend_ops *backend = cpu->machine->backend;
+    if (backend->retired && vm_vcpu_is_mine(cpu))
+        return backend->retired(cpu);
+    return __atomic_load_n(&cpu->x86.retired, __ATOMIC_RELAXED);
+}
+
 int vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out)
 {
     vm_vcpu *cpu = mmap(NULL, mapping_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,

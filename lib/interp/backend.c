@@ -26,6 +26,9 @@ void interp_tlb_flushed(vm_vcpu *cpu) { interp_tlb_flushed_cpu(&cpu->x86); }
 
 static x86_stop run(vm_vcpu *cpu) { return interp_run_cpu(&cpu->x86); }
 
+static void look_again(vm_vcpu *cpu) { interp_look_again_cpu(&cpu->x86); }
+static uint64_t retired(const vm_vcpu *cpu) { return interp_retired_cpu(&cpu->x86); }
+
 static void map_changed(vm_machine *m)
 {
     for (unsigned i = 0; i < m->vcpu_count; i++)
@@ -43,4 +46,6 @@ const vm_backend_ops vm_backend_interp = {
     .code_changed = interp_code_changed,
     .flush_code = interp_flush_code,
     .tlb_flushed = interp_tlb_flushed,
+    .retired = retired,
+    .look_again = look_again,
 };

@@ -257,18 +257,10 @@ static void run_one(x86_cpu *cpu, block_cache *c)
         x86_after_careful(cpu, rflags, inhibit);
 }
 
-/* After a longjmp: count what retired before the instruction at rip (an instruction that left on purpose with rip after itself
- * counts too). */
-static void settle(x86_cpu *cpu, block_cache *c)
+/* Instructions of the running block before the one at rip. */
+static unsigned count_before(const x86_cpu *cpu, const block_cache *c)
 {
     const block *b = c->running;
-    const bool has_retired = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL;
-    c->running = NULL;
-    if (!b) {
-        if (has_retired)
-            retire(cpu, 1);
-        return;
-    }
     const uint64_t mask = rip_mask(cpu);
     uint64_t at = c->running_rip;
     unsigned n = 0;
@@ -276,7 +268,29 @@ static void settle(x86_cpu *cpu, block_cache *c)
         at = (at + b->insn[n].length) & mask;
         n++;
     }
-    retire(cpu, n);
+    return n;
+}
+
+void interp_look_again_cpu(x86_cpu *cpu)
+{
+    block_cache *c = cpu->interp;
+    if (c)
+        c->generation++;               /* run_block() stops after the instruction under way */
+}
+
+uint64_t interp_retired_cpu(const x86_cpu *cpu)
+{
+    const block_cache *c = cpu->interp;
+    return cpu->retired + (c && c->running ? count_before(cpu, c) : 0);
+}
+
+/* After a longjmp: count what retired before the instruction at rip (an instruction that left on purpose with rip after itself
+ * counts too). */
+static void settle(x86_cpu *cpu, block_cache *c)
+{
+    const bool has_retired = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL;
+    retire(cpu, c->running ? count_before(cpu, c) : has_retired);
+    c->running = NULL;
 }
 
 enum { FAULTS_IN_A_ROW = 256 };

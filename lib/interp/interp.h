@@ -22,5 +22,7 @@ void interp_destroy_cpu(x86_cpu *cpu);
 void interp_code_changed_cpu(x86_cpu *cpu, uint64_t gpa, uint64_t bytes);
 void interp_flush_code_cpu(x86_cpu *cpu);
 void interp_tlb_flushed_cpu(x86_cpu *cpu);
+void interp_look_again_cpu(x86_cpu *cpu);                /* end the block after the instruction under way */
+uint64_t interp_retired_cpu(const x86_cpu *cpu);         /* exact inside an instruction too */
 
 #endif

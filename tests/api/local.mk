@@ -11,3 +11,6 @@ EXTRA_DIST += tests/api/headers tests/api/symbols
 check_PROGRAMS += tests/api/api_smp
 tests_api_api_smp_SOURCES = tests/api/smp.c
 tests_api_api_smp_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_callbacks
+tests_api_api_callbacks_SOURCES = tests/api/callbacks.c
+tests_api_api_callbacks_LDADD = $(TEST_LIBS)

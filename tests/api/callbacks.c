@@ -1,0 +1,200 @@
+/* callbacks.c - what a device callback may see and change of the vCPU that called it, and virtual time. */
+#include "../backends.h"
+
+#define PORT 0x10u
+
+static vm_vcpu *machine(vm_backend backend, const vm_io_ops *ops, void *user, const void *code, size_t bytes)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    uint64_t rsp = 0x8000;
+    o.backend = backend;
+    OK(vm_create(&o, &m));
+    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
+    OK(vm_map_pio(m, PORT, 4, ops, user, NULL));
+    OK(vm_write(m, 0, code, bytes));
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
+    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8));
+    return vm_vcpu_get(m, 0);
+}
+#define MACHINE(ops, user, code) machine(backend, ops, user, code, sizeof code - 1)
+
+static uint64_t get(vm_vcpu *cpu, int reg)
+{
+    uint64_t v = 0;
+    OK(vm_vcpu_read_reg(cpu, reg, &v, vm_reg_size(reg)));
+    return v;
+}
+
+static void run_to_halt(vm_vcpu *cpu)
+{
+    vm_exit e = VM_EXIT_INIT;
+    OK(vm_vcpu_run(cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+}
+
+/* 0: inc eax  2: out 0x10, al  4: inc eax  6: inc eax  8: hlt  9: inc eax (x3)  f: hlt */
+static const char JUMPY[] = "\xff\xc0\xe6\x10\xff\xc0\xff\xc0\xf4\xff\xc0\xff\xc0\xff\xc0\xf4";
+
+static int jump_by_register(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    uint64_t rip = 9;
+    (void)user, (void)offset, (void)width, (void)value;
+    CHECK_EQ(get(cpu, VM_REG_RIP), 2);
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &rip, 8));
+    return 0;
+}
+
+static int jump_in_bulk(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    vm_regs r = VM_REGS_INIT;
+    (void)user, (void)offset, (void)width, (void)value;
+    OK(vm_vcpu_get_regs(cpu, &r));
+    CHECK_EQ(r.rip, 2);
+    r.rip = 9;
+    OK(vm_vcpu_set_regs(cpu, &r));
+    return 0;
+}
+
+static int no_change(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    vm_regs r = VM_REGS_INIT;
+    vm_sregs s = VM_SREGS_INIT;
+    (void)user, (void)offset, (void)width, (void)value;
+    OK(vm_vcpu_get_regs(cpu, &r));
+    OK(vm_vcpu_set_regs(cpu, &r));
+    OK(vm_vcpu_get_sregs(cpu, &s));
+    OK(vm_vcpu_set_sregs(cpu, &s));
+    return 0;
+}
+
+static void jump(vm_backend backend, int (*write)(void *, vm_vcpu *, uint64_t, unsigned, uint64_t), uint64_t rax,
+                 uint64_t rip)
+{
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    ops.write = write;
+    vm_vcpu *cpu = MACHINE(&ops, NULL, JUMPY);
+    for (unsigned round = 0; round < 3; round++) {       /* cold and warm */
+        uint64_t zero = 0;
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RAX, &zero, 8));
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &zero, 8));
+        run_to_halt(cpu);
+        CHECK_EQ(get(cpu, VM_REG_RAX), rax);
+        CHECK_EQ(get(cpu, VM_REG_RIP), rip);
+    }
+    vm_destroy(vm_vcpu_machine(cpu));
+}
+
+EACH_BACKEND(rip_written_in_a_callback_is_where_it_goes_on) { jump(backend, jump_by_register, 4, 0x10); }
+EACH_BACKEND(rip_set_in_bulk_in_a_callback) { jump(backend, jump_in_bulk, 4, 0x10); }
+EACH_BACKEND(registers_written_back_unchanged) { jump(backend, no_change, 3, 9); }
+
+/* The callback rewrites the very code that follows the OUT. */
+static int rewrite_code(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)user, (void)offset, (void)width, (void)value;
+    OK(vm_write(vm_vcpu_machine(cpu), 4, "\xff\xc8", 2));        /* dec eax */
+    return 0;
+}
+
+EACH_BACKEND(code_rewritten_by_a_callback_is_what_runs_next)
+{
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    ops.write = rewrite_code;
+    vm_vcpu *cpu = MACHINE(&ops, NULL, JUMPY);
+    for (unsigned round = 0; round < 3; round++) {
+        uint64_t zero = 0;
+        OK(vm_write(vm_vcpu_machine(cpu), 4, "\xff\xc0", 2));
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RAX, &zero, 8));
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &zero, 8));
+        run_to_halt(cpu);
+        CHECK_EQ(get(cpu, VM_REG_RAX), 1);                       /* 1 - 1 + 1 */
+    }
+    vm_destroy(vm_vcpu_machine(cpu));
+}
+
+/* The callback injects an interrupt: it is taken before the next instruction, whatever block that is part of. */
+static int inject(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)user, (void)offset, (void)width, (void)value;
+    OK(vm_vcpu_inject(cpu, 0x40, false, 0));
+    return 0;
+}
+
+EACH_BACKEND(interrupt_injected_by_a_callback)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM takes injections when it next enters the guest");
+    static const uint8_t gate[16] = { 0x00, 0x90, 8, 0, 0, 0x8e };       /* handler 0x9000, selector 8 */
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    vm_sregs s = VM_SREGS_INIT;
+    uint64_t return_rip = 0;
+    ops.write = inject;
+    vm_vcpu *cpu = MACHINE(&ops, NULL, JUMPY);
+    vm_machine *m = vm_vcpu_machine(cpu);
+    OK(vm_write(m, 0xa000 + 0x40 * 16, gate, sizeof gate));
+    OK(vm_write(m, 0x9000, "\xf4", 1));
+    OK(vm_write(m, 0xb008, "\xff\xff\x00\x00\x00\x9b\xaf\x00", 8));      /* 64-bit code */
+    OK(vm_vcpu_get_sregs(cpu, &s));
+    s.idtr.base = 0xa000;
+    s.idtr.limit = 0xfff;
+    s.gdtr.base = 0xb000;
+    s.gdtr.limit = 0xf;
+    OK(vm_vcpu_set_sregs(cpu, &s));
+    run_to_halt(cpu);
+    CHECK_EQ(get(cpu, VM_REG_RIP), 0x9001);
+    CHECK_EQ(get(cpu, VM_REG_RAX), 1);                           /* not one instruction later */
+    OK(vm_vcpu_read(cpu, get(cpu, VM_REG_RSP), &return_rip, 8));
+    CHECK_EQ(return_rip, 4);
+    vm_destroy(m);
+}
+
+/* ---- virtual time ---- */
+
+/* rdtsc; mov esi, eax; nop; nop; rdtsc; sub eax, esi; hlt */
+static const char TSC[] = "\x0f\x31\x89\xc6\x90\x90\x0f\x31\x29\xf0\xf4";
+
+EACH_BACKEND(bare_time_is_retired_instructions)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("hardware counts its own time");
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    vm_vcpu *cpu = MACHINE(&ops, NULL, TSC);
+    for (unsigned round = 0; round < 3; round++) {
+        uint64_t zero = 0, before = vm_vcpu_retired(cpu);
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &zero, 8));
+        run_to_halt(cpu);
+        CHECK_EQ(get(cpu, VM_REG_RAX), 4);
+        CHECK_EQ(get(cpu, VM_REG_RSI), before & UINT32_MAX);
+        CHECK_EQ(vm_vcpu_retired(cpu), before + 7);
+        CHECK_EQ(vm_time(vm_vcpu_machine(cpu)), before + 7);
+    }
+    vm_destroy(vm_vcpu_machine(cpu));
+}
+
+static int note_time(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)offset, (void)width, (void)value;
+    uint64_t *times = user;
+    times[0] = vm_vcpu_retired(cpu);
+    times[1] = vm_time(vm_vcpu_machine(cpu));
+    return 0;
+}
+
+EACH_BACKEND(retired_is_exact_in_callbacks)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM counts no instructions");
+    uint64_t times[2] = { 77, 77 }, zero = 0;
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    ops.write = note_time;
+    vm_vcpu *cpu = MACHINE(&ops, times, JUMPY);
+    for (unsigned round = 0; round < 3; round++) {
+        uint64_t before = vm_vcpu_retired(cpu);
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &zero, 8));
+        run_to_halt(cpu);
+        CHECK_EQ(times[0], before + 1);
+        CHECK_EQ(times[1], before + 1);
+    }
+    vm_destroy(vm_vcpu_machine(cpu));
+}
