@@ -589,6 +589,25 @@ static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
     e_patch(miss, w->p);
 }
 
+/* After a slow access that is the whole instruction: does a callback want the run loop now? */
+static void emit_leave_check(emitter *e, const slow_stub *s) {
+    jit_writer *w = e->w;
+    unsigned i = s->check->insn;
+    bool in_host = s->restore || e->u->info[i].written || (e->u->insn[i].flags_maybe & X86_FL_ARITH);
+    if (in_host)
+        emit_save(w);
+    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE));                        /* cmp dword, 0 */
+    e8(w, 0);
+    uint8_t *stay = e_jcc(w, CC_E);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
+    e_gs_load(w, 8, T0, JIT_OFF(next_rip));
+    e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
+    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+    e_patch(stay, w->p);
+    if (in_host)
+        emit_restore(w);
+}
+
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
@@ -635,6 +654,8 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         if (s->restore)
             emit_restore(w);
     }
+    if (s->access->op == IR_ACCESS)
+        emit_leave_check(e, s);
     e_jmp_to(w, s->resume);
     if (handled) {
         e_patch(handled, w->p);
@@ -850,6 +871,12 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
     e_gs_store(e->w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
 }
 
+/* Members of a group have their address from its slot, or spell it in the access. */
+static bool needs_address(const jit_op *ea) {
+    const jit_op *check = ea + 1;
+    return check->role != JIT_CHECK_MEMBER || (check->window && !check->is_direct);
+}
+
 static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
@@ -865,15 +892,15 @@ static void emit_op(emitter *e, unsigned k) {
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
     case IR_EA:
-        if (!o->is_direct)
+        if (needs_address(o))
             emit_ea(e, o);
         break;
     case IR_EA_SP:
-        if (!o->is_direct)
+        if (needs_address(o))
             e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
         break;
     case IR_EA_BP:
-        if (!o->is_direct)
+        if (needs_address(o))
             e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
         break;
     case IR_CHECK:

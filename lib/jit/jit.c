@@ -397,9 +397,12 @@ static void hurry(jit *j, x86_cpu *cpu) {
 }
 
 static void end_helper(jit *j, x86_cpu *cpu) {
+    x86_io_retire(cpu);                   /* what was read has been handed over: no replay */
     store_flags(cpu);
-    if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush)
+    if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
+        cpu->jit_scratch[JIT_SLOT_LEAVE] = 1;          /* single accesses look here; others leave at the next edge */
         hurry(j, cpu);
+    }
 }
 
 /* The whole instruction by its semantic function. True: leave the block after it. */
@@ -513,6 +516,7 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     if (slice > SLICE)
         slice = SLICE;
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
+    cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
     store_flags(cpu);
     write_gs((uint64_t)(uintptr_t)cpu);
