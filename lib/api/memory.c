@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 
 #define PAGE 4096u
+#define HUGE_PAGE UINT64_C(0x200000)
+#define HUGE_RAM UINT64_C(0x2000000)   /* 32 MiB */
 typedef unsigned long long ull;        /* for %llx */
 
 static uint64_t phys_mask(const vm_machine *m)
@@ -62,12 +64,29 @@ static int add_mapping(vm_machine *m, const vm_region *proto, vm_region **out)
     return status;
 }
 
+/* Zero pages. Large RAM is asked for in huge pages, lying in the host as it does in the guest modulo their size, so that
+ * both kinds of page tables can use them; small machines stay small. */
+static void *map_zero(uint64_t gpa, uint64_t bytes)
+{
+    uint64_t slack = bytes >= HUGE_RAM ? HUGE_PAGE : 0;
+    uint8_t *host = mmap(NULL, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (host == MAP_FAILED || !slack)
+        return host;
+    uint64_t skip = (gpa - (uintptr_t)host) % HUGE_PAGE;
+    if (skip)
+        munmap(host, skip);
+    if (slack - skip)
+        munmap(host + skip + bytes, slack - skip);
+    (void)madvise(host + skip, bytes, MADV_HUGEPAGE);    /* a wish */
+    return host + skip;
+}
+
 VM_API int vm_map_ram(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot, vm_region **out)
 {
     if (out)
         *out = NULL;
     VM_CHECK(check_ram(m, "vm_map_ram", gpa, bytes, prot));
-    void *host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *host = map_zero(gpa, bytes);
     if (host == MAP_FAILED)
         return vm_fail_errno(VM_E_NOMEM, "vm_map_ram: mmap");
     vm_region proto = { .kind = VM_REGION_RAM, .gpa = gpa, .bytes = bytes, .host = host, .prot = prot };
