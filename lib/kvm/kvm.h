@@ -45,7 +45,7 @@ typedef struct kvm_machine {
     size_t xsave_bytes;
     unsigned max_slots;
     bool can_sync, can_read_only, can_debug, has_xcrs, has_shadow, has_user_msr, has_gigabyte_pages;
-    bool is_probed, lacks_legacy_paging, lacks_v86;   /* kvm_run.c: probe() */
+    _Atomic bool is_probed; bool lacks_legacy_paging, lacks_v86;   /* kvm_run.c: probe() */
     uint64_t tsc_khz;
     kvm_slot *slots;                   /* index = slot number */
     unsigned slot_count, slot_capacity;
@@ -53,8 +53,8 @@ typedef struct kvm_machine {
     struct kvm_cpuid2 *supported;      /* what this KVM can do */
     struct kvm_cpuid2 *cpuid;          /* what the guest sees */
     uint64_t cr4_mask, efer_mask;      /* bits that KVM takes from this guest */
-    uint32_t msrs[KVM_MAX_MSRS];       /* those of kvm_state.c's table that this KVM knows */
-    unsigned msr_count;
+    unsigned phys_bits;                /* of the host */
+    pthread_mutex_t lock;              /* what vCPUs find out together: cpuid and masks, flat tables, probe() */
     uint8_t *flat_host;                /* identity page tables for FLAT64, NULL until needed */
     uint64_t flat_gpa;
     size_t flat_bytes, flat_used;
@@ -119,6 +119,8 @@ typedef struct kvm_vcpu {
     int timer_tid;
     bool is_timer_armed, is_late;
     struct kvm_xsave *xsave;
+    uint32_t msrs[KVM_MAX_MSRS];       /* those of kvm_state.c's table that this KVM knows */
+    unsigned msr_count;
     uint64_t exits;
     char reason[160];                  /* of X86_STOP_HOST */
 } kvm_vcpu;
@@ -146,7 +148,7 @@ uint32_t kvm_cpuid_allowed(void *km, uint32_t leaf, uint32_t sub, unsigned reg);
 uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsigned reg);
 
 /* kvm_state.c */
-void kvm_msr_list(kvm_machine *km);
+void kvm_msr_list(kvm_vcpu *kv);
 void kvm_get_state(vm_vcpu *cpu, unsigned parts);
 void kvm_set_state(vm_vcpu *cpu, unsigned parts);
 int  kvm_load(kvm_vcpu *kv);                           /* give KVM what is dirty; VM_OK or a status */

@@ -168,11 +168,14 @@ int kvm_cpuid_set(kvm_vcpu *kv)
         free(table);
         return rc;
     }
-    if (!km->cpuid) {
+    pthread_mutex_lock(&km->lock);
+    bool is_first = !km->cpuid;
+    if (is_first) {
         km->cpuid = table;
         set_masks(km);
-    } else {
-        free(table);
     }
+    pthread_mutex_unlock(&km->lock);
+    if (!is_first)
+        free(table);
     return VM_OK;
 }

@@ -158,8 +158,6 @@ static int query_open(const char *capability, uint64_t *value)
         *value = (uint64_t)check(fd, KVM_CAP_NR_MEMSLOTS);
     else if (!strcmp(capability, "dirty-ring"))
         *value = (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING);
-    else if (!strcmp(capability, "phys-bits"))
-        *value = 48;
     if (!strcmp(capability, "max-vcpus") && *value > VM_MAX_VCPUS)
         *value = VM_MAX_VCPUS;
     if (!strcmp(capability, "auto")) {
@@ -173,7 +171,7 @@ static int query_open(const char *capability, uint64_t *value)
 
 int kvm_query(const char *capability, uint64_t *value)
 {
-    static const char *const open_names[] = { "available", "auto", "hardware-ring0", "max-vcpus", "max-slots", "phys-bits",
+    static const char *const open_names[] = { "available", "auto", "hardware-ring0", "max-vcpus", "max-slots",
                                               "dirty-ring" };
     for (unsigned i = 0; i < sizeof open_names / sizeof open_names[0]; i++)
         if (!strcmp(capability, open_names[i]))
@@ -479,11 +477,20 @@ static bool flat_reach(kvm_machine *km, uint64_t gpa)
     return pd != NULL;
 }
 
+static uint64_t flat_limit(const vm_machine *m)
+{
+    uint64_t guest = m->vcpus[0]->x86.phys_mask + 1, host = UINT64_C(1) << kvm_machine_of((vm_machine *)m)->phys_bits;
+    return guest < host ? guest : host;
+}
+
 bool kvm_flat_extend(vm_machine *m, uint64_t gpa)
 {
     kvm_machine *km = kvm_machine_of(m);
+    pthread_mutex_lock(&km->lock);
     size_t used = km->flat_used;
-    return km->flat_host && gpa <= m->vcpus[0]->x86.phys_mask && flat_reach(km, gpa) && km->flat_used != used;
+    bool is_new = km->flat_host && gpa <= m->vcpus[0]->x86.phys_mask && flat_reach(km, gpa) && km->flat_used != used;
+    pthread_mutex_unlock(&km->lock);
+    return is_new;
 }
 
 /* What the map uses, the first 4 GiB (devices, absolute addresses), and where the guest is. */
@@ -494,7 +501,7 @@ static void flat_fill(vm_machine *m, uint64_t gpa)
     flat_reach(km, gpa);
     for (uint64_t g = 0; g < 4; g++)
         flat_reach(km, g * gib);
-    for (uint64_t g = 0; km->has_gigabyte_pages && g <= m->vcpus[0]->x86.phys_mask >> 30; g++)
+    for (uint64_t g = 0; km->has_gigabyte_pages && g < flat_limit(m) >> 30; g++)
         if (!flat_reach(km, g * gib))
             return;
     for (size_t i = 0; i < m->view.count; i++) {
@@ -520,11 +527,11 @@ static int flat_slot_set(vm_machine *m)
     return VM_OK;
 }
 
-int kvm_flat_ready(vm_machine *m, uint64_t gpa)
+static int flat_ready(vm_machine *m, uint64_t gpa)
 {
     kvm_machine *km = kvm_machine_of(m);
     if (!km->flat_host) {
-        uint64_t at = flat_hole(m, m->vcpus[0]->x86.phys_mask + 1);
+        uint64_t at = flat_hole(m, flat_limit(m));
         if (!at)
             return vm_fail(VM_E_HOST, "no hole of %u bytes in the map for the identity page tables", FLAT_BYTES);
         uint8_t *host = mmap(NULL, FLAT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -543,6 +550,15 @@ int kvm_flat_ready(vm_machine *m, uint64_t gpa)
     }
     flat_fill(m, gpa);
     return VM_OK;
+}
+
+int kvm_flat_ready(vm_machine *m, uint64_t gpa)
+{
+    kvm_machine *km = kvm_machine_of(m);
+    pthread_mutex_lock(&km->lock);
+    int rc = flat_ready(m, gpa);
+    pthread_mutex_unlock(&km->lock);
+    return rc;
 }
 
 /* The map changed: if it now covers the tables, build them elsewhere; vCPUs in flat mode reload CR3. */
@@ -721,7 +737,9 @@ int kvm_machine_create(vm_machine *m)
     rc = take_model(m, km);
     if (rc)
         goto fail;
-    kvm_msr_list(km);
+    unsigned bits = kvm_supported(km, 0x80000008, 0, 0) & 0xff;
+    km->phys_bits = bits >= 32 && bits <= 52 ? bits : 36;
+    pthread_mutex_init(&km->lock, NULL);
     filter_msrs(km);
     ask_for_failures(km);
     m->backend_data = km;
@@ -748,6 +766,7 @@ void kvm_machine_destroy(vm_machine *m)
     free(km->slots);
     free(km->supported);
     free(km->cpuid);
+    pthread_mutex_destroy(&km->lock);
     free(km);
     m->backend_data = NULL;
 }
@@ -772,6 +791,7 @@ int kvm_vcpu_create(vm_vcpu *cpu)
     kv->km = km;
     kv->out_after = -1;
     kv->soft_batch = 1;
+    kvm_msr_list(kv);
     kv->valid = kv->dirty = VM_STATE_ALL;
     kv->is_tlb_stale = true;
     kv->xsave = aligned_alloc(64, (km->xsave_bytes + 63) & ~(size_t)63);

@@ -375,9 +375,11 @@ static void probe(kvm_vcpu *kv)
     struct kvm_regs r;
     if (km->is_probed || kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0 || kvm_ioctl(kv->fd, KVM_GET_REGS, &r) < 0)
         return;
+    pthread_mutex_lock(&km->lock);
     km->lacks_legacy_paging = !holds(kv, X86_CR0_PE | X86_CR0_ET | X86_CR0_PG, X86_FL_1);
     km->lacks_v86 = !holds(kv, X86_CR0_PE | X86_CR0_ET, X86_FL_1 | X86_FL_VM);
     km->is_probed = true;
+    pthread_mutex_unlock(&km->lock);
     kvm_ioctl(kv->fd, KVM_SET_SREGS, &s);
     kvm_ioctl(kv->fd, KVM_SET_REGS, &r);
 }
@@ -443,10 +445,10 @@ static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed)
 {
     struct kvm_run *run = kv->run;
     run->request_interrupt_window = 0;
+    run->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86);        /* KVM takes it from here at every entry */
+    kv->cr8 = (uint8_t)run->cr8;
     if (!kv->cpu->machine->is_pc)
         return X86_STOP_NONE;
-    run->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86);
-    kv->cr8 = (uint8_t)run->cr8;
     if (kv->cpu->x86.nmi_pending && !kv->is_nmi_given) {
         kv->is_nmi_given = true;
         kvm_ioctl(kv->fd, KVM_NMI, NULL);
@@ -472,7 +474,7 @@ static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed)
 
 static void sync_cr8(kvm_vcpu *kv)
 {
-    if (kv->cpu->machine->is_pc && kv->run->cr8 != kv->cr8) {
+    if (kv->run->cr8 != kv->cr8) {
         kv->cr8 = (uint8_t)kv->run->cr8;
         kv->cpu->x86.env->cr8_write(&kv->cpu->x86, kv->cr8);
     }

@@ -49,42 +49,42 @@ static uint64_t *msr_field(x86_cpu *x, uint32_t number)
     return NULL;
 }
 
-/* Every MSR of the table until this vCPU has shown which ones it knows (kvm_read_msrs drops the others). */
-void kvm_msr_list(kvm_machine *km)
+/* Every MSR of the table until this vCPU has shown which ones KVM knows (transfer_msrs drops the others). */
+void kvm_msr_list(kvm_vcpu *kv)
 {
-    km->msr_count = MSR_COUNT;
+    _Static_assert(MSR_COUNT <= KVM_MAX_MSRS, "the list holds the table");
+    kv->msr_count = MSR_COUNT;
     for (unsigned i = 0; i < MSR_COUNT; i++)
-        km->msrs[i] = msr_table[i].number;
+        kv->msrs[i] = msr_table[i].number;
 }
 
-static void drop_msr(kvm_machine *km, unsigned at)
+static void drop_msr(kvm_vcpu *kv, unsigned at)
 {
-    memmove(&km->msrs[at], &km->msrs[at + 1], (km->msr_count - at - 1) * sizeof km->msrs[0]);
-    km->msr_count--;
+    memmove(&kv->msrs[at], &kv->msrs[at + 1], (kv->msr_count - at - 1) * sizeof kv->msrs[0]);
+    kv->msr_count--;
 }
 
 /* KVM stops at the first MSR it refuses and says how many it did. One it does not know at all is forgotten. */
 static int transfer_msrs(kvm_vcpu *kv, bool is_read)
 {
-    kvm_machine *km = kv->km;
     x86_cpu *x = &kv->cpu->x86;
     unsigned done = 0;
-    while (done < km->msr_count) {
+    while (done < kv->msr_count) {
         struct msr_block block;
-        unsigned n = km->msr_count - done;
+        unsigned n = kv->msr_count - done;
         memset(&block.head, 0, sizeof block.head);
         block.head.nmsrs = n;
         for (unsigned i = 0; i < n; i++)
-            block.entry[i] = (struct kvm_msr_entry){ .index = km->msrs[done + i],
-                                                     .data = is_read ? 0 : *msr_field(x, km->msrs[done + i]) };
+            block.entry[i] = (struct kvm_msr_entry){ .index = kv->msrs[done + i],
+                                                     .data = is_read ? 0 : *msr_field(x, kv->msrs[done + i]) };
         int took = kvm_ioctl(kv->fd, is_read ? KVM_GET_MSRS : KVM_SET_MSRS, &block);
         if (took < 0)
             return vm_fail_errno(VM_E_HOST, is_read ? "KVM_GET_MSRS" : "KVM_SET_MSRS");
         for (unsigned i = 0; is_read && i < (unsigned)took; i++)
-            *msr_field(x, km->msrs[done + i]) = block.entry[i].data;
+            *msr_field(x, kv->msrs[done + i]) = block.entry[i].data;
         done += (unsigned)took;
         if ((unsigned)took < n)
-            drop_msr(km, done);
+            drop_msr(kv, done);
     }
     return VM_OK;
 }

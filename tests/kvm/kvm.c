@@ -530,6 +530,23 @@ TEST(flat64_reaches_far)
     vm_destroy(g.m);
 }
 
+TEST(task_priority)
+{
+    need_kvm();
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x44, 0x0f, 0x22, 0xc0, 0xf4, 0x44, 0x0f, 0x20, 0xc3, 0xf4);   /* cr8 = rax; rbx = cr8 */
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t cr8 = 0;
+    set_reg(&g, VM_REG_RAX, 5);
+    OK(vm_vcpu_run(g.cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    OK(vm_vcpu_read_reg(g.cpu, VM_REG_CR8, &cr8, 8));
+    CHECK_EQ(cr8, 5);
+    set_reg(&g, VM_REG_CR8, 9);
+    OK(vm_vcpu_run(g.cpu, NULL, &e));
+    CHECK_EQ(regs_of(&g).rbx, 9);
+    vm_destroy(g.m);
+}
+
 TEST(unmapped_is_tried_again)
 {
     need_kvm();
