@@ -1,15 +1,15 @@
 /* clock.c - guest time and timers.
  *
- * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine, started with the first timer that
- * is armed, fires timers under the device lock. BARE machines: time is vCPU 0's retired instructions, one nanosecond
- * each, plus what vm_clock_advance() added; timers fire from vCPU 0's run loop, which cuts its slices at the next
- * deadline.
+ * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine fires timers under the device lock.
+ * BARE machines: time is vCPU 0's retired instructions, one nanosecond each, plus what vm_clock_advance() added; timers
+ * fire from vCPU 0's run loop, which cuts its slices at the next deadline.
  *
  * Lock order: device_lock, then clock->lock. A timer is freed with the device lock held (or with the machine at its
  * end), and fires with it held: so it cannot go away while its function runs, except by its own doing.
  */
 #include "core/core.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <time.h>
@@ -114,14 +114,17 @@ static void *clock_thread(void *arg)
 }
 
 /* The thread takes no signals: those are for the host's own threads. */
-static void start_thread(vm_machine *m)
+int vm_clock_start(vm_machine *m)
 {
     struct vm_clock *c = m->clock;
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    c->has_thread = pthread_create(&c->thread, NULL, clock_thread, m) == 0;
+    int error = pthread_create(&c->thread, NULL, clock_thread, m);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    c->has_thread = error == 0;
+    errno = error;
+    return error ? vm_fail_errno(VM_E_HOST, "no thread for the timers") : VM_OK;
 }
 
 uint64_t vm_clock_poll(vm_machine *m)
@@ -180,9 +183,7 @@ void vm_timer_set(vm_timer *t, uint64_t deadline_ns)
     pthread_mutex_lock(&c->lock);
     bool is_sooner = deadline_ns < next_deadline(c);
     t->deadline = deadline_ns;
-    if (m->is_pc && deadline_ns != UINT64_MAX && !c->has_thread)
-        start_thread(m);
-    else if (is_sooner && m->is_pc)
+    if (is_sooner && m->is_pc)
         pthread_cond_signal(&c->changed);
     pthread_mutex_unlock(&c->lock);
     if (!m->is_pc && is_sooner)

@@ -249,6 +249,7 @@ uint64_t vm_clock_now(vm_machine *m);
 uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC at VM_TSC_HZ */
 #define VM_TSC_HZ UINT64_C(1000000000)
 int  vm_clock_create(vm_machine *m);
+int  vm_clock_start(vm_machine *m);                                /* PC: the timer thread */
 void vm_clock_stop(vm_machine *m);                                 /* end the timer thread; timers stay */
 void vm_clock_destroy(vm_machine *m);
 /* BARE: move virtual time forward beside the instructions retired, firing what falls due (tests of devices). */

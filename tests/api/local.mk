@@ -14,3 +14,6 @@ tests_api_api_smp_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_callbacks
 tests_api_api_callbacks_SOURCES = tests/api/callbacks.c
 tests_api_api_callbacks_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_nomem
+tests_api_api_nomem_SOURCES = tests/api/nomem.c
+tests_api_api_nomem_LDADD = $(TEST_LIBS)

@@ -1,0 +1,198 @@
+/* nomem.c - every allocation fails once: the N-th malloc, calloc, realloc, strdup, mmap or pthread_create of a scenario is
+ * refused, for each N until one run needs no more than N. Each run must end with a status and nothing lost: what was made can
+ * be destroyed, and what failed left the machine as it was. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#include "../backends.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+TEST(every_allocation_fails_once) { test_skip("the sanitizer has its own allocator"); }
+#else
+
+static _Atomic long countdown = -1;    /* allocations until one fails; negative: none does */
+static _Atomic bool has_failed;
+static _Atomic long live;              /* blocks and mappings */
+
+static bool fails(void)
+{
+    if (countdown < 0 || countdown-- != 0)
+        return false;
+    has_failed = true;
+    errno = ENOMEM;
+    return true;
+}
+
+#pragma GCC visibility push(default)   /* the library shall use these */
+void *__libc_malloc(size_t);
+void *__libc_calloc(size_t, size_t);
+void *__libc_realloc(void *, size_t);
+void __libc_free(void *);
+
+void *malloc(size_t bytes)
+{
+    void *p = fails() ? NULL : __libc_malloc(bytes);
+    live += p != NULL;
+    return p;
+}
+
+void *calloc(size_t n, size_t bytes)
+{
+    void *p = fails() ? NULL : __libc_calloc(n, bytes);
+    live += p != NULL;
+    return p;
+}
+
+void *realloc(void *old, size_t bytes)
+{
+    void *p = fails() ? NULL : __libc_realloc(old, bytes);
+    live += p != NULL && !old;
+    return p;
+}
+
+void free(void *p)
+{
+    live -= p != NULL;
+    __libc_free(p);
+}
+
+void *mmap(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+    if (fails())
+        return MAP_FAILED;
+    return (void *)syscall(SYS_mmap, addr, bytes, prot, flags, fd, offset);
+}
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *), void *arg)
+{
+    int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+    if (fails())
+        return EAGAIN;
+    *(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
+    return real(thread, attr, fn, arg);
+}
+#pragma GCC visibility pop
+
+/* How many mappings the process has. */
+static unsigned mappings(void)
+{
+    char line[512];
+    unsigned n = 0;
+    FILE *f = fopen("/proc/self/maps", "r");
+    while (f && fgets(line, sizeof line, f))
+        n++;
+    if (f)
+        fclose(f);
+    return n;
+}
+
+/* ---- scenarios: 0 when all went well; anything else must be a status with a message ---- */
+
+static int bare(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    vm_machine *m = NULL;
+    uint64_t regions = 0;
+    o.backend = backend;
+    o.vcpus = 2;
+    o.cpu_model = "max";
+    int status = vm_create(&o, &m);
+    if (status)
+        return status;
+    int made = 0;
+    status = vm_map_ram(m, 0, 0x100000, VM_PROT_RWX, NULL);
+    made += !status;
+    for (unsigned i = 0; !status && i < 20; i++) {
+        status = vm_map_mmio(m, 0x200000 + 0x2000 * i, 0x1000, &ops, NULL, NULL);
+        made += !status;
+    }
+    OK(vm_stats(m, "regions", &regions));
+    CHECK_EQ(regions, made);
+    if (!status)
+        status = vm_protect(m, 0x1000, 0x1000, VM_PROT_RX);
+    if (!status)
+        status = vm_write(m, 0x1000, "\xff\xc0\x0f\x58\xc1\xd9\xe8\xf4", 8);   /* inc, addps, fld1, hlt */
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
+    uint64_t rip = 0x1000;
+    if (!status)
+        status = vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8);
+    if (!status)
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    if (!status && e.reason != VM_EXIT_HALT)
+        status = e.reason == VM_EXIT_INTERNAL ? VM_E_INTERNAL : 1;
+    vm_destroy(m);
+    return status;
+}
+
+static int pc(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_run_options r = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    vm_machine *m = NULL;
+    o.backend = backend;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 16 << 20;
+    int status = vm_create(&o, &m);
+    if (status)
+        return status;
+    r.max_instructions = 2000;
+    status = vm_write(m, 0xf0000, "\xeb\xfe", 2);
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL);
+    if (!status)
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), &r, &e);
+    vm_destroy(m);
+    return status;
+}
+
+static void for_every_allocation(vm_backend backend, int (*scenario)(vm_backend))
+{
+    CHECK_EQ(scenario(backend), 0);    /* warm: what the process keeps is kept now */
+    CHECK_EQ(scenario(backend), 0);
+    long blocks = live;
+    unsigned maps = mappings();
+    for (long n = 0;; n++) {
+        has_failed = false;
+        countdown = n;
+        int status = scenario(backend);
+        countdown = -1;
+        if (!has_failed) {
+            CHECK_EQ(status, 0);
+            CHECK(n > 5);              /* it did allocate something */
+            break;
+        }
+        if (status > 0)
+            FAIL("allocation %ld: the guest went astray", n);
+        if (live > blocks + 2)
+            FAIL("allocation %ld: status %d, %ld blocks are lost", n, status, live - blocks);
+        if (mappings() > maps + 2)
+            FAIL("allocation %ld: status %d, %u mappings are lost", n, status, mappings() - maps);
+        blocks = live;
+    }
+}
+
+EACH_BACKEND(bare_machine)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM's own allocations are not under this test's control");
+    for_every_allocation(backend, bare);
+}
+
+EACH_BACKEND(pc_machine)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM's own allocations are not under this test's control");
+    for_every_allocation(backend, pc);
+}
+#endif
