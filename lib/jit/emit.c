@@ -552,7 +552,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
 /* A group's span was not in the TLB: C finds it whole, or the rest of the block is interpreted. */
 static void emit_leader_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
-    bool vec = e->u->key & JIT_KEY_VEC;
+    unsigned vec = jit_level(e->u->key);
     e_mov_imm(w, T1, s->site);
     e_call_to(w, e->j->begin[vec]);
     e_rr(w, 8, 0x85, T0, T0);
@@ -602,7 +602,7 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
     e_gs_load(w, 8, T0, JIT_OFF(next_rip));
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
-    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
     e_patch(stay, w->p);
     if (in_host)
         emit_restore(w);
@@ -611,7 +611,8 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
-    bool vec = e->u->key & JIT_KEY_VEC, is_leader = s->check->role == JIT_CHECK_LEADER;
+    unsigned vec = jit_level(e->u->key);
+    bool is_leader = s->check->role == JIT_CHECK_LEADER;
     unsigned access = is_leader ? s->check->span_access : s->check->access;
     bool is_write = access & X86_WRITE, is_read = access & X86_READ;
     e_patch(s->jump[0], w->p);
@@ -682,7 +683,7 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
     e_lea(w, 8, CNT, CNT, 0xff, 1, 1);
     e_mov_imm(w, T0, s->branch_rip);
     e_mov_imm(w, T1, JIT_LEAVE_STEP);
-    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
     e_patch(fine, w->p);
 }
 
@@ -713,7 +714,7 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
         e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
     }
     e_mov_imm(w, T1, s->reason);
-    e_jmp_to(w, e->j->leave[!!(e->u->key & JIT_KEY_VEC)]);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
 }
 
 /* ---- control flow ---- */
@@ -845,7 +846,7 @@ static void emit_side_stub(emitter *e, const side_stub *s) {
 
 static void emit_fallback(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
-    bool vec = e->u->key & JIT_KEY_VEC;
+    unsigned vec = jit_level(e->u->key);
     need_mem(e);
     e_mov_imm(w, T1, new_site(e, o->insn, NULL, true));
     e_call_to(w, e->j->fallback[vec]);
@@ -871,6 +872,20 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
     e_gs_store(e->w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
 }
 
+/* x87 keeps pointers to its last instruction and operand. Which it was is noted; C tells the image when it looks. */
+static void note_x87(emitter *e, unsigned i) {
+    const x86_insn *in = &e->u->insn[i];
+    jit_writer *w = e->w;
+    if (!jit_insn_is_x87(in))
+        return;
+    if (in->flags & X86_IF_MEM) {
+        e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_LA));
+    }
+    e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_X87_LAST));
+    e32(w, new_site(e, i, NULL, true));
+}
+
 /* Members of a group have their address from its slot, or spell it in the access. */
 static bool needs_address(const jit_op *ea) {
     const jit_op *check = ea + 1;
@@ -888,12 +903,15 @@ static void emit_op(emitter *e, unsigned k) {
         if (u->info[o->insn].host_at)
             need_host(e);
         emit_renamed(e, o->insn, NULL);
+        note_x87(e, o->insn);
         after_insn(e, o->insn);
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
     case IR_EA:
         if (needs_address(o))
             emit_ea(e, o);
+        if (jit_insn_is_x87(&u->insn[o->insn]))
+            e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
         break;
     case IR_EA_SP:
         if (needs_address(o))
@@ -905,6 +923,7 @@ static void emit_op(emitter *e, unsigned k) {
         break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
+        note_x87(e, o->insn);
         if (o[1].op == IR_ACCESS)
             after_insn(e, o->insn);
         break;
@@ -918,8 +937,8 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_JCC: emit_jcc(e, o); break;
     case IR_SIDE: emit_side(e, o); break;
     case IR_JUMP_TMP: emit_indirect(e); break;
-    case IR_NEED_VEC: {
-        leave_stub *s = new_leave(e, JIT_LEAVE_VEC, NULL);
+    case IR_NEED_VEC: case IR_NEED_X87: {
+        leave_stub *s = new_leave(e, o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC, NULL);
         s->rip = u->rip;
         emit_leave_stub(e, s);
         e->nleave--;
@@ -1027,7 +1046,14 @@ static void emit_vec(jit *j, unsigned n, unsigned how) {
         e8(w, ((~n & 15) << 3) | 5), e8(w, 0x18);
     e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(576 + 16 * n)), e8(w, 1);
 }
-static void emit_vec_spill(jit *j) {
+static void emit_fx(jit_writer *w, unsigned n) {                            /* /0 fxsave64, /1 fxrstor64 */
+    e8(w, 0x65), e8(w, 0x48), e8(w, 0x0f), e8(w, 0xae), e8(w, n << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(0));
+}
+static void emit_vec_spill(jit *j, unsigned level) {
+    if (level == 2) {
+        emit_fx(&j->w, 0);
+        e8(&j->w, 0xdb), e8(&j->w, 0xe3);                                   /* fninit: C expects an empty stack */
+    }
     emit_mxcsr(&j->w, 3, FPU(24));
     emit_mxcsr(&j->w, 2, JIT_SLOT(JIT_SLOT_MXCSR));
     for (unsigned n = 0; n < 16; n++)
@@ -1035,8 +1061,10 @@ static void emit_vec_spill(jit *j) {
 }
 /* Upper halves that are zero are made so with VZEROUPPER: loaded as zeros they would count as in use, and each legacy SSE
  * instruction would have to merge with (and wait for) the register's old value. */
-static void emit_vec_reload(jit *j) {
+static void emit_vec_reload(jit *j, unsigned level) {
     jit_writer *w = &j->w;
+    if (level == 2)
+        emit_fx(w, 1);
     uint8_t *clean = NULL, *done = NULL;
     if (j->has_avx) {
         e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
@@ -1065,7 +1093,7 @@ static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
 }
 
 /* void enter(const void *code): GS base is set. */
-static uint8_t *emit_enter(jit *j, bool vec) {
+static uint8_t *emit_enter(jit *j, unsigned vec) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     for (unsigned i = 0; i < sizeof saved; i++)
@@ -1074,7 +1102,7 @@ static uint8_t *emit_enter(jit *j, bool vec) {
     e_mov(w, 8, T0, RDI);
     if (vec) {
         emit_mxcsr(w, 3, JIT_SLOT(JIT_SLOT_MXCSR));
-        emit_vec_reload(j);
+        emit_vec_reload(j, vec);
     }
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_reload(w);
@@ -1084,7 +1112,7 @@ static uint8_t *emit_enter(jit *j, bool vec) {
 }
 
 /* T0 = rip, T1 = reason: back to C. */
-static uint8_t *emit_leave(jit *j, bool vec) {
+static uint8_t *emit_leave(jit *j, unsigned vec) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_gs_store(w, 8, T0, JIT_OFF(rip));
@@ -1092,7 +1120,7 @@ static uint8_t *emit_leave(jit *j, bool vec) {
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_spill(w);
     if (vec)
-        emit_vec_spill(j);
+        emit_vec_spill(j, vec);
     e_alu_imm(w, 8, 0, RSP, 8);
     for (unsigned i = sizeof saved; i-- > 0;)
         emit_push_pop(w, saved[i], false);
@@ -1103,12 +1131,12 @@ static uint8_t *emit_leave(jit *j, bool vec) {
 }
 
 /* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. */
-static uint8_t *emit_helper(jit *j, bool vec, const void *function, bool has_address) {
+static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     emit_spill(w);
     if (vec)
-        emit_vec_spill(j);
+        emit_vec_spill(j, vec);
     if (vec && j->has_avx)
         e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
@@ -1122,7 +1150,7 @@ static uint8_t *emit_helper(jit *j, bool vec, const void *function, bool has_add
     e_alu_imm(w, 8, 0, RSP, 8);
     e_mov(w, 8, T0, RAX);
     if (vec)
-        emit_vec_reload(j);
+        emit_vec_reload(j, vec);
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_reload(w);
     e8(w, 0xc3);
@@ -1169,7 +1197,7 @@ static uint8_t *emit_flags_thunk(jit *j) {
 }
 
 void jit_emit_thunks(jit *j) {
-    for (unsigned vec = 0; vec < 2; vec++) {
+    for (unsigned vec = 0; vec < 3; vec++) {
         j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
         j->leave[vec] = emit_leave(j, vec);
         j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);

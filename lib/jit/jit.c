@@ -33,6 +33,7 @@
 #include "interp/interp.h"
 #include "jit/jit.h"
 #include "mmu/mmu.h"
+#include "x86/simd.h"
 
 #define SLICE 16384
 #define EXACT_TAIL 2400                   /* more than a page of one-byte blocks with live flags can overshoot */
@@ -63,6 +64,10 @@ static bool vec_allowed(const x86_cpu *cpu) {
 /* Strategies under which an address without paging is physical. */
 static bool is_plain_mmu(const vm_machine *m) { return m->mmu == &vm_mmu_tlb || m->mmu == &vm_mmu_flat; }
 
+static bool x87_allowed(const x86_cpu *cpu) {
+    return vec_allowed(cpu) && (X86_FPU_FCW(cpu) & 0x3f) == 0x3f && !(X86_FPU_FSW(cpu) & 0x80);
+}
+
 static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
     uint32_t key = cpu->ctx;
     if (cpu->code_size == 8)
@@ -83,9 +88,11 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
     if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC))
         key |= JIT_KEY_AC;
     if (j->has_vec && j->vec_ctx != cpu->ctx)
-        j->has_vec = false;
+        j->has_vec = j->has_x87 = false;
     if (j->has_vec && vec_allowed(cpu)) {
         key |= JIT_KEY_VEC;
+        if (j->has_x87 && x87_allowed(cpu))
+            key |= JIT_KEY_X87;
         if ((cpu->cr4 & X86_CR4_OSXSAVE) && (cpu->xcr0 & 6) == 6 && j->has_avx)
             key |= JIT_KEY_AVX;
     }
@@ -377,9 +384,33 @@ static void count_retired(jit *j, x86_cpu *cpu, unsigned index) {
     j->r15_start = r15;
 }
 
+/* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
+static void load_x87_pointers(jit *j, x86_cpu *cpu) {
+    memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
+    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST];
+    if (!last)
+        return;
+    const jit_site *s = (const jit_site *)(j->arena + last);
+    bool is_64 = s->in.mode == 8;
+    cpu->jit_scratch[JIT_SLOT_X87_LAST] = 0;
+    X86_FPU_FOP(cpu) = (uint16_t)((s->in.opcode & 7) << 8 | s->in.modrm);
+    X86_FPU_FIP(cpu) = is_64 ? s->rip : (uint32_t)s->rip;
+    X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
+    if (!(s->in.flags & X86_IF_MEM))
+        return;
+    uint64_t la = cpu->jit_scratch[JIT_SLOT_X87_LA];
+    bool has_base = !is_64 || s->in.seg == X86_FS || s->in.seg == X86_GS;
+    uint64_t offset = la - (has_base ? cpu->seg[s->in.seg].base : 0);
+    X86_FPU_FDP(cpu) = is_64 ? offset : (uint32_t)offset;
+    X86_FPU_FDS(cpu) = cpu->seg[s->in.seg].sel;
+}
+static void keep_x87_pointers(jit *j, const x86_cpu *cpu) { memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers); }
+
 static jit_site *begin_helper(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
+    if (s->block->key & JIT_KEY_X87)
+        load_x87_pointers(j, cpu);
     count_retired(j, cpu, s->index);
     load_flags(cpu);
     cpu->rip = s->rip;
@@ -396,7 +427,9 @@ static void hurry(jit *j, x86_cpu *cpu) {
     }
 }
 
-static void end_helper(jit *j, x86_cpu *cpu) {
+static void end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
+    if (s->block->key & JIT_KEY_X87)
+        keep_x87_pointers(j, cpu);
     x86_io_retire(cpu);                   /* what was read has been handed over: no replay */
     store_flags(cpu);
     if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
@@ -423,7 +456,7 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
     }
     cpu->rip = cpu->next_rip;
     return s->block->is_dead || j->must_flush || cpu->rip != next || cpu->careful || cpu->inhibit ||
-           ((s->block->key & JIT_KEY_VEC) && !vec_allowed(cpu)) || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
 /* The span of a group at la, or NULL to give the rest of the block up. Faults are the first access's own. */
@@ -448,7 +481,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit_site *s = begin_helper(cpu, at);
     if (s->leader_size) {
         uint8_t *span = find_span(j, cpu, s, la);
-        end_helper(j, cpu);
+        end_helper(j, cpu, s);
         return span;
     }
     if (s->align > 1 && (la & (s->align - 1u)))
@@ -471,7 +504,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
         j->bounce_active = true;
         p = j->bounce;
     }
-    end_helper(j, cpu);
+    end_helper(j, cpu, s);
     return p;
 }
 
@@ -481,7 +514,7 @@ uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
         return 0;
     jit_site *s = begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
-    end_helper(j, cpu);
+    end_helper(j, cpu, s);
     return s->block->is_dead;
 }
 
@@ -489,7 +522,7 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = begin_helper(cpu, at);
     bool leave = execute(j, cpu, s);
-    end_helper(j, cpu);
+    end_helper(j, cpu, s);
     return leave;
 }
 
@@ -519,9 +552,13 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
     store_flags(cpu);
+    if (key & JIT_KEY_X87)
+        keep_x87_pointers(j, cpu);
     write_gs((uint64_t)(uintptr_t)cpu);
-    ((void (*)(const void *))(uintptr_t)j->enter[!!(key & JIT_KEY_VEC)])(code);
+    ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
     write_gs(j->host_gs);
+    if (key & JIT_KEY_X87)
+        load_x87_pointers(j, cpu);
     count_retired(j, cpu, 0);
     load_flags(cpu);
     return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
@@ -662,6 +699,10 @@ static x86_stop run_loop(jit *j) {
                 j->has_vec = vec_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
                 j->step_one = !j->has_vec;
+            } else if (reason == JIT_LEAVE_X87) {
+                j->has_vec = j->has_x87 = x87_allowed(cpu);
+                j->vec_ctx = cpu->ctx;
+                j->step_one = !j->has_x87;
             }
         }
         if (at_until(cpu) && !j->step_one)

@@ -30,6 +30,7 @@
 #define JIT_KEY_CHAIN 0x0100u             /* no paging: direct jumps may be linked across pages */
 #define JIT_KEY_AC    0x0200u             /* alignment checks may fault: memory operands go to the semantic functions */
 #define JIT_KEY_WINDOW 0x0400u            /* linear is physical: reads of the largest RAM region need only a bounds check */
+#define JIT_KEY_X87   0x0800u             /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
 #define JIT_TABLES 16                     /* jump caches: by CTX | 64 | VEC */
 
 typedef struct jit_block jit_block;
@@ -152,6 +153,8 @@ typedef struct jit {
     bool bounce_active;
     bool step_one;                        /* next instruction by the interpreter */
     bool has_vec;                         /* guest code that runs now uses vector registers */
+    bool has_x87;                         /* and x87 registers */
+    uint8_t x87_pointers[18];             /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
     uint8_t vec_ctx;                      /* ...in this context */
     bool must_flush;                      /* at the next block boundary */
     unsigned rest;                        /* instructions left of a block that was given up: for the interpreter */
@@ -164,25 +167,29 @@ typedef struct jit {
     uint64_t flushes;
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
-    uint8_t *enter[2];                    /* by vector state loaded */
-    uint8_t *leave[2], *begin[2], *commit[2], *fallback[2], *flags;      /* writable view, for e_call_to */
+    uint8_t *enter[3];                    /* by jit_level() */
+    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags;      /* writable view, for e_call_to */
 } jit;
 
-#define JIT_GROUPS 17                     /* slots JIT_SLOT_GROUP.. */
+#define JIT_GROUPS 14                     /* slots JIT_SLOT_GROUP.. */
 /* Slots of x86_cpu.jit_scratch that emitted code uses. */
 enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
        JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */, JIT_SLOT_WRITE_LIMIT, JIT_SLOT_FLAG_A, JIT_SLOT_FLAG_B,
-       JIT_SLOT_LEAVE /* a callback asked for the run loop */, JIT_SLOT_GROUP };
+       JIT_SLOT_LEAVE /* a callback asked for the run loop */,
+       JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */, JIT_SLOT_X87_LA, JIT_SLOT_X87_NEXT_LA,
+       JIT_SLOT_GROUP };
 /* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result), FLAG_B its second. */
 #define JIT_LAZY_FLAGS(kind, size) ((kind) + 1u + ((size) << 8))
 #define JIT_LAZY_IMM 0x80u                /* the second operand is the upper half of the word itself */
 /* jit_scratch[JIT_SLOT_REASON]: how emitted code left. */
-enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_STEP,
+enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_X87, JIT_LEAVE_STEP,
        JIT_LEAVE_REST };
 
 #define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
 #define JIT_SLOT(n) ((int32_t)(offsetof(x86_cpu, jit_scratch) + 8 * (n)))
 
+/* How much of the guest's floating-point state is in the host's registers: 0 none, 1 vectors, 2 x87 too. */
+static inline unsigned jit_level(uint32_t key) { return key & JIT_KEY_X87 ? 2 : key & JIT_KEY_VEC ? 1 : 0; }
 static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
 
 /* lift.c */
@@ -190,6 +197,7 @@ bool jit_lift(jit_unit *u, unsigned max_insns);                  /* false: the f
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent);   /* JIT_NEED_* of code at rip on this page */
 void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
+bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */
 enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };

@@ -7,6 +7,7 @@
  */
 #include <Zydis/Zydis.h>
 #include "jit/jit.h"
+#include "x86/ops.h"
 #include "x86/native.h"
 
 enum insn_class { C_FALLBACK, C_MOVE /* memory destination is only written */, C_ALU /* read-modify-write */, C_TEST /* reads only */,
@@ -62,10 +63,14 @@ static unsigned memory_size(const x86_insn *in) {
     return 0;
 }
 
+static bool is_x87_store(const x86_insn *in);
+
 unsigned jit_insn_access(const x86_insn *in) {
     if (!(in->flags & X86_IF_MEM))
         return 0;
     bool first = in->op[0].kind == X86_OP_MEM || in->op[0].kind == X86_OP_MOFFS;
+    if (jit_insn_is_x87(in))
+        return is_x87_store(in) ? X86_WRITE : X86_READ;
     if (in->flags & X86_IF_VEC)
         return first ? X86_WRITE : X86_READ;
     switch (classes[in->mnemonic]) {
@@ -138,6 +143,23 @@ static bool is_bit_string(const x86_insn *in) {
             in->mnemonic == ZYDIS_MNEMONIC_BTC);
 }
 
+/* x87 instructions that may run natively: all that only compute. Control instructions and MMX go to the semantic functions. */
+bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
+
+static bool is_x87_store(const x86_insn *in) {
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_FST: case ZYDIS_MNEMONIC_FSTP: case ZYDIS_MNEMONIC_FIST: case ZYDIS_MNEMONIC_FISTP:
+    case ZYDIS_MNEMONIC_FISTTP: case ZYDIS_MNEMONIC_FBSTP:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static bool x87_form(const jit_unit *u, const x86_insn *in) {
+    return !(in->flags & X86_IF_MEM) || (memory_size(in) && address_form(u, in));
+}
+
 /* The stack is as wide as this code pushes. */
 static bool stack_form(const jit_unit *u, const x86_insn *in) {
     if (u->key & JIT_KEY_AC)
@@ -153,6 +175,8 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
             return C_FALLBACK;
         return C_MOVE;
     }
+    if (jit_insn_is_x87(in) && (u->key & JIT_KEY_X87) && x87_form(u, in))
+        return C_MOVE;
     if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_PRIV))
         return C_FALLBACK;
     switch (c) {
@@ -501,6 +525,13 @@ static bool lift_next(jit_unit *u, trace *t) {
     if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {       /* starts a block of its own, entered with the vector registers loaded */
         if (!i) {
             add_op(u, IR_NEED_VEC, 0);
+            t->is_open = false;
+        }
+        return false;
+    }
+    if (jit_insn_is_x87(in) && !(u->key & JIT_KEY_X87)) {
+        if (!i) {
+            add_op(u, IR_NEED_X87, 0);
             t->is_open = false;
         }
         return false;

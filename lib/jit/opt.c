@@ -142,7 +142,7 @@ static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
 static void place_check(group_pass *g, unsigned k) {
     const jit_op *c = &g->u->ops[k];
     pointer p;
-    if (!check_pointer(g, k, &p))
+    if (!check_pointer(g, k, &p) || jit_insn_is_x87(&g->u->insn[c->insn]))     /* x87 keeps each operand's address */
         return;
     g->offset_of[k] = p.offset;
     for (unsigned i = 0; i < g->count; i++) {
@@ -239,7 +239,7 @@ static unsigned window_of(const jit_unit *u, unsigned k) {
     const x86_insn *in = &u->insn[c->insn];
     bool is_leader = c->role == JIT_CHECK_LEADER;
     unsigned access = is_leader ? c->span_access : c->access, w = access & X86_WRITE ? 1 : 0;
-    if (c->align > 1 || (is_leader ? c->span : c->size) > 256 || (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
+    if (jit_insn_is_x87(in) || c->align > 1 || (is_leader ? c->span : c->size) > 256 || (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
         return 0;
     int64_t disp = in->disp + ea->adjust - (int64_t)u->j->window_gpa[w];
     if (ea->op == IR_EA && disp != (int32_t)disp && (in->base < 16 || in->index < 16))
