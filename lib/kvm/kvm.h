@@ -48,7 +48,8 @@ typedef struct kvm_machine {
     _Atomic bool is_probed; bool lacks_legacy_paging, lacks_v86;   /* kvm_run.c: probe() */
     uint64_t tsc_khz;
     kvm_slot *slots;                   /* index = slot number */
-    unsigned slot_count, slot_capacity;
+    unsigned slot_count, slot_capacity, free_hint;     /* no free number below free_hint */
+    unsigned *order, order_count;      /* numbers of the slots made from the map, by gpa */
     unsigned unslotted;                /* ranges that found no slot: served access by access */
     struct kvm_cpuid2 *supported;      /* what this KVM can do */
     struct kvm_cpuid2 *cpuid;          /* what the guest sees */

@@ -200,9 +200,9 @@ static int set_slot(kvm_machine *km, unsigned number, const kvm_slot *s)
 
 static int free_slot(kvm_machine *km)
 {
-    for (unsigned i = 0; i < km->slot_count; i++)
-        if (!km->slots[i].bytes)
-            return (int)i;
+    for (; km->free_hint < km->slot_count; km->free_hint++)
+        if (!km->slots[km->free_hint].bytes)
+            return (int)km->free_hint;
     if (km->slot_count == km->max_slots)
         return -1;
     if (km->slot_count == km->slot_capacity) {
@@ -211,22 +211,14 @@ static int free_slot(kvm_machine *km)
         if (!grown)
             return -1;
         km->slots = grown;
+        unsigned *order = realloc(km->order, capacity * sizeof *order);
+        if (!order)
+            return -1;
+        km->order = order;
         km->slot_capacity = capacity;
     }
     km->slots[km->slot_count] = (kvm_slot){ 0 };
     return (int)km->slot_count++;
-}
-
-/* Put a run into a slot; one that finds none is served without. */
-static void add_slot(kvm_machine *km, const kvm_slot *wanted)
-{
-    int number = free_slot(km);
-    if (number >= 0 && set_slot(km, (unsigned)number, wanted) == 0) {
-        km->slots[number] = *wanted;
-        km->slots[number].is_kept = true;
-        return;
-    }
-    km->unslotted++;
 }
 
 static void remove_slot(kvm_machine *km, unsigned number)
@@ -235,6 +227,8 @@ static void remove_slot(kvm_machine *km, unsigned number)
     empty.bytes = 0;
     set_slot(km, number, &empty);
     km->slots[number] = (kvm_slot){ 0 };
+    if (number < km->free_hint)
+        km->free_hint = number;
 }
 
 /* The runs a view asks for, one after the other. */
@@ -300,12 +294,6 @@ static bool next_run(run_iter *it, kvm_slot *out)
     }
 }
 
-static int compare_slot(const void *a, const void *b)
-{
-    const kvm_slot *x = a, *y = b;
-    return x->gpa < y->gpa ? -1 : x->gpa > y->gpa;
-}
-
 static bool same_slot(const kvm_slot *a, const kvm_slot *b)
 {
     return a->gpa == b->gpa && a->bytes == b->bytes && a->host == b->host && a->flags == b->flags;
@@ -315,27 +303,65 @@ static bool same_slot(const kvm_slot *a, const kvm_slot *b)
 static size_t match_slots(kvm_machine *km, kvm_slot *runs, size_t count)
 {
     size_t left = 0;
-    kvm_slot *index = calloc(km->slot_count + 1, sizeof *index);
-    unsigned n = 0;
-    for (unsigned i = 0; index && i < km->slot_count; i++)
-        if (km->slots[i].bytes) {
-            index[n] = km->slots[i];
-            index[n].host = (uint8_t *)&km->slots[i];
-            n++;
-        }
-    if (index)
-        qsort(index, n, sizeof *index, compare_slot);
+    for (unsigned i = 0; i < km->order_count; i++)
+        km->slots[km->order[i]].is_kept = false;
     for (size_t r = 0, s = 0; r < count; r++) {
-        while (s < n && index[s].gpa < runs[r].gpa)
+        while (s < km->order_count && km->slots[km->order[s]].gpa < runs[r].gpa)
             s++;
-        kvm_slot *present = s < n ? (kvm_slot *)index[s].host : NULL;
+        kvm_slot *present = s < km->order_count ? &km->slots[km->order[s]] : NULL;
         if (present && same_slot(present, &runs[r]))
             present->is_kept = true;
         else
             runs[left++] = runs[r];
     }
-    free(index);
     return left;
+}
+
+static void remove_unwanted(kvm_machine *km)
+{
+    unsigned kept = 0;
+    for (unsigned i = 0; i < km->order_count; i++) {
+        unsigned number = km->order[i];
+        if (km->slots[number].is_kept)
+            km->order[kept++] = number;
+        else
+            remove_slot(km, number);
+    }
+    km->order_count = kept;
+}
+
+/* Shell sort: no memory, and the list is two sorted parts. */
+static void sort_order(kvm_machine *km)
+{
+    for (unsigned gap = km->order_count / 2; gap > 0; gap = gap == 2 ? 1 : gap * 5 / 11)
+        for (unsigned i = gap; i < km->order_count; i++) {
+            unsigned number = km->order[i], at = i;
+            for (; at >= gap && km->slots[km->order[at - gap]].gpa > km->slots[number].gpa; at -= gap)
+                km->order[at] = km->order[at - gap];
+            km->order[at] = number;
+        }
+}
+
+/* Put runs into slots; one that finds none is served without. Their numbers go behind the others in `order`, then to their places. */
+static void add_slots(kvm_machine *km, const kvm_slot *runs, size_t count)
+{
+    km->unslotted = 0;
+    for (size_t i = 0; i < count; i++) {
+        int number = free_slot(km);
+        if (number < 0 || set_slot(km, (unsigned)number, &runs[i]) < 0) {
+            km->unslotted++;
+            continue;
+        }
+        km->slots[number] = runs[i];
+        unsigned at = km->order_count++;
+        if (count <= 4) {              /* few: insert */
+            for (; at > 0 && km->slots[km->order[at - 1]].gpa > runs[i].gpa; at--)
+                km->order[at] = km->order[at - 1];
+        }
+        km->order[at] = (unsigned)number;
+    }
+    if (count > 4)
+        sort_order(km);
 }
 
 static kvm_slot *wanted_runs(vm_machine *m, size_t *count)
@@ -362,22 +388,16 @@ void kvm_map_changed(vm_machine *m)
     kvm_machine *km = kvm_machine_of(m);
     size_t count;
     kvm_slot *runs = wanted_runs(m, &count);
-    for (unsigned i = 0; i < km->slot_count; i++)
-        km->slots[i].is_kept = km->flat_host && i == km->flat_slot;
     size_t left = match_slots(km, runs, count);
     if (m->dirty_log)
         kvm_dirty_sync(m);             /* bits of slots that go away */
-    for (unsigned i = 0; i < km->slot_count; i++)
-        if (km->slots[i].bytes && !km->slots[i].is_kept)
-            remove_slot(km, i);
+    remove_unwanted(km);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (kvm_vcpu_of(m->vcpus[i])->has_soft)
             interp_flush_code(m->vcpus[i]);
-    km->unslotted = 0;
     if (km->flat_host)
         kvm_flat_moved(m);
-    for (size_t i = 0; i < left; i++)
-        add_slot(km, &runs[i]);
+    add_slots(km, runs, left);
     free(runs);
 }
 
@@ -389,7 +409,8 @@ static void mark_dirty(vm_machine *m, uint64_t gpa)
     if (!r || !r->region->page_flags)
         return;
     _Atomic uint8_t *flags = &r->region->page_flags[(r->offset + (gpa - r->gpa)) >> 12];
-    *flags = (uint8_t)((*flags | VM_PAGE_DIRTY) & ~VM_PAGE_CLEAN);
+    atomic_fetch_or_explicit(flags, VM_PAGE_DIRTY, memory_order_relaxed);
+    atomic_fetch_and_explicit(flags, (uint8_t)~VM_PAGE_CLEAN, memory_order_relaxed);
 }
 
 /* Fetch and clear KVM's bitmaps into the regions' page flags. vCPUs are stopped or the answer lags, as documented. */
@@ -516,7 +537,7 @@ static int flat_slot_set(vm_machine *m)
 {
     kvm_machine *km = kvm_machine_of(m);
     kvm_slot s = { .gpa = km->flat_gpa, .bytes = km->flat_bytes, .host = km->flat_host,
-                   .flags = km->can_read_only ? KVM_MEM_READONLY : 0, .is_kept = true };
+                   .flags = km->can_read_only ? KVM_MEM_READONLY : 0 };
     int number = free_slot(km);
     if (number < 0)
         return vm_fail(VM_E_HOST, "KVM has no memory slot left for the identity page tables of VM_MODE_FLAT64");
@@ -764,6 +785,7 @@ void kvm_machine_destroy(vm_machine *m)
     if (km->flat_host)
         munmap(km->flat_host, km->flat_bytes);
     free(km->slots);
+    free(km->order);
     free(km->supported);
     free(km->cpuid);
     pthread_mutex_destroy(&km->lock);
