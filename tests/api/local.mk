@@ -17,3 +17,6 @@ tests_api_api_callbacks_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_nomem
 tests_api_api_nomem_SOURCES = tests/api/nomem.c
 tests_api_api_nomem_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_mmu
+tests_api_api_mmu_SOURCES = tests/api/mmu.c
+tests_api_api_mmu_LDADD = $(TEST_LIBS)

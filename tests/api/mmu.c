@@ -1,0 +1,214 @@
+/* mmu.c - MMU strategies: the built-in ones and one of this test's own give the same results; misuse is refused. */
+#include "../backends.h"
+
+#define TABLES 0x10000u
+#define PAGES 0x20000u
+
+/* ---- a strategy that walks as "tlb" does and counts ---- */
+
+typedef struct counts { unsigned created, destroyed, translated, roots, invalidated; } counts;
+static counts seen;
+
+static int own_create(vm_machine *m, void **state)
+{
+    (void)m;
+    seen.created++;
+    *state = &seen;
+    return VM_OK;
+}
+
+static void own_destroy(void *state)
+{
+    CHECK(state == &seen);
+    seen.destroyed++;
+}
+
+static int own_translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
+{
+    CHECK(state == &seen);
+    seen.translated++;
+    return vm_mmu_walk(cpu, gva, access, out);
+}
+
+static void own_root(void *state, vm_vcpu *cpu, uint64_t cr3)
+{
+    (void)state, (void)cpu, (void)cr3;
+    seen.roots++;
+}
+
+static void own_invalidate(void *state, vm_vcpu *cpu, uint64_t gva, uint64_t bytes)
+{
+    (void)state, (void)cpu, (void)gva, (void)bytes;
+    seen.invalidated++;
+}
+
+static const vm_mmu_ops own = { .size = sizeof own, .name = "own", .create = own_create, .destroy = own_destroy,
+                                .translate = own_translate, .root_changed = own_root, .invalidate = own_invalidate };
+
+static int refuse(vm_machine *m, void **state)
+{
+    (void)m, (void)state;
+    return VM_E_NOMEM;
+}
+
+static const vm_mmu_ops refusing = { .size = sizeof refusing, .name = "refusing", .create = refuse,
+                                     .translate = own_translate };
+
+/* ---- a guest that pages: identity map, but for one page that it remaps ---- */
+
+/* At 0, under 4 KiB pages: reads 0x20000 through 0x30000, turns that page to 0x21000, INVLPG, reads again, writes, reloads
+ * CR3, reads what it wrote. */
+__asm__(".pushsection .rodata\n.code32\nguest:\n"
+        "mov 0x30000, %eax\n"
+        "movl $0x21003, 0x110c0\n"         /* entry 0x30 of the table at 0x11000 */
+        "invlpg 0x30000\n"
+        "mov 0x30000, %ebx\n"
+        "movl $0x77, 0x30004\n"
+        "mov %cr3, %ecx\nmov %ecx, %cr3\n"
+        "mov 0x30004, %edx\n"
+        "hlt\nguest_end:\n.code64\n.popsection");
+extern const char guest[], guest_end[];
+
+static vm_machine *paging_machine(vm_backend backend, const char *mmu)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_sregs s = VM_SREGS_INIT;
+    uint32_t directory = 0x11003, table[1024];
+    o.backend = backend;
+    o.mmu = mmu;
+    OK(vm_create(&o, &m));
+    OK(vm_map_ram(m, 0, 0x100000, VM_PROT_RWX, NULL));
+    OK(vm_write(m, 0, guest, (size_t)(guest_end - guest)));
+    for (unsigned i = 0; i < 1024; i++)
+        table[i] = i < 0x100 ? i << 12 | 3 : 0;
+    table[0x30] = 0x20003;
+    OK(vm_write(m, TABLES, &directory, 4));
+    OK(vm_write(m, 0x11000, table, sizeof table));
+    OK(vm_write(m, PAGES, "\x11\0\0\0", 4));
+    OK(vm_write(m, PAGES + 0x1000, "\x22\0\0\0", 4));
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_vcpu_set_mode(cpu, VM_MODE_FLAT32));
+    OK(vm_vcpu_get_sregs(cpu, &s));
+    s.cr3 = TABLES;
+    s.cr0 |= UINT32_C(1) << 31;
+    OK(vm_vcpu_set_sregs(cpu, &s));
+    return m;
+}
+
+static void run_guest(vm_machine *m)
+{
+    vm_exit e = VM_EXIT_INIT;
+    vm_regs r = VM_REGS_INIT;
+    uint32_t entry = 0, data = 0;
+    OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    OK(vm_vcpu_get_regs(vm_vcpu_get(m, 0), &r));
+    CHECK_EQ(r.rax, 0x11);
+    CHECK_EQ(r.rbx, 0x22);
+    CHECK_EQ(r.rdx, 0x77);
+    OK(vm_read(m, PAGES + 0x1004, &data, 4));
+    CHECK_EQ(data, 0x77);
+    OK(vm_read(m, 0x110c0, &entry, 4));
+    CHECK_EQ(entry, 0x21063);          /* accessed and dirty */
+}
+
+static void strategy(vm_backend backend, const char *name)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    vm_machine *m = paging_machine(backend, name);
+    CHECK(!strcmp(vm_mmu_current(m), name ? name : "tlb"));
+    run_guest(m);
+    vm_destroy(m);
+}
+
+EACH_BACKEND(default_strategy) { strategy(backend, NULL); }
+EACH_BACKEND(tlb_strategy) { strategy(backend, "tlb"); }
+EACH_BACKEND(flat_strategy) { strategy(backend, "flat"); }
+
+EACH_BACKEND(own_strategy)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    OK(vm_mmu_register(&own));
+    strategy(backend, "own");
+    CHECK_EQ(seen.created, 1);
+    CHECK_EQ(seen.destroyed, 1);
+    CHECK(seen.translated >= 4);       /* code, table, 0x30000 twice */
+    CHECK(seen.roots >= 1);
+    CHECK(seen.invalidated >= 1);
+}
+
+EACH_BACKEND(selected_between_runs)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    static const char *const names[] = { "flat", "own", "tlb", "own", NULL };
+    uint64_t rip = 0;
+    OK(vm_mmu_register(&own));
+    vm_machine *m = paging_machine(backend, NULL);
+    for (unsigned i = 0; i < 5; i++) {
+        uint32_t entry = 0x20003, zero = 0;
+        OK(vm_mmu_select(m, names[i]));
+        OK(vm_write(m, 0x110c0, &entry, 4));
+        OK(vm_write(m, PAGES + 0x1004, &zero, 4));
+        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+        run_guest(m);
+    }
+    vm_destroy(m);
+    CHECK_EQ(seen.created, 2);
+    CHECK_EQ(seen.destroyed, 2);
+}
+
+TEST(strategies_by_number)
+{
+    CHECK(!strcmp(vm_mmu_name(0), "tlb"));
+    CHECK(!strcmp(vm_mmu_name(1), "flat"));
+    CHECK(vm_mmu_name(2) == NULL);
+    OK(vm_mmu_register(&own));
+    CHECK(!strcmp(vm_mmu_name(2), "own"));
+    CHECK(vm_mmu_name(3) == NULL);
+    CHECK(vm_mmu_name(UINT32_MAX) == NULL);
+}
+
+TEST(misuse)
+{
+    vm_mmu_ops bad = own;
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    struct vm_mmu_result result = { .size = sizeof result };
+    REFUSED(vm_mmu_register(NULL), VM_E_INVALID);
+    bad.size = 4;
+    REFUSED(vm_mmu_register(&bad), VM_E_INVALID);
+    bad = own;
+    bad.name = NULL;
+    REFUSED(vm_mmu_register(&bad), VM_E_INVALID);
+    bad.name = "";
+    REFUSED(vm_mmu_register(&bad), VM_E_INVALID);
+    bad = own;
+    bad.translate = NULL;
+    REFUSED(vm_mmu_register(&bad), VM_E_INVALID);
+    bad = own;
+    bad.name = "flat";
+    REFUSED(vm_mmu_register(&bad), VM_E_EXISTS);
+    OK(vm_mmu_register(&own));
+    REFUSED(vm_mmu_register(&own), VM_E_EXISTS);
+    o.backend = VM_BACKEND_INTERP;
+    o.mmu = "no such";
+    REFUSED(vm_create(&o, &m), VM_E_UNSUPPORTED);
+    OK(vm_mmu_register(&refusing));
+    o.mmu = "refusing";
+    REFUSED(vm_create(&o, &m), VM_E_NOMEM);
+    o.mmu = NULL;
+    OK(vm_create(&o, &m));
+    REFUSED(vm_mmu_select(m, "no such"), VM_E_NOTFOUND);
+    REFUSED(vm_mmu_select(m, "refusing"), VM_E_NOMEM);
+    CHECK(!strcmp(vm_mmu_current(m), "tlb"));            /* as it was */
+    REFUSED(vm_mmu_select(NULL, "tlb"), VM_E_INVALID);
+    CHECK(vm_mmu_current(NULL) == NULL);
+    REFUSED(vm_mmu_walk(NULL, 0, VM_PROT_R, &result), VM_E_INVALID);
+    REFUSED(vm_mmu_walk(vm_vcpu_get(m, 0), 0, VM_PROT_R, NULL), VM_E_INVALID);
+    REFUSED(vm_mmu_walk(vm_vcpu_get(m, 0), 0, VM_PROT_RW, &result), VM_E_INVALID);
+    vm_destroy(m);
+}
