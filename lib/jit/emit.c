@@ -43,6 +43,7 @@ typedef struct leave_stub {
     int recipe;
     uint8_t reason, index;
     bool rip_in_memory, rip_in_tmp, save, regen;
+    uint8_t tmp_reg;
     uint64_t branch_rip;                  /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
     int32_t sp_delta;
 } leave_stub;
@@ -67,7 +68,7 @@ typedef struct emitter {
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;                           /* instruction that could not be spelled, or -1 */
-    bool tmp_in_t1;
+    unsigned tmp_reg;                     /* host register that holds the temporary, or RSP: it is in its slot */
 } emitter;
 
 /* ---- flags ---- */
@@ -416,7 +417,8 @@ static void emit_access(emitter *e, const jit_op *o) {
         break;
     case IR_LOAD_TMP:
         emit_mem(e, o, 0x8b, T1);
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        if (!o->reg)
+            e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
         break;
     case IR_LEAVE_SP:
         e_mov(w, o->size, T1, RBP);
@@ -513,6 +515,21 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) 
     e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
 }
 
+/* Nothing between op k and the jump needs the scratch registers: the temporary can stay where it is. */
+static bool tmp_can_stay(const emitter *e, unsigned k) {
+    const jit_unit *u = e->u;
+    bool is_quiet = e->mem || (e->recipe >= 0 && !recipe_uses_t1(u, e->recipe));
+    for (k++; k < u->nops && u->ops[k].op == IR_ADD_SP; k++)
+        ;
+    return is_quiet && k < u->nops && u->ops[k].op == IR_JUMP_TMP;
+}
+
+/* LOAD_TMP: `reg` set if the temporary need not go to its slot. */
+static void keep_tmp(emitter *e, const jit_op *access) {
+    if (access->op == IR_LOAD_TMP)
+        e->u->ops[access - e->u->ops].reg = tmp_can_stay(e, (unsigned)(access - e->u->ops));
+}
+
 static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     jit_writer *w = e->w;
     const jit_info *f = &e->u->info[check->insn];
@@ -522,6 +539,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
             e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
         if (live)
             need_host(e);
+        keep_tmp(e, access);
         emit_access(e, access);
         return;
     }
@@ -544,6 +562,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
         need_host(e);
         s->restore = true;
     }
+    keep_tmp(e, access);
     emit_access(e, access);
     if (!is_leader)
         s->resume = w->p;
@@ -694,7 +713,10 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
     if (s->link)
         s->link->stub = w->p;
     if (s->rip_in_tmp) {
-        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        if (s->tmp_reg == RSP)
+            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        else if (s->tmp_reg != T0)
+            e_mov(w, 8, T0, s->tmp_reg);
         e_gs_store(w, 8, T0, JIT_OFF(rip));
         if (e->u->key & JIT_KEY_64)
             emit_canonical_test(e, s);
@@ -781,25 +803,27 @@ static int32_t last_sp_delta(const jit_unit *u) {
 static void new_indirect_leave(emitter *e, unsigned reason, unsigned cc) {
     leave_stub *s = new_leave(e, reason, e_jcc(e->w, cc));
     s->rip_in_tmp = true;
+    s->tmp_reg = (uint8_t)e->tmp_reg;
     s->branch_rip = e->u->insn_rip[e->u->count - 1];
     s->sp_delta = last_sp_delta(e->u);
 }
 
 static void emit_indirect(emitter *e) {
     jit_writer *w = e->w;
-    if (!e->mem && !(e->recipe >= 0 && !recipe_uses_t1(e->u, e->recipe)))
-        e->tmp_in_t1 = false;
     need_mem(e);
     emit_count(e, e->u->count);
     new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
-    if (e->tmp_in_t1)
-        e_mov(w, 8, T0, T1);
-    else {
-        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
-        e_mov(w, 4, T1, T0);
+    if (e->tmp_reg == RSP || e->tmp_reg == T1) {
+        if (e->tmp_reg == RSP)
+            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        else
+            e_mov(w, 8, T0, T1);
+        e->tmp_reg = T0;
     }
+    if (e->tmp_reg != T1)
+        e_mov(w, 4, T1, e->tmp_reg);
     e_alu_imm(w, 4, 4, T1, (int32_t)(X86_JUMP_ENTRIES - 1));
-    e_r_gs8(w, 8, 0x3b, T0, T1, jump_offset(e->u, false));
+    e_r_gs8(w, 8, 0x3b, e->tmp_reg, T1, jump_offset(e->u, false));
     new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
     e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true));                    /* jmp gs:[r13 * 8 + disp32] */
 }
@@ -868,6 +892,12 @@ static void emit_fallback(emitter *e, const jit_op *o) {
 }
 
 static void emit_move_tmp(emitter *e, const jit_op *o) {
+    bool is_wide = o->size == (e->u->key & JIT_KEY_64 ? 8 : 4) && o->size == 8;
+    if (is_wide && !IN_MEMORY(o->reg) && tmp_can_stay(e, (unsigned)(o - e->u->ops))) {
+        e->tmp_reg = home[o->reg];
+        return;
+    }
+    e->tmp_reg = RSP;
     emit_reg_load(e->w, o->size, T1, o->reg);
     e_gs_store(e->w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
 }
@@ -896,8 +926,6 @@ static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
-    if (o->op != IR_ADD_SP && o->op != IR_JUMP_TMP)
-        e->tmp_in_t1 = o->op == IR_MOVE_TMP || (o->op == IR_CHECK && u->ops[k + 1].op == IR_LOAD_TMP) || o->op == IR_LOAD_TMP;
     switch (o->op) {
     case IR_NATIVE:
         if (u->info[o->insn].host_at)
@@ -923,6 +951,8 @@ static void emit_op(emitter *e, unsigned k) {
         break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
+        if (o[1].op == IR_LOAD_TMP)
+            e->tmp_reg = o[1].reg ? T1 : RSP;
         note_x87(e, o->insn);
         if (o[1].op == IR_ACCESS)
             after_insn(e, o->insn);

@@ -195,6 +195,7 @@ static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX
 /* lift.c */
 bool jit_lift(jit_unit *u, unsigned max_insns);                  /* false: the first instruction cannot be handled here (cut off by the page) */
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent);   /* JIT_NEED_* of code at rip on this page */
+void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact);
 void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_insn_is_x87(const x86_insn *in);

@@ -231,38 +231,53 @@ bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
 
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in) { return class_of(u, in) == C_FALLBACK; }
 
+/* One instruction backwards: what must be in the host's flags and what must be exact before it, given what must after it. */
+void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact) {
+    if (f->falls_back) {                  /* all flags through memory */
+        f->host_at = *host = 0;
+        f->exact_at = *exact = X86_FL_ARITH;
+        return;
+    }
+    uint16_t through = X86_FL_ARITH & ~f->written;
+    uint16_t partial = f->written ? (*host | *exact) & through : 0;
+    uint16_t maybe = in->flags_maybe & X86_FL_ARITH;
+    f->host_at = *host = (*host & through) | f->read | partial | (maybe & (*host | *exact));
+    f->exact_at = *exact = f->can_leave ? X86_FL_ARITH : *exact & through;
+}
+
+enum { LOOK_AHEAD = 8 };
+
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
-    uint16_t written = 0;
-    unsigned need = 0, offset = rip & 0xfff;
+    x86_insn in[LOOK_AHEAD];
+    jit_info info[LOOK_AHEAD];
+    unsigned n = 0, offset = rip & 0xfff;
+    uint16_t written = 0, host = X86_FL_ARITH, exact = X86_FL_ARITH;
     extent->begin = extent->end = (uint16_t)offset;
     if ((rip ^ u->rip) & X86_PAGE_MASK)
         return JIT_NEED_MEM;              /* such edges enter where the flags are loaded from memory */
-    if (JIT_MAX_INSNS < 8)                /* blocks may end before what is seen here */
+    if (JIT_MAX_INSNS < LOOK_AHEAD)       /* blocks may end before what is seen here */
         return JIT_NEED_HOST | JIT_NEED_MEM;
-    for (unsigned i = 0; i < 8; i++) {
-        x86_insn in;
+    while (n < LOOK_AHEAD && offset < 4096) {
         unsigned avail = 4096 - offset;
-        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, &in) < 0)
+        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, &in[n]) < 0)
             break;
-        jit_info info;
-        jit_classify_flags(&in, &info);
-        offset += in.length;
+        jit_info *f = &info[n];
+        jit_classify_flags(&in[n], f);
+        f->falls_back = class_of(u, &in[n]) == C_FALLBACK || (n && jit_is_stop(u->j, rip + (offset - (rip & 0xfff))));
+        f->can_leave = f->falls_back || jit_insn_can_leave(u, &in[n]) || (in[n].flags & X86_IF_BRANCH);
+        offset += in[n].length;
         extent->end = (uint16_t)offset;
-        unsigned c = class_of(u, &in);
-        if (c == C_FALLBACK || jit_is_stop(u->j, rip + (offset - (rip & 0xfff))))
-            return need | JIT_NEED_MEM;
-        if (jit_insn_can_leave(u, &in))
-            need |= JIT_NEED_MEM;
-        uint16_t partial = info.written && info.written != X86_FL_ARITH ? X86_FL_ARITH & ~info.written : 0;
-        if ((info.read | partial | (in.flags_maybe & X86_FL_ARITH)) & ~written)
-            return need | JIT_NEED_HOST;
-        written |= info.written;
-        if (written == X86_FL_ARITH)
-            return need;
-        if ((in.flags & (X86_IF_BRANCH | X86_IF_END)) || offset >= 4096)
+        written |= f->written;
+        if (in[n++].flags & (X86_IF_BRANCH | X86_IF_END) || info[n - 1].falls_back)
             break;
+        if (written == X86_FL_ARITH) {
+            host = exact = 0;
+            break;
+        }
     }
-    return need | JIT_NEED_HOST | JIT_NEED_MEM;
+    while (n-- > 0)
+        jit_flags_before(&in[n], &info[n], &host, &exact);
+    return (host ? JIT_NEED_HOST : 0) | (exact ? JIT_NEED_MEM : 0);
 }
 
 unsigned jit_recipe_kind(const x86_insn *in) {

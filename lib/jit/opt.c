@@ -64,19 +64,7 @@ static void flag_pass(jit_unit *u) {
             exact = X86_FL_ARITH;
         }
         f->exact_after = exact;
-        if (f->falls_back) {              /* all flags through memory */
-            f->host_at = 0;
-            host = 0;
-            exact = f->exact_at = X86_FL_ARITH;
-            continue;
-        }
-        uint16_t through = X86_FL_ARITH & ~f->written;
-        uint16_t partial = f->written ? (host | exact) & through : 0;
-        uint16_t maybe = in->flags_maybe & X86_FL_ARITH;
-        f->host_at = (host & through) | f->read | partial | (maybe & (host | exact));
-        host = f->host_at;
-        exact = f->can_leave ? X86_FL_ARITH : exact & through;
-        f->exact_at = exact;
+        jit_flags_before(in, f, &host, &exact);
     }
 }
 
