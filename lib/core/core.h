@@ -196,6 +196,7 @@ struct vm_machine {
     _Atomic int event; _Atomic uint64_t event_code; /* VM_EXIT_POWEROFF, _RESET, _GUEST_EXIT posted by a device */
     _Atomic unsigned event_seq;        /* counts them: each vCPU reports each once */
     _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
+    _Atomic int pause_waiters;         /* threads that sleep until pause_count is 0 */
     _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
     bool is_pc;
     struct x86_model *own_model;       /* what CPUID shows, if it is not a model of x86_model_find() */

@@ -58,8 +58,10 @@ static void enter_guest(vm_vcpu *cpu, int state_meanwhile)
         if (!count || (m->lock.owner == vm_thread_self()))
             return;
         set_state(cpu, state_meanwhile);
+        atomic_fetch_add(&m->pause_waiters, 1);
         while ((count = atomic_load(&m->pause_count)) != 0)
             futex_wait(&m->pause_count, count, NULL);
+        atomic_fetch_sub(&m->pause_waiters, 1);
     }
 }
 
@@ -196,7 +198,7 @@ void vm_pause(vm_machine *m)
 
 void vm_resume(vm_machine *m)
 {
-    if (atomic_fetch_sub(&m->pause_count, 1) == 1 && m->vcpu_count > 0)
+    if (atomic_fetch_sub(&m->pause_count, 1) == 1 && atomic_load(&m->pause_waiters))
         futex_wake(&m->pause_count);
     vm_machine_unlock(m);
 }

@@ -121,9 +121,13 @@ static bool take_interrupt(vm_vcpu *cpu, run *r, int *reason)
 /* No vCPU of the machine will ever run again by itself. */
 static bool is_hopeless(vm_machine *m)
 {
-    for (unsigned i = 0; i < m->vcpu_count; i++)
-        if (!atomic_load(&m->vcpus[i]->is_hopeless) && !m->vcpus[i]->is_parked)
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        vm_vcpu *cpu = m->vcpus[i];
+        if (atomic_load(&cpu->x86.attention))
+            return false;              /* it was called and is on its way; looked at first, because it is cleared last */
+        if (!atomic_load(&cpu->is_hopeless) && !cpu->is_parked)
             return false;
+    }
     return true;
 }
 
