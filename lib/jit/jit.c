@@ -188,8 +188,10 @@ static void kill_block(jit *j, jit_block *b) {
 }
 
 static void flush_all(jit *j) {
-    memset(j->hash, 0, sizeof j->hash);
-    memset(j->pages, 0, sizeof j->pages);
+    if (j->arena_used > 16) {          /* blocks live in the arena: without any the tables are still untouched zero pages */
+        memset(j->hash, 0, sizeof j->hash);
+        memset(j->pages, 0, sizeof j->pages);
+    }
     clear_tables(j);
     j->w.p = j->code_start;
     j->arena_used = 16;
