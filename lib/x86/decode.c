@@ -436,7 +436,7 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
         in->flags &= (uint16_t)~X86_IF_NATIVE;
     if (code_size == 8 && (in->flags & X86_IF_BRANCH) && zi.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE &&
         zi.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR)
-        in->osz = zi.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 8;
+        in->osz = (zi.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) && !(in->rex & 8) ? 2 : 8;
     in->cc = in->opcode & 15;
     x86_specialise(in);
     return 0;

@@ -65,8 +65,6 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
         advance(cpu, X86_RCX, &s, -(int64_t)done);
         x86_io_retire(cpu);
     }
-    if (!count && s.mask == UINT32_MAX)                      /* also with a zero count to begin with */
-        x86_set_gpr(cpu, X86_RCX, 4, 0);
     if (count && more)
         cpu->next_rip = cpu->rip;
 }

@@ -215,6 +215,11 @@ static bool make_regs(x86_cpu *cpu, const x86_insn *in, regs *r)
         r->gpr[X86_RDI] = MIDDLE + (rnd() & 0xff);
         r->gpr[X86_RBX] = MIDDLE;
         r->gpr[X86_RCX] = rnd() & 0x3f;
+        if (rnd() & 1)
+            r->gpr[X86_RCX] = 0;
+        if (in->asz == 4)                /* upper halves do not count */
+            for (unsigned i = 0; i < 4; i++)
+                r->gpr[(uint8_t[]){ X86_RCX, X86_RSI, X86_RDI, X86_RBX }[i]] |= rnd() << 32;
         return true;
     }
     if (!(in->flags & X86_IF_MEM) || in->exec == x86_op_nop || in->mnemonic == ZYDIS_MNEMONIC_LEA)

@@ -47,3 +47,7 @@ check_PROGRAMS += tests/unit/dev_pc
 tests_unit_dev_pc_SOURCES = tests/unit/dev_pc.c tests/unit/rig.h
 tests_unit_dev_pc_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_unit_dev_pc_LDFLAGS = -static
+check_PROGRAMS += tests/unit/interpreter
+tests_unit_interpreter_SOURCES = tests/unit/interpreter.c tests/unit/x86_bare.c tests/unit/x86_bare.h
+tests_unit_interpreter_LDADD = $(TEST_LIBS)
+tests_unit_interpreter_LDFLAGS = -static
