@@ -20,3 +20,6 @@ tests_api_api_nomem_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_mmu
 tests_api_api_mmu_SOURCES = tests/api/mmu.c
 tests_api_api_mmu_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_pc
+tests_api_api_pc_SOURCES = tests/api/pc.c
+tests_api_api_pc_LDADD = $(TEST_LIBS)

@@ -1,0 +1,206 @@
+/* pc.c - the run loop on a PC: sleeping in HLT and what ends it, vCPUs that wait for each other, events, reset. */
+#include "../backends.h"
+
+#include <pthread.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PROGRAM(name, text)                                                                          \
+    __asm__(".pushsection .rodata\n.code16\n" #name ":\n" text "\n" #name "_end:\n.code64\n.popsection"); \
+    extern const char name[], name##_end[]
+
+PROGRAM(sleep_for_ever, "sti\n1: hlt\n jmp 1b");
+PROGRAM(dead_end, "cli\n1: hlt\n jmp 1b");
+PROGRAM(exit_with_42, "mov $42, %al\n out %al, $0xf4\n1: jmp 1b");
+PROGRAM(triple_fault, "lidt 0x7f00\n ud2");
+/* PIC with base 8, only IRQ 4 open; counts interrupts in [0x7000]; ends with IF = 0 after five. */
+PROGRAM(count_irq4,
+        "xor %ax, %ax\n mov %ax, %ds\n mov %ax, %ss\n mov $0x6000, %sp\n movw $0x7e00, 0x30\n mov %ax, 0x32\n"
+        "mov $0x11, %al\n out %al, $0x20\n mov $8, %al\n out %al, $0x21\n mov $4, %al\n out %al, $0x21\n"
+        "mov $1, %al\n out %al, $0x21\n mov $0xef, %al\n out %al, $0x21\n"
+        "movw $1, 0x7002\n sti\n1: hlt\n cmpw $5, 0x7000\n jne 1b\n cli\n hlt");
+PROGRAM(handler, "push %ax\n incw 0x7000\n mov $0x20, %al\n out %al, $0x20\n pop %ax\n iret");
+
+static vm_machine *pc(vm_backend backend, unsigned vcpus, const char *program, const char *end)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    uint64_t rip = 0x7c00;
+    o.backend = backend;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 16 << 20;
+    o.vcpus = vcpus;
+    OK(vm_create(&o, &m));
+    OK(vm_write(m, 0x7c00, program, (size_t)(end - program)));
+    OK(vm_write(m, 0x7e00, handler, (size_t)(handler_end - handler)));
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL));
+    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+    return m;
+}
+#define PC(vcpus, program) pc(backend, vcpus, program, program##_end)
+
+static uint64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t cpu_time(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static vm_exit run_for(vm_machine *m, unsigned index, uint64_t ns)
+{
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    o.deadline_ns = ns;
+    OK(vm_vcpu_run(vm_vcpu_get(m, index), &o, &e));
+    return e;
+}
+
+EACH_BACKEND(halt_sleeps_until_the_deadline)
+{
+    vm_machine *m = PC(1, sleep_for_ever);
+    uint64_t start = now(), used = cpu_time();
+    CHECK_EQ(run_for(m, 0, 200000000).reason, VM_EXIT_DEADLINE);
+    CHECK(now() - start >= 190000000);
+    CHECK(cpu_time() - used < 100000000);                /* asleep, not spinning */
+    vm_destroy(m);
+}
+
+static void *kick_later(void *cpu)
+{
+    usleep(20000);
+    vm_vcpu_kick(cpu);
+    return NULL;
+}
+
+EACH_BACKEND(kick_ends_sleep)
+{
+    vm_machine *m = PC(1, sleep_for_ever);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, kick_later, vm_vcpu_get(m, 0)) == 0);
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_KICK);
+    pthread_join(thread, NULL);
+    vm_destroy(m);
+}
+
+EACH_BACKEND(halt_for_good_is_an_exit)
+{
+    vm_machine *m = PC(1, dead_end);
+    vm_exit e = run_for(m, 0, 20000000000);
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    CHECK_EQ(e.rip, 0x7c02);
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_HALT);       /* still */
+    vm_destroy(m);
+}
+
+static void *run_one(void *arg)
+{
+    vm_exit e = VM_EXIT_INIT;
+    OK(vm_vcpu_run(arg, NULL, &e));
+    return (void *)(uintptr_t)e.reason;
+}
+
+static void both_end_with(vm_machine *m, int reason)
+{
+    pthread_t thread;
+    void *other;
+    CHECK(pthread_create(&thread, NULL, run_one, vm_vcpu_get(m, 1)) == 0);
+    usleep(10000);
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, reason);
+    pthread_join(thread, &other);
+    CHECK_EQ((uintptr_t)other, reason);
+    vm_destroy(m);
+}
+
+EACH_BACKEND(halt_for_good_reaches_parked_vcpus) { both_end_with(PC(2, dead_end), VM_EXIT_HALT); }
+EACH_BACKEND(exit_device_reaches_every_vcpu) { both_end_with(PC(2, exit_with_42), VM_EXIT_GUEST_EXIT); }
+
+EACH_BACKEND(parked_vcpu_honours_its_deadline)
+{
+    vm_machine *m = PC(2, sleep_for_ever);
+    CHECK_EQ(run_for(m, 1, 10000000).reason, VM_EXIT_DEADLINE);
+    vm_vcpu_kick(vm_vcpu_get(m, 1));
+    CHECK_EQ(run_for(m, 1, 10000000000).reason, VM_EXIT_KICK);
+    vm_destroy(m);
+}
+
+EACH_BACKEND(exit_device_carries_its_code)
+{
+    vm_machine *m = PC(1, exit_with_42);
+    vm_exit e = run_for(m, 0, 20000000000);
+    CHECK_EQ(e.reason, VM_EXIT_GUEST_EXIT);
+    CHECK_EQ(e.guest_exit.code, 42);
+    CHECK_EQ(run_for(m, 0, 10000000).reason, VM_EXIT_DEADLINE);      /* once */
+    vm_destroy(m);
+}
+
+EACH_BACKEND(triple_fault_is_an_exit_until_reset)
+{
+    static const uint8_t no_idt[6] = { 0 };
+    vm_machine *m = PC(1, triple_fault);
+    uint64_t rip = 0;
+    OK(vm_write(m, 0x7f00, no_idt, sizeof no_idt));
+    vm_exit e = run_for(m, 0, 2000000000);
+    if (backend == VM_BACKEND_KVM && e.reason == VM_EXIT_DEADLINE)
+        test_skip("this host's KVM does not notice a triple fault in real mode");
+    CHECK_EQ(e.reason, VM_EXIT_SHUTDOWN);
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_SHUTDOWN);
+    OK(vm_reset(m));
+    OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+    CHECK_EQ(rip, 0xfff0);
+    OK(vm_write(m, 0x7c00, dead_end, (size_t)(dead_end_end - dead_end)));    /* RAM has stayed */
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL));
+    rip = 0x7c00;
+    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_HALT);
+    vm_destroy(m);
+}
+
+static uint16_t peek16(vm_machine *m, uint64_t gpa)
+{
+    uint16_t v = 0;
+    OK(vm_read(m, gpa, &v, 2));
+    return v;
+}
+
+EACH_BACKEND(interrupt_lines_wake_a_halted_vcpu)
+{
+    vm_machine *m = PC(1, count_irq4);
+    pthread_t thread;
+    void *reason;
+    CHECK(pthread_create(&thread, NULL, run_one, vm_vcpu_get(m, 0)) == 0);
+    while (peek16(m, 0x7002) != 1)
+        usleep(100);
+    for (unsigned i = 0; i < 5; i++) {
+        usleep(i * 1000);              /* asleep by now, or on its way */
+        OK(vm_irq_set(m, 4, true));
+        OK(vm_irq_set(m, 4, false));
+        uint64_t start = now();
+        while (peek16(m, 0x7000) != i + 1) {
+            CHECK(now() - start < 10000000000);
+            usleep(50);
+        }
+    }
+    pthread_join(thread, &reason);
+    CHECK_EQ((uintptr_t)reason, VM_EXIT_HALT);
+    vm_destroy(m);
+}
+
+EACH_BACKEND(reset_while_running_is_refused)
+{
+    vm_machine *m = PC(1, sleep_for_ever);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, run_one, vm_vcpu_get(m, 0)) == 0);
+    usleep(20000);
+    REFUSED(vm_reset(m), VM_E_BUSY);
+    vm_vcpu_kick(vm_vcpu_get(m, 0));
+    pthread_join(thread, NULL);
+    OK(vm_reset(m));
+    vm_destroy(m);
+}
