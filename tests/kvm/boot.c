@@ -6,6 +6,7 @@
 #include <libvm/libvm.h>
 #include "../test.h"
 
+#include <pthread.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -90,6 +91,46 @@ TEST_LIMIT(moves_while_linux_boots, 300)
     CHECK(sum != NULL);
     CHECK_EQ(e.reason, VM_EXIT_POWEROFF);
     CHECK(moves > 6 && exits > 0);
+    vm_destroy(m);
+}
+
+typedef struct turn { vm_vcpu *cpu; uint64_t deadline_ns; vm_exit exit; int status; } turn;
+
+static void *take_turn(void *arg)
+{
+    turn *t = arg;
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    o.deadline_ns = t->deadline_ns;
+    t->exit = (vm_exit)VM_EXIT_INIT;
+    t->status = vm_vcpu_run(t->cpu, &o, &t->exit);
+    return NULL;
+}
+
+/* Two vCPUs, each on its thread; between turns both stand still and the machine moves. */
+TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300)
+{
+    vm_machine *m = linux_machine(VM_BACKEND_INTERP, 2, "run=\"grep -c processor /proc/cpuinfo; cat /proc/interrupts\"");
+    static const struct { vm_backend backend; unsigned ms; } tour[] = { { VM_BACKEND_INTERP, 400 }, { VM_BACKEND_KVM, 30 } };
+    bool is_over = false;
+    for (unsigned moves = 0; !is_over && moves < 2000; moves++) {
+        turn t[2];
+        pthread_t thread[2];
+        OK(vm_backend_select(m, tour[moves % 2].backend));
+        for (unsigned i = 0; i < 2; i++) {
+            t[i].cpu = vm_vcpu_get(m, i);
+            t[i].deadline_ns = tour[moves % 2].ms * UINT64_C(1000000);
+            pthread_create(&thread[i], NULL, take_turn, &t[i]);
+        }
+        for (unsigned i = 0; i < 2; i++) {
+            pthread_join(thread[i], NULL);
+            CHECK_EQ(t[i].status, VM_OK);
+            is_over |= t[i].exit.reason != VM_EXIT_DEADLINE;
+        }
+        if (is_over)
+            CHECK(t[0].exit.reason == VM_EXIT_POWEROFF || t[1].exit.reason == VM_EXIT_POWEROFF);
+    }
+    expect_console("Brought up 1 node, 2 CPUs");
+    expect_console("commands ended with status 0");
     vm_destroy(m);
 }
 
