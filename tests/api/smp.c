@@ -349,7 +349,11 @@ EACH_BACKEND(destroy_under_load)
 
 TEST_LIMIT(thousands_of_regions, 20)
 {
+#ifdef __SANITIZE_THREAD__
+    enum { N = 2000 };
+#else
     enum { N = 20000 };
+#endif
     vm_machine *m = NULL;
     static vm_region *r[N];
     vm_io_ops ops = VM_IO_OPS_INIT;
