@@ -115,6 +115,7 @@ static int kvm_model(vm_machine *m)
 #if VM_HAVE_KVM
     return vm_kvm_model(m);
 #else
+    (void)m;
     return vm_fail(VM_E_UNSUPPORTED, "CPU model \"kvm\": the kvm backend is not part of this build");
 #endif
 }

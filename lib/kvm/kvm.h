@@ -122,6 +122,7 @@ typedef struct kvm_vcpu {
     struct kvm_xsave *xsave;
     uint32_t msrs[KVM_MAX_MSRS];       /* those of kvm_state.c's table that this KVM knows */
     unsigned msr_count;
+    uint64_t tsc_offset;               /* guest TSC minus the host's */
     uint64_t exits;
     char reason[160];                  /* of X86_STOP_HOST */
 } kvm_vcpu;
@@ -136,6 +137,7 @@ void kvm_machine_destroy(vm_machine *m);
 int  kvm_vcpu_create(vm_vcpu *cpu);
 void kvm_vcpu_destroy(vm_vcpu *cpu);
 void kvm_map_changed(vm_machine *m);
+void kvm_set_tsc_offset(kvm_vcpu *kv, uint64_t offset);
 void kvm_dirty_sync(vm_machine *m);
 void kvm_flat_moved(vm_machine *m);
 bool kvm_flat_extend(vm_machine *m, uint64_t gpa);     /* true: gpa was not reachable in flat mode and now is */

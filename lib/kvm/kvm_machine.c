@@ -741,9 +741,8 @@ void kvm_machine_destroy(vm_machine *m)
 }
 
 /* The guest's TSC is the host's: ring 3 may read it without KVM in between, and other backends can follow it. */
-static void set_tsc_offset(kvm_vcpu *kv)
+void kvm_set_tsc_offset(kvm_vcpu *kv, uint64_t offset)
 {
-    uint64_t offset = 0;
     struct kvm_device_attr attr = { .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET,
                                     .addr = (uint64_t)(uintptr_t)&offset };
     kvm_ioctl(kv->fd, KVM_SET_DEVICE_ATTR, &attr);
@@ -784,7 +783,7 @@ int kvm_vcpu_create(vm_vcpu *cpu)
         cpu->x86.model = cpu->machine->own_model;
         cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
     }
-    set_tsc_offset(kv);
+    kvm_set_tsc_offset(kv, 0);
     return VM_OK;
 fail_fd:
     close(kv->fd);

@@ -22,7 +22,7 @@
 #define MSR(number, field) { number, offsetof(x86_cpu, field) }
 static const struct { uint32_t number; uint32_t offset; } msr_table[] = {
     MSR(0xc0000081, star), MSR(0xc0000082, lstar), MSR(0xc0000083, cstar), MSR(0xc0000084, sfmask),
-    MSR(0xc0000102, kernel_gs_base), MSR(0xc0000103, tsc_aux),
+    MSR(0xc0000102, kernel_gs_base), MSR(0xc0000103, tsc_aux), MSR(0x3b, tsc_adjust),
     MSR(0x174, sysenter_cs), MSR(0x175, sysenter_esp), MSR(0x176, sysenter_eip),
     MSR(0x277, pat), MSR(0x1a0, misc_enable), MSR(0x48, spec_ctrl), MSR(0x17a, mcg_status),
     MSR(0x2ff, mtrr_def),
@@ -64,7 +64,23 @@ static void drop_msr(kvm_vcpu *kv, unsigned at)
     kv->msr_count--;
 }
 
-/* KVM stops at the first MSR it refuses and says how many it did. One it does not know at all is forgotten. */
+static bool is_readable(kvm_vcpu *kv, uint32_t number)
+{
+    struct { struct kvm_msrs head; struct kvm_msr_entry entry; } one = { .head.nmsrs = 1, .entry.index = number };
+    return kvm_ioctl(kv->fd, KVM_GET_MSRS, &one) == 1;
+}
+
+/* IA32_TSC_ADJUST is a memory of what was added to the TSC; writing it from outside adds nothing. */
+static void follow_tsc_adjust(kvm_vcpu *kv, bool is_read)
+{
+    uint64_t adjust = kv->cpu->x86.tsc_adjust;
+    if (!is_read && adjust != kv->tsc_offset)
+        kvm_set_tsc_offset(kv, adjust);
+    kv->tsc_offset = adjust;
+}
+
+/* KVM stops at the first MSR it refuses and says how many it did. One it does not know at all is forgotten; a value it does
+ * not take is an error. */
 static int transfer_msrs(kvm_vcpu *kv, bool is_read)
 {
     x86_cpu *x = &kv->cpu->x86;
@@ -83,9 +99,14 @@ static int transfer_msrs(kvm_vcpu *kv, bool is_read)
         for (unsigned i = 0; is_read && i < (unsigned)took; i++)
             *msr_field(x, kv->msrs[done + i]) = block.entry[i].data;
         done += (unsigned)took;
-        if ((unsigned)took < n)
-            drop_msr(kv, done);
+        if ((unsigned)took == n)
+            break;
+        if (!is_read && is_readable(kv, kv->msrs[done]))
+            return vm_fail(VM_E_HOST, "KVM does not take value 0x%llx for MSR 0x%x",
+                           (unsigned long long)*msr_field(x, kv->msrs[done]), kv->msrs[done]);
+        drop_msr(kv, done);
     }
+    follow_tsc_adjust(kv, is_read);
     return VM_OK;
 }
 

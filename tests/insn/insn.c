@@ -336,6 +336,15 @@ static void add_case(const insn_case *c)
     }
 }
 
+/* Names the reason where the KVM column is missing. */
+TEST(kvm_column)
+{
+    uint64_t available = 0;
+    OK(vm_query(VM_BACKEND_KVM, "available", &available));
+    if (!available)
+        test_skip("%s", vm_errmsg());
+}
+
 SETUP(cases)
 {
     for (const record *r = cases_begin; r < cases_end;) {

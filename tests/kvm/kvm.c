@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define RAM_BYTES UINT64_C(0x200000)
@@ -966,6 +967,37 @@ TEST(state_that_no_cpu_enters)
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     vm_destroy(g.m);
+}
+
+TEST(forked_child_gets_a_status)
+{
+    need_kvm();
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
+    pid_t child = fork();
+    if (child == 0) {
+        vm_exit e = VM_EXIT_INIT;
+        int status = vm_vcpu_run(g.cpu, NULL, &e);       /* KVM machines belong to the process that made them */
+        _exit(status == VM_E_HOST && vm_errmsg()[0] ? 0 : 1);
+    }
+    int how = 1;
+    CHECK(waitpid(child, &how, 0) == child);
+    CHECK_EQ(how, 0);
+    vm_exit e = VM_EXIT_INIT;
+    OK(vm_vcpu_run(g.cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    vm_destroy(g.m);
+}
+
+TEST(stolen_descriptor)
+{
+    need_kvm();
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
+    vm_exit e = VM_EXIT_INIT;
+    int other = memfd_create("other", 0);
+    CHECK(dup2(other, kvm_vcpu_of(g.cpu)->fd) >= 0);
+    REFUSED(vm_vcpu_run(g.cpu, NULL, &e), VM_E_HOST);
+    vm_destroy(g.m);
+    close(other);
 }
 
 TEST(create_and_destroy_leaves_nothing)
