@@ -15,6 +15,7 @@ include $(srcdir)/tests/api/local.mk
 include $(srcdir)/tests/diff/local.mk
 include $(srcdir)/tests/guests/local.mk
 include $(srcdir)/tests/kvm/local.mk
+include $(srcdir)/tests/fuzz/local.mk
 
 check-local: $(check_PROGRAMS) $(check_LIBRARIES) $(noinst_PROGRAMS)
 	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' CC='$(CC)' CXX='$(CXX)' \
