@@ -7,3 +7,7 @@ check_PROGRAMS += tests/diff/integer
 tests_diff_integer_SOURCES = tests/diff/integer.c tests/unit/x86_bare.c tests/unit/x86_bare.h
 tests_diff_integer_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_diff_integer_LDFLAGS = -static
+check_PROGRAMS += tests/diff/system
+tests_diff_system_SOURCES = tests/diff/system.c
+tests_diff_system_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+tests_diff_system_LDFLAGS = -static
