@@ -80,6 +80,7 @@ static block *fetch_slow(x86_cpu *cpu, block_cache *c, uint64_t rip)
         if (x86_decode(bytes, n + 1, cpu->code_size, b->insn) == 0)
             break;
     }
+    x86_offer(cpu, b->insn);
     b->count = 1;
     b->bytes = b->insn->length;
     b->mode = cpu->code_size;
@@ -106,6 +107,7 @@ static bool decode_block(x86_cpu *cpu, block_cache *c, const uint8_t *page, uint
         unsigned room = 4096 - at;
         if (!room || x86_decode(page + at, room < 15 ? room : 15, b->mode, in) < 0)
             break;
+        x86_offer(cpu, in);
         at += in->length;
         b->bytes += in->length;
         b->count++;

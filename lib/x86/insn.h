@@ -68,6 +68,9 @@ struct x86_insn {
 /* Decode at most `avail` bytes (<= 15). Returns 0 and fills *in (illegal encodings: exec raises #UD, length is what was
  * consumed), or -1 when the instruction is cut off by `avail` < 15 bytes (the caller supplies more, from the next page). */
 int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
+/* Fit it to the CPU's model (offer.c): instructions the model lacks become illegal, TZCNT and LZCNT become BSF and BSR. Call it
+ * once on what is cached for a CPU. */
+void x86_offer(x86_cpu *cpu, x86_insn *in);
 /* Intel-syntax text, for traces. */
 void x86_format(const x86_insn *in, uint64_t rip, char *buf, size_t bytes);
 

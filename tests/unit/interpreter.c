@@ -227,3 +227,36 @@ TEST(sti_shadow)
     CHECK(x86_can_interrupt(b->cpu));
     bare_free(b);
 }
+
+/* Models without an instruction: #UD, or for F3 0F BC and BD what older CPUs make of them. */
+TEST(instructions_of_the_model)
+{
+    static const struct { const char *model, *bytes; unsigned n; bool is_legal; } cases[] = {
+        { "max", "\xf3\x0f\xb8\xc1", 4, true }, { "base", "\xf3\x0f\xb8\xc1", 4, false },          /* popcnt */
+        { "max", "\xc4\xe2\x70\xf2\xc1", 5, true }, { "base", "\xc4\xe2\x70\xf2\xc1", 5, false },  /* andn */
+        { "base", "\x0f\x44\xc1", 3, true }, { "pentium", "\x0f\x44\xc1", 3, false },              /* cmovz */
+        { "pentium", "\x0f\x1f\x00", 3, false }, { "pentium", "\x90", 1, true } };                 /* long nop, nop */
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        bare *b = bare_new(VM_MODE_FLAT32);
+        b->cpu->model = x86_model_find(cases[i].model);
+        b->cpu->exception_exits = ~UINT64_C(0);
+        b->cpu->rip = AT;
+        bare_code(b, AT, cases[i].bytes, cases[i].n);
+        if ((bare_run(b, 1) == X86_STOP_SLICE) != cases[i].is_legal)
+            FAIL("case %zu", i);
+        if (!cases[i].is_legal)
+            CHECK_EQ(b->cpu->fault.vector, X86_UD);
+        bare_free(b);
+    }
+    for (unsigned has_tzcnt = 0; has_tzcnt < 2; has_tzcnt++) {
+        bare *b = bare_new(VM_MODE_FLAT32);
+        b->cpu->model = x86_model_find(has_tzcnt ? "max" : "base");
+        b->cpu->rip = AT;
+        b->cpu->gpr[X86_RAX] = 77;
+        bare_code(b, AT, "\xf3\x0f\xbc\xc1", 4);             /* tzcnt eax, ecx; ecx = 0 */
+        CHECK_EQ(bare_run(b, 1), X86_STOP_SLICE);
+        CHECK_EQ(b->cpu->gpr[X86_RAX], has_tzcnt ? 32 : 77);
+        CHECK_EQ(!!(b->cpu->rflags & X86_FL_ZF), !has_tzcnt);
+        bare_free(b);
+    }
+}

@@ -1,0 +1,66 @@
+/* offer.c - fits a decoded instruction to the CPU model: what CPUID does not show does not exist.
+ *
+ * Decoding knows nothing of the model; whoever caches decoded instructions for a CPU passes them through x86_offer() once, and
+ * then need not think of it again. System and vector instructions check their features themselves.
+ */
+#include <Zydis/Mnemonic.h>
+#include "x86/ops.h"
+#include "x86/system.h"
+
+#define FEATURE(word, bit) (X86_FEAT(X86_W_##word, bit) + 1)
+#define CMOV FEATURE(1_EDX, 15)
+#define BMI1 FEATURE(7_EBX, 3)
+#define BMI2 FEATURE(7_EBX, 8)
+#define ADX FEATURE(7_EBX, 19)
+#define SSE FEATURE(1_EDX, 25)
+#define M(name) [ZYDIS_MNEMONIC_##name]
+
+/* Feature number + 1, 0: on every model. */
+static const uint16_t needed[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
+    M(CMOVB) = CMOV, M(CMOVBE) = CMOV, M(CMOVL) = CMOV, M(CMOVLE) = CMOV, M(CMOVNB) = CMOV, M(CMOVNBE) = CMOV, M(CMOVNL) = CMOV,
+    M(CMOVNLE) = CMOV, M(CMOVNO) = CMOV, M(CMOVNP) = CMOV, M(CMOVNS) = CMOV, M(CMOVNZ) = CMOV, M(CMOVO) = CMOV, M(CMOVP) = CMOV,
+    M(CMOVS) = CMOV, M(CMOVZ) = CMOV,
+    M(CMPXCHG8B) = FEATURE(1_EDX, 8), M(CMPXCHG16B) = FEATURE(1_ECX, 13),
+    M(POPCNT) = FEATURE(1_ECX, 23), M(MOVBE) = FEATURE(1_ECX, 22), M(CRC32) = FEATURE(1_ECX, 20),
+    M(LZCNT) = FEATURE(E1_ECX, 5), M(TZCNT) = BMI1,
+    M(ANDN) = BMI1, M(BEXTR) = BMI1, M(BLSI) = BMI1, M(BLSMSK) = BMI1, M(BLSR) = BMI1,
+    M(BZHI) = BMI2, M(PDEP) = BMI2, M(PEXT) = BMI2, M(RORX) = BMI2, M(SARX) = BMI2, M(SHLX) = BMI2, M(SHRX) = BMI2, M(MULX) = BMI2,
+    M(ADCX) = ADX, M(ADOX) = ADX,
+    M(CLFLUSH) = FEATURE(1_EDX, 19), M(CLFLUSHOPT) = FEATURE(7_EBX, 23), M(CLWB) = FEATURE(7_EBX, 24),
+    M(MOVNTI) = FEATURE(1_EDX, 26), M(PREFETCHNTA) = SSE, M(PREFETCHT0) = SSE, M(PREFETCHT1) = SSE, M(PREFETCHT2) = SSE,
+    M(RDPID) = FEATURE(7_ECX, 22),
+};
+
+static unsigned feature_of(const x86_insn *in)
+{
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_NOP: return in->map == 1 ? CMOV : 0;                        /* 0F 18 to 1F came with the P6 */
+    case ZYDIS_MNEMONIC_LAHF: case ZYDIS_MNEMONIC_SAHF: return in->mode == 8 ? FEATURE(E1_ECX, 0) : 0;
+    default: return needed[in->mnemonic];
+    }
+}
+
+/* F3 is ignored before BSF and BSR where TZCNT and LZCNT are not known. */
+static void make_scan(x86_insn *in, x86_exec_fn exec)
+{
+    in->exec = exec;
+    in->flags &= (uint16_t)~X86_IF_NATIVE;
+    in->flags_maybe |= in->flags_written & ~X86_FL_ZF & 0xfff;
+    in->flags_written &= X86_FL_ZF;
+}
+
+void x86_offer(x86_cpu *cpu, x86_insn *in)
+{
+    unsigned feature = feature_of(in);
+    if (!feature || x86_has(cpu, feature - 1))
+        return;
+    if (in->mnemonic == ZYDIS_MNEMONIC_TZCNT)
+        make_scan(in, x86_op_bsf);
+    else if (in->mnemonic == ZYDIS_MNEMONIC_LZCNT)
+        make_scan(in, x86_op_bsr);
+    else {
+        in->exec = x86_op_illegal;
+        in->flags = X86_IF_END | X86_IF_BRANCH;
+        in->flags_read = in->flags_written = in->flags_maybe = 0;
+    }
+}
