@@ -40,11 +40,15 @@ static unsigned feature_of(const x86_insn *in)
     }
 }
 
-/* F3 is ignored before BSF and BSR where TZCNT and LZCNT are not known. */
-static void make_scan(x86_insn *in, x86_exec_fn exec)
+/* F3 is ignored before BSF and BSR where TZCNT and LZCNT are not known: it becomes another prefix without effect here (the
+ * segment has been decoded), for those who encode the instruction again. */
+static void make_scan(x86_insn *in, unsigned mnemonic, x86_exec_fn exec)
 {
+    for (unsigned i = 0; i < in->opcode_off; i++)
+        if (in->bytes[i] == 0xf3)
+            in->bytes[i] = 0x3e;
+    in->mnemonic = (uint16_t)mnemonic;
     in->exec = exec;
-    in->flags &= (uint16_t)~X86_IF_NATIVE;
     in->flags_maybe |= in->flags_written & ~X86_FL_ZF & 0xfff;
     in->flags_written &= X86_FL_ZF;
 }
@@ -55,11 +59,12 @@ void x86_offer(x86_cpu *cpu, x86_insn *in)
     if (!feature || x86_has(cpu, feature - 1))
         return;
     if (in->mnemonic == ZYDIS_MNEMONIC_TZCNT)
-        make_scan(in, x86_op_bsf);
+        make_scan(in, ZYDIS_MNEMONIC_BSF, x86_op_bsf);
     else if (in->mnemonic == ZYDIS_MNEMONIC_LZCNT)
-        make_scan(in, x86_op_bsr);
+        make_scan(in, ZYDIS_MNEMONIC_BSR, x86_op_bsr);
     else {
         in->exec = x86_op_illegal;
+        in->mnemonic = in->nops = 0;
         in->flags = X86_IF_END | X86_IF_BRANCH;
         in->flags_read = in->flags_written = in->flags_maybe = 0;
     }
