@@ -113,9 +113,16 @@ static unsigned prefix_count(const vector *v)
     return n;
 }
 
-static bool has_lock(const vector *v)
+/* Legal: ADD to XOR, INC, DEC, NEG, NOT, XCHG with a memory destination. */
+static bool has_illegal_lock(const vector *v)
 {
-    return memchr(v->bytes, 0xf0, prefix_count(v)) != NULL;
+    const unsigned n = prefix_count(v);
+    const uint8_t op = v->bytes[n], modrm = v->bytes[n + 1], reg = modrm >> 3 & 7;
+    if (!memchr(v->bytes, 0xf0, n))
+        return false;
+    bool is_lockable = (op < 0x38 && (op & 7) < 2) || ((op & 0xfc) == 0x80 && reg != 7) || (op & 0xfe) == 0x86 ||
+                       ((op & 0xfe) == 0xf6 && (reg == 2 || reg == 3)) || ((op & 0xfe) == 0xfe && reg < 2);
+    return !is_lockable || modrm >= 0xc0;
 }
 
 static bool is_over_ten_bytes(const vector *v)
@@ -144,7 +151,7 @@ static bool is_faulting_pop_to_memory(const vector *v)
 }
 
 static const struct { const char *reason; bool (*applies)(const vector *v); } exclusions[] = {
-    { "LOCK is legal only before certain instructions with a memory destination (#UD since the 80386)", has_lock },
+    { "LOCK is legal only before certain instructions with a memory destination (#UD since the 80386)", has_illegal_lock },
     { "an instruction may have 15 bytes, not 10 (since the 80386)", is_over_ten_bytes },
     { "FS and GS exist (since the 80386)", names_fs_or_gs },
     { "a string instruction that faults leaves its registers alone; the 80286 has advanced some of them", is_faulting_string },
