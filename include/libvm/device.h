@@ -14,7 +14,8 @@ extern "C" {
  * the vCPU that made the access, its registers exact and RIP at the current instruction.
  * Callbacks run on the vCPU's thread with the machine's device lock held, so two never run at once in one machine. They
  * may use memory, register, map and interrupt functions of the machine, and vm_vcpu_kick(); vm_vcpu_run() gives
- * VM_E_BUSY. */
+ * VM_E_BUSY. A callback must not wait for another thread that edits the map or resets the machine: that one waits for
+ * the callback. */
 typedef struct vm_io_ops {
     uint32_t size;                      /* sizeof(vm_io_ops): VM_IO_OPS_INIT */
     /* Fill *value (bits beyond the width are ignored; preset to all ones) and return 0. A negative return means that

@@ -94,7 +94,7 @@ struct vm_vcpu {
     _Atomic int asleep;                /* the thread sleeps on x86.attention */
     _Atomic uintptr_t owner;           /* the thread inside vm_vcpu_run, 0: none */
     bool is_parked;                    /* PC: AP waiting for SIPI */
-    uint8_t sipi_vector; bool init_pending, sipi_pending;
+    uint8_t sipi_vector; bool init_pending, sipi_pending, nmi_latched;    /* under device_lock; vm_pc_vcpu_event takes them */
     vm_exit pending;                   /* exit that waits for its completion */
     bool has_pending;
     struct vm_lapic *lapic;            /* PC */
@@ -150,6 +150,8 @@ typedef struct vm_backend_ops {
     void (*code_changed)(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes);       /* on the vCPU's own thread, or paused */
     void (*flush_code)(vm_vcpu *cpu); /* all of it: hooks changed, snapshot restored */
     void (*tlb_flushed)(vm_vcpu *cpu); /* linear-address caches (jump caches) are stale */
+    /* The same, told more precisely; NULL: tlb_flushed. bytes 0: every address, but not of global pages if keep_global. */
+    void (*tlb_dropped)(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global);
     void (*get_state)(vm_vcpu *cpu, unsigned parts); /* KVM: make parts of x86 current; NULL for software */
     void (*set_state)(vm_vcpu *cpu, unsigned parts); /* KVM: parts of x86 changed; used by the next run() */
     void (*kick)(vm_vcpu *cpu); /* async-signal-safe; NULL: attention is enough */

@@ -127,10 +127,12 @@ static int env_hypercall(x86_cpu *x)
     return vm_vcpu_of(x)->machine->is_pc ? -1 : X86_IO_EXIT;
 }
 
+/* The access under the lock may turn out to be a device's, and the device lock comes before the one that stops the world. */
 static void env_lock_begin(x86_cpu *x)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
     if (cpu->machine->vcpu_count > 1) {
+        vm_device_lock(cpu->machine);
         vm_pause(cpu->machine);
         cpu->lock_depth++;
     }
@@ -142,6 +144,7 @@ static void env_lock_end(x86_cpu *x)
     if (cpu->lock_depth) {
         cpu->lock_depth--;
         vm_resume(cpu->machine);
+        vm_device_unlock(cpu->machine);
     }
 }
 

@@ -251,8 +251,8 @@ static x86_stop execute(vm_vcpu *cpu, run *r)
     x86_stop stop = cpu->machine->backend->run(cpu);
     r->left -= (uint64_t)(slice - x->budget);
     if (__builtin_expect(cpu->lock_depth != 0, 0))
-        for (; cpu->lock_depth; cpu->lock_depth--)
-            vm_resume(cpu->machine);
+        while (cpu->lock_depth)        /* a fault or an exit under it */
+            x->env->lock_end(x);
     if (r->skips_until && x->budget < slice) {
         r->skips_until = false;
         x->has_until = true;

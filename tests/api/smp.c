@@ -28,6 +28,7 @@ PROGRAM(touch_pages,                   /* 32 pages at rdi, a counter in each, rc
         "1: mov %rdi, %rsi; mov $32, %edx\n2: incq (%rsi); add $4096, %rsi; dec %edx; jnz 2b; dec %rcx; jnz 1b; hlt");
 PROGRAM(write_for_ever, "1: incq (%rdi); jmp 1b");
 PROGRAM(read_device, "1: mov (%rbx), %rax; dec %rcx; jnz 1b; hlt");
+PROGRAM(exchange_device, "1: xchg %eax, (%rbx); dec %rcx; jnz 1b; hlt");
 PROGRAM(patched, ".byte 0xb8, 1, 0, 0, 0, 0xc3");
 
 typedef struct job { vm_vcpu *cpu; vm_exit exit; pthread_t thread; bool again; } job;
@@ -275,6 +276,32 @@ EACH_BACKEND(edits_from_callbacks_and_threads)
     for (unsigned i = 0; i < 2; i++)
         finish(&jobs[i], VM_EXIT_HALT);
     CHECK_EQ(d.reads, 1000);
+    vm_destroy(m);
+}
+
+static int edit_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)user, (void)cpu, (void)offset, (void)width, (void)value;
+    return 0;
+}
+
+/* Locked accesses to a device stop the world; meanwhile the other vCPU's callbacks edit the map. */
+EACH_BACKEND(locked_device_accesses_and_edits)
+{
+    vm_machine *m = machine(backend, 2);
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    device d = { .m = m };
+    job jobs[2];
+    ops.read = edit_read;
+    ops.write = edit_write;
+    OK(vm_map_mmio(m, 0x10000000, 0x1000, &ops, &d, NULL));
+    LOAD(m, 0, exchange_device, 2000, 0, 0x10000000);
+    LOAD(m, 1, read_device, 2000, 0, 0x10000000);
+    for (unsigned i = 0; i < 2; i++)
+        start(&jobs[i], m, i, false);
+    for (unsigned i = 0; i < 2; i++)
+        finish(&jobs[i], VM_EXIT_HALT);
+    CHECK_EQ(d.reads, 4000);
     vm_destroy(m);
 }
 
