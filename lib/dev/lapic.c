@@ -122,19 +122,19 @@ static void receive(vm_lapic *l, const vm_apic_msg *msg) {
         accept(l, msg->vector, msg->is_level);
         break;
     case VM_APIC_NMI:
-        __atomic_store_n(&cpu->x86.nmi_pending, true, __ATOMIC_RELEASE);
-        vm_vcpu_notify(cpu, X86_ATT_IRQ);
+        cpu->nmi_latched = true;
+        vm_vcpu_notify(cpu, X86_ATT_EVENT);
         break;
     case VM_APIC_INIT:
         if (msg->is_level && !msg->is_asserted)
             break;                                 /* level de-assert only synchronised arbitration ids of old CPUs */
-        __atomic_store_n(&cpu->sipi_pending, false, __ATOMIC_RELEASE);
-        __atomic_store_n(&cpu->init_pending, true, __ATOMIC_RELEASE);
+        cpu->sipi_pending = false;
+        cpu->init_pending = true;
         vm_vcpu_notify(cpu, X86_ATT_EVENT);
         break;
     case VM_APIC_SIPI:
         cpu->sipi_vector = msg->vector;
-        __atomic_store_n(&cpu->sipi_pending, true, __ATOMIC_RELEASE);
+        cpu->sipi_pending = true;
         vm_vcpu_notify(cpu, X86_ATT_EVENT);
         break;
     default:                                       /* SMI: no SMM; remote read: not on this bus; ExtINT: LINT0 only */

@@ -377,7 +377,7 @@ void vm_pc_reset(vm_machine *m) {
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         vm_vcpu *cpu = m->vcpus[i];
         x86_cpu_reset(&cpu->x86, false);
-        cpu->init_pending = cpu->sipi_pending = false;
+        cpu->init_pending = cpu->sipi_pending = cpu->nmi_latched = false;
         cpu->is_parked = i != 0;
         vm_vcpu_changed(cpu, VM_STATE_ALL);
     }
@@ -489,7 +489,7 @@ static void start_at(vm_vcpu *cpu, uint8_t vector) {
 void vm_pc_vcpu_event(vm_vcpu *cpu) {
     vm_device_lock(cpu->machine);
     if (cpu->init_pending) {
-        cpu->init_pending = false;
+        cpu->init_pending = cpu->nmi_latched = false;
         vm_vcpu_fetch(cpu, VM_STATE_ALL);
         x86_cpu_reset(&cpu->x86, true);
         cpu->x86.halted = false;
@@ -504,6 +504,11 @@ void vm_pc_vcpu_event(vm_vcpu *cpu) {
             start_at(cpu, cpu->sipi_vector);
             vm_vcpu_changed(cpu, VM_STATE_ALL);
         }
+    }
+    if (cpu->nmi_latched) {
+        cpu->nmi_latched = false;
+        if (!cpu->is_parked)                       /* one that waits for SIPI takes no NMI */
+            cpu->x86.nmi_pending = true;           /* backends with state elsewhere look at it before they run */
     }
     vm_device_unlock(cpu->machine);
 }

@@ -304,8 +304,8 @@ TEST(lapic_init_sipi_nmi)
     CHECK(r.m->vcpus[1]->sipi_pending);
     CHECK_EQ(r.m->vcpus[1]->sipi_vector, 8);
     poke(&r, 0, APIC + 0x300, 0x4400);
-    CHECK(r.m->vcpus[1]->x86.nmi_pending);
-    CHECK(!r.m->vcpus[0]->x86.nmi_pending);
+    CHECK(r.m->vcpus[1]->nmi_latched);
+    CHECK(!r.m->vcpus[0]->nmi_latched);
     rig_free(&r);
 }
 

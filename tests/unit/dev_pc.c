@@ -245,10 +245,16 @@ TEST(pc_init_sipi)
     poke(&r, 0, APIC + 0x300, 0x4609);           /* running: ignored */
     vm_pc_vcpu_event(ap);
     CHECK_EQ(ap->x86.seg[X86_CS].sel, 0x800);
+    poke(&r, 0, APIC + 0x300, 0x4400);           /* NMI */
+    vm_pc_vcpu_event(ap);
+    CHECK(ap->x86.nmi_pending);
     poke(&r, 1, APIC + 0xf0, 0x1ff);
     poke(&r, 0, APIC + 0x300, 0xc500);           /* INIT parks it and clears its APIC */
     vm_pc_vcpu_event(ap);
-    CHECK(ap->is_parked);
+    CHECK(ap->is_parked && !ap->x86.nmi_pending);
+    poke(&r, 0, APIC + 0x300, 0x4400);           /* parked: no NMI */
+    vm_pc_vcpu_event(ap);
+    CHECK(!ap->x86.nmi_pending);
     CHECK_EQ(peek(&r, 1, APIC + 0xf0), 0xff);
     CHECK_EQ(vm_pc_apic_base(ap), 0xfee00800);
     CHECK_EQ(vm_pc_apic_base(r.m->vcpus[0]), 0xfee00900);
