@@ -53,21 +53,21 @@ linux() {
     if [ $status -ne 0 ]; then echo "FAIL $name: exit status $status, not 0"; else echo "ok $name"; fi
 }
 
-# memtest NAME IMAGE SECONDS: over 16 MiB it must get to its third test in that time, without an error.
+# memtest NAME IMAGE: over 16 MiB it must get to its third test without an error. It never ends by itself, and starts with
+# some seconds in which it waits for a key: it is stopped when it has got that far.
 memtest() {
     name=$backend/$1 image=$guests/$2
     if [ ! -e "$image" ]; then
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
         return
     fi
-    timeout -k 5 $(($3 + 20)) "$vmrun" --backend "$backend" --timeout "$3" --memory 16M --kernel "$image" --append console=ttyS0,115200 \
-        >"$work/out" 2>&1 </dev/null
-    status=$?
-    expect "$name" "$work/out" 'Memtest86\+' '#[23456789]' 'Errors: 0' || return
-    if grep -aqE 'Errors: *[1-9]' "$work/out"; then echo "FAIL $name: it found errors in memory"
-    elif [ $status -ne 124 ]; then echo "FAIL $name: exit status $status, not 124 (it never ends by itself)"
-    else echo "ok $name"
-    fi
+    "$vmrun" --backend "$backend" --timeout 200 --memory 16M --kernel "$image" --append console=ttyS0,115200 >"$work/out" 2>&1 </dev/null &
+    pid=$!
+    while kill -0 $pid 2>/dev/null && ! grep -aqE '#[3456789]' "$work/out"; do sleep 1; done
+    kill $pid 2>/dev/null
+    wait $pid
+    expect "$name" "$work/out" 'Memtest86\+' '#[3456789]' 'Errors: 0' || return
+    if grep -aqE 'Errors: *[1-9]' "$work/out"; then echo "FAIL $name: it found errors in memory"; else echo "ok $name"; fi
 }
 
 # seabios: from the reset vector to where it finds nothing to boot.
