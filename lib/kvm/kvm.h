@@ -1,6 +1,7 @@
 /* kvm.h - what the files of the KVM backend share.
  *
- *   kvm_machine.c  discovery, file descriptors, memory slots, dirty log, identity page tables for VM_MODE_FLAT64
+ *   kvm_machine.c  discovery, file descriptors, memory slots, identity page tables for VM_MODE_FLAT64
+ *   kvm_dirty.c    which pages the guest wrote, by rings or by bitmaps
  *   kvm_cpuid.c    CPUID: what libvm shows, cut down to what this host's KVM can do
  *   kvm_state.c    x86_cpu <-> KVM's structures, by parts (VM_STATE_*)
  *   kvm_exit.c     exits made into the accesses and stops that the software backends make, exact RIP for them
@@ -46,7 +47,7 @@ typedef struct kvm_machine {
     unsigned max_slots;
     bool can_sync, can_read_only, can_debug, has_xcrs, has_shadow, has_user_msr, has_gigabyte_pages;
     _Atomic bool is_probed; bool lacks_legacy_paging, lacks_v86;   /* kvm_run.c: probe() */
-    uint64_t tsc_khz;
+    unsigned ring_entries;             /* dirty ring of a vCPU; 0: bitmaps */
     kvm_slot *slots;                   /* index = slot number */
     unsigned slot_count, slot_capacity, free_hint;     /* no free number below free_hint */
     unsigned *order, order_count;      /* numbers of the slots made from the map, by gpa */
@@ -119,6 +120,8 @@ typedef struct kvm_vcpu {
     timer_t timer;                     /* for deadlines, bound to the thread timer_tid (0: none) */
     int timer_tid;
     bool is_timer_armed, is_late;
+    struct kvm_dirty_gfn *ring;
+    uint32_t ring_next;                /* first entry not yet taken; under km->lock */
     struct kvm_xsave *xsave;
     uint32_t msrs[KVM_MAX_MSRS];       /* those of kvm_state.c's table that this KVM knows */
     unsigned msr_count;
@@ -138,11 +141,18 @@ int  kvm_vcpu_create(vm_vcpu *cpu);
 void kvm_vcpu_destroy(vm_vcpu *cpu);
 void kvm_map_changed(vm_machine *m);
 void kvm_set_tsc_offset(kvm_vcpu *kv, uint64_t offset);
-void kvm_dirty_sync(vm_machine *m);
 void kvm_flat_moved(vm_machine *m);
 bool kvm_flat_extend(vm_machine *m, uint64_t gpa);     /* true: gpa was not reachable in flat mode and now is */
 int  kvm_flat_ready(vm_machine *m, uint64_t gpa);      /* tables exist and reach gpa; VM_OK or a status */
 int  kvm_ioctl(int fd, unsigned long request, void *argument);   /* retried on EINTR */
+
+bool kvm_is_hardware_ring0(void);                      /* guest ring 0 runs on the CPU, not in the host's emulator */
+
+/* kvm_dirty.c */
+void kvm_dirty_choose(kvm_machine *km);                /* before the first vCPU */
+int  kvm_dirty_ring_map(kvm_vcpu *kv);
+void kvm_dirty_ring_unmap(kvm_vcpu *kv);
+void kvm_dirty_sync(vm_machine *m);                    /* what KVM knows goes to the regions' page flags */
 
 /* kvm_cpuid.c */
 int  kvm_cpuid_read(kvm_machine *km);                  /* fills km->supported */

@@ -1,4 +1,4 @@
-/* kvm_machine.c - discovery, file descriptors, memory slots, dirty log, identity page tables.
+/* kvm_machine.c - discovery, file descriptors, memory slots, identity page tables.
  *
  * Interrupt controllers. None is created in the kernel, on either platform: PIC, I/O APIC and local APICs are lib/dev's, and
  * kvm_run.c hands their vectors to KVM (KVM_INTERRUPT, interrupt windows, CR8). That keeps one implementation and one state
@@ -82,7 +82,7 @@ static int open_kvm(int *out)
 /* Some hosts (guests themselves, without nested virtualisation) run only guest ring 3 on the CPU and emulate ring 0, at about
  * a million instructions a second: right, but slower than the JIT for anything with a kernel. Their CPUs show neither VMX nor
  * SVM, without which no KVM can do better. Asking the CPU costs nothing; timing a guest would cost every vm_create. */
-static bool is_hardware_ring0(void)
+bool kvm_is_hardware_ring0(void)
 {
     unsigned a, b, c, d;
     return (__get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 5)) || (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & 1u << 2));
@@ -98,17 +98,17 @@ static int query_open(const char *capability, uint64_t *value)
     if (!strcmp(capability, "available"))
         *value = 1;
     else if (!strcmp(capability, "hardware-ring0"))
-        *value = is_hardware_ring0();
+        *value = kvm_is_hardware_ring0();
     else if (!strcmp(capability, "max-vcpus"))
         *value = (uint64_t)check(fd, KVM_CAP_MAX_VCPUS);
     else if (!strcmp(capability, "max-slots"))
         *value = (uint64_t)check(fd, KVM_CAP_NR_MEMSLOTS);
     else if (!strcmp(capability, "dirty-ring"))
-        *value = (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING);
+        *value = kvm_is_hardware_ring0() ? (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING) : 0;
     if (!strcmp(capability, "max-vcpus") && *value > VM_MAX_VCPUS)
         *value = VM_MAX_VCPUS;
     if (!strcmp(capability, "auto")) {
-        *value = is_hardware_ring0();
+        *value = kvm_is_hardware_ring0();
         if (!*value)
             vm_fail(VM_E_UNSUPPORTED, "KVM is not chosen by itself: this host emulates guest ring 0 in software");
     }
@@ -336,8 +336,7 @@ void kvm_map_changed(vm_machine *m)
     size_t count;
     kvm_slot *runs = wanted_runs(m, &count);
     size_t left = match_slots(km, runs, count);
-    if (m->dirty_log)
-        kvm_dirty_sync(m);             /* bits of slots that go away */
+    kvm_dirty_sync(m);                 /* pages of slots that go away */
     remove_unwanted(km);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (kvm_vcpu_of(m->vcpus[i])->has_soft)
@@ -346,37 +345,6 @@ void kvm_map_changed(vm_machine *m)
         kvm_flat_moved(m);
     add_slots(km, runs, left);
     free(runs);
-}
-
-/* ---- dirty log ---- */
-
-static void mark_dirty(vm_machine *m, uint64_t gpa)
-{
-    const vm_range *r = vm_view_find(&m->view, gpa);
-    if (!r || !r->region->page_flags)
-        return;
-    _Atomic uint8_t *flags = &r->region->page_flags[(r->offset + (gpa - r->gpa)) >> 12];
-    atomic_fetch_or_explicit(flags, VM_PAGE_DIRTY, memory_order_relaxed);
-    atomic_fetch_and_explicit(flags, (uint8_t)~VM_PAGE_CLEAN, memory_order_relaxed);
-}
-
-/* Fetch and clear KVM's bitmaps into the regions' page flags. vCPUs are stopped or the answer lags, as documented. */
-void kvm_dirty_sync(vm_machine *m)
-{
-    kvm_machine *km = kvm_machine_of(m);
-    for (unsigned i = 0; i < km->slot_count; i++) {
-        const kvm_slot *s = &km->slots[i];
-        if (!s->bytes || !(s->flags & KVM_MEM_LOG_DIRTY_PAGES))
-            continue;
-        size_t words = (s->bytes / 4096 + 63) / 64;
-        uint64_t *bits = calloc(words, sizeof *bits);
-        struct kvm_dirty_log log = { .slot = i, .dirty_bitmap = bits };
-        if (bits && kvm_ioctl(km->vm_fd, KVM_GET_DIRTY_LOG, &log) == 0)
-            for (size_t w = 0; w < words; w++)
-                for (uint64_t set = bits[w]; set; set &= set - 1)
-                    mark_dirty(m, s->gpa + (w * 64 + (unsigned)__builtin_ctzll(set)) * 4096);
-        free(bits);
-    }
 }
 
 /* ---- identity page tables ---- */
@@ -710,6 +678,7 @@ int kvm_machine_create(vm_machine *m)
     pthread_mutex_init(&km->lock, NULL);
     filter_msrs(km);
     ask_for_failures(km);
+    kvm_dirty_choose(km);
     m->backend_data = km;
     return VM_OK;
 fail:
@@ -784,7 +753,11 @@ int kvm_vcpu_create(vm_vcpu *cpu)
         cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
     }
     kvm_set_tsc_offset(kv, 0);
-    return VM_OK;
+    rc = kvm_dirty_ring_map(kv);
+    if (rc == VM_OK)
+        return VM_OK;
+    cpu->backend_data = NULL;
+    munmap(kv->run, km->run_bytes);
 fail_fd:
     close(kv->fd);
 fail:
@@ -802,6 +775,7 @@ void kvm_vcpu_destroy(vm_vcpu *cpu)
         interp_destroy(cpu);
     if (kv->timer_tid)
         timer_delete(kv->timer);
+    kvm_dirty_ring_unmap(kv);
     munmap(kv->run, kv->km->run_bytes);
     close(kv->fd);
     free(kv->xsave);

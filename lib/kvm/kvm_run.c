@@ -567,6 +567,7 @@ static x86_stop handle_exit(kvm_vcpu *kv)
     case KVM_EXIT_X86_RDMSR:
     case KVM_EXIT_X86_WRMSR: return handle_msr(kv);
     case KVM_EXIT_SHUTDOWN: return handle_shutdown(kv);
+    case KVM_EXIT_DIRTY_RING_FULL: kvm_dirty_sync(kv->cpu->machine); return X86_STOP_NONE;
     case KVM_EXIT_DEBUG: return handle_debug(kv);
     case KVM_EXIT_INTERNAL_ERROR: return handle_internal_error(kv);
     case KVM_EXIT_FAIL_ENTRY:

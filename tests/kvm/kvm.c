@@ -627,6 +627,60 @@ TEST(dirty_log)
     vm_destroy(g.m);
 }
 
+/* More pages than a dirty ring holds, some of them twice, from two sides. */
+TEST(dirty_log_of_many_pages)
+{
+    need_kvm();
+    /* mov [rdi],al; add rdi,4096; dec ecx; jnz */
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9, 0x75, 0xf3, 0xf4);
+    enum { PAGES = 5000 };
+    static uint64_t bits[(PAGES + 64) / 64 + 1];
+    vm_region *r;
+    vm_exit e = VM_EXIT_INIT;
+    OK(vm_map_ram(g.m, 0x10000000, PAGES * UINT64_C(4096), VM_PROT_RW, &r));
+    OK(vm_dirty_log(g.m, true));
+    for (unsigned round = 0; round < 3; round++) {
+        set_reg(&g, VM_REG_RIP, CODE);
+        set_reg(&g, VM_REG_RDI, 0x10000000 + (round == 2 ? 4096 : 0));
+        set_reg(&g, VM_REG_RCX, round == 2 ? 7 : PAGES);
+        OK(vm_dirty_fetch(g.m, 0x10000000, PAGES * UINT64_C(4096), bits));
+        OK(vm_vcpu_run(g.cpu, NULL, &e));
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        OK(vm_dirty_fetch(g.m, 0x10000000, PAGES * UINT64_C(4096), bits));
+        unsigned count = 0;
+        for (unsigned i = 0; i < PAGES; i++)
+            count += bits[i / 64] >> i % 64 & 1;
+        CHECK_EQ(count, round == 2 ? 7 : PAGES);
+    }
+    CHECK_EQ(bits[0], 0xfe);
+    OK(vm_unmap(g.m, r));
+    OK(vm_dirty_log(g.m, false));
+    vm_destroy(g.m);
+}
+
+/* The same with bitmaps, which KVM gives where it has no rings. */
+TEST(dirty_log_by_bitmap)
+{
+    need_kvm();
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
+    kvm_machine *km = kvm_machine_of(g.m);
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t bits[8];
+    OK(vm_dirty_log(g.m, true));
+    set_reg(&g, VM_REG_RDI, 0x6000);
+    OK(vm_vcpu_run(g.cpu, NULL, &e));
+    OK(vm_dirty_fetch(g.m, 0, RAM_BYTES, bits));
+    CHECK(bits[0] & 1u << 6);
+    if (km->ring_entries) {            /* KVM refuses bitmaps then: every page counts as written */
+        unsigned entries = km->ring_entries;
+        km->ring_entries = 0;
+        OK(vm_dirty_fetch(g.m, 0, RAM_BYTES, bits));
+        CHECK_EQ(bits[3], ~UINT64_C(0));
+        km->ring_entries = entries;
+    }
+    vm_destroy(g.m);
+}
+
 TEST(slots_exhausted)
 {
     need_kvm();
