@@ -1,8 +1,8 @@
 /* cpuid.c - CPU models and the CPUID leaves made from them.
  *
- * A model is a table of feature words. What the CPU shows is the model's word, bounded for instructions that run natively by
- * what the host CPU has, with the few bits that follow state (OSXSAVE, APIC, HTT). Everything else in lib/x86 asks
- * x86_has(), so a feature that CPUID does not show cannot be switched on either.
+ * A model is a table of feature words. What the CPU shows is the model's word, bounded for instructions that run
+ * natively by what the host CPU has, with the few bits that follow state (OSXSAVE, APIC, HTT). Everything else in
+ * lib/x86 asks x86_has(), so a feature that CPUID does not show cannot be switched on either.
  */
 #include "x86/system.h"
 
@@ -21,13 +21,17 @@ struct x86_model {
 #define B(n) (1u << (n))
 
 /* CPUID.1:EDX: FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2. */
-#define W_1_EDX_X64 (B(0) | B(1) | B(2) | B(3) | B(4) | B(5) | B(6) | B(7) | B(8) | B(9) | B(11) | B(12) | B(13) | B(14) | \
-                     B(15) | B(16) | B(17) | B(19) | B(23) | B(24) | B(25) | B(26))
-/* SSE3 PCLMUL SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE POPCNT TSC-deadline AES XSAVE AVX F16C RDRAND hypervisor. */
-#define W_1_ECX_MAX (B(0) | B(1) | B(9) | B(12) | B(13) | B(17) | B(19) | B(20) | B(21) | B(22) | B(23) | B(24) | B(25) | \
-                     B(26) | B(28) | B(29) | B(30) | B(31))
+#define W_1_EDX_X64                                                                                                    \
+    (B(0) | B(1) | B(2) | B(3) | B(4) | B(5) | B(6) | B(7) | B(8) | B(9) | B(11) | B(12) | B(13) | B(14) | B(15) |     \
+     B(16) | B(17) | B(19) | B(23) | B(24) | B(25) | B(26))
+/* SSE3 PCLMUL SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE POPCNT TSC-deadline AES XSAVE AVX F16C RDRAND hypervisor.
+ */
+#define W_1_ECX_MAX                                                                                                    \
+    (B(0) | B(1) | B(9) | B(12) | B(13) | B(17) | B(19) | B(20) | B(21) | B(22) | B(23) | B(24) | B(25) | B(26) |      \
+     B(28) | B(29) | B(30) | B(31))
 /* FSGSBASE TSC_ADJUST BMI1 AVX2 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT CLWB SHA. */
-#define W_7_EBX_MAX (B(0) | B(1) | B(3) | B(5) | B(7) | B(8) | B(9) | B(10) | B(18) | B(19) | B(20) | B(23) | B(24) | B(29))
+#define W_7_EBX_MAX                                                                                                    \
+    (B(0) | B(1) | B(3) | B(5) | B(7) | B(8) | B(9) | B(10) | B(18) | B(19) | B(20) | B(23) | B(24) | B(29))
 #define W_7_ECX_MAX (B(2) | B(8) | B(9) | B(10) | B(22))                /* UMIP GFNI VAES VPCLMULQDQ RDPID */
 #define W_7_EDX_MAX B(4)                                                /* fast short REP MOVSB */
 /* The AMD copy of 1:EDX has no SEP, PSN, ... at the same places; SYSCALL NX MMXEXT 1G RDTSCP LM are its own. */
@@ -40,21 +44,54 @@ struct x86_model {
 #define W_E21_EAX_MAX (B(2) | B(6) | B(8) | B(29))
 
 static const struct x86_model models[] = {
-    { .name = "max", .vendor = "AuthenticAMD", .brand = "libvm virtual CPU", .signature = 0x00a10f11,
-      .max_leaf = 0xd, .max_extended = 0x80000021, .phys_bits = 46, .linear_bits = 48, .is_hypervisor = true,
-      .words = { W_1_EDX_X64, W_1_ECX_MAX, W_7_EBX_MAX, W_7_ECX_MAX, W_7_EDX_MAX, W_E1_EDX_MAX, W_E1_ECX_MAX, W_D1_EAX_MAX,
-                 W_E8_EBX_MAX, W_E21_EAX_MAX } },
+    {.name = "max",
+     .vendor = "AuthenticAMD",
+     .brand = "libvm virtual CPU",
+     .signature = 0x00a10f11,
+     .max_leaf = 0xd,
+     .max_extended = 0x80000021,
+     .phys_bits = 46,
+     .linear_bits = 48,
+     .is_hypervisor = true,
+     .words = {W_1_EDX_X64, W_1_ECX_MAX, W_7_EBX_MAX, W_7_ECX_MAX, W_7_EDX_MAX, W_E1_EDX_MAX, W_E1_ECX_MAX,
+               W_D1_EAX_MAX, W_E8_EBX_MAX, W_E21_EAX_MAX}},
     /* The first x86-64 generation plus what every 64-bit system expects today. */
-    { .name = "base", .vendor = "AuthenticAMD", .brand = "libvm virtual CPU (base)", .signature = 0x00000f61,
-      .max_leaf = 0x7, .max_extended = 0x80000008, .phys_bits = 40, .linear_bits = 48, .is_hypervisor = true,
-      .words = { W_1_EDX_X64, B(0) | B(13) | B(31), 0, 0, 0, (W_1_EDX_X64 & W_E1_EDX_COPY) | B(11) | B(20) | B(29), B(0), 0, 0, 0 } },
-    { .name = "pentium3", .vendor = "GenuineIntel", .brand = "libvm virtual CPU (pentium3)", .signature = 0x0686,
-      .max_leaf = 1, .max_extended = 0x80000004, .phys_bits = 36, .linear_bits = 32,
-      .words = { W_1_EDX_X64 & ~(B(19) | B(26)) } },
-    { .name = "pentium", .vendor = "GenuineIntel", .brand = "", .signature = 0x0543, .max_leaf = 1,
-      .phys_bits = 32, .linear_bits = 32, .words = { B(0) | B(1) | B(2) | B(3) | B(4) | B(5) | B(7) | B(8) | B(9) | B(23) } },
-    { .name = "486", .vendor = "GenuineIntel", .brand = "", .signature = 0x0480, .max_leaf = 1,
-      .phys_bits = 32, .linear_bits = 32, .words = { B(0) | B(1) | B(3) } },
+    {.name = "base",
+     .vendor = "AuthenticAMD",
+     .brand = "libvm virtual CPU (base)",
+     .signature = 0x00000f61,
+     .max_leaf = 0x7,
+     .max_extended = 0x80000008,
+     .phys_bits = 40,
+     .linear_bits = 48,
+     .is_hypervisor = true,
+     .words = {W_1_EDX_X64, B(0) | B(13) | B(31), 0, 0, 0, (W_1_EDX_X64 & W_E1_EDX_COPY) | B(11) | B(20) | B(29), B(0),
+               0, 0, 0}},
+    {.name = "pentium3",
+     .vendor = "GenuineIntel",
+     .brand = "libvm virtual CPU (pentium3)",
+     .signature = 0x0686,
+     .max_leaf = 1,
+     .max_extended = 0x80000004,
+     .phys_bits = 36,
+     .linear_bits = 32,
+     .words = {W_1_EDX_X64 & ~(B(19) | B(26))}},
+    {.name = "pentium",
+     .vendor = "GenuineIntel",
+     .brand = "",
+     .signature = 0x0543,
+     .max_leaf = 1,
+     .phys_bits = 32,
+     .linear_bits = 32,
+     .words = {B(0) | B(1) | B(2) | B(3) | B(4) | B(5) | B(7) | B(8) | B(9) | B(23)}},
+    {.name = "486",
+     .vendor = "GenuineIntel",
+     .brand = "",
+     .signature = 0x0480,
+     .max_leaf = 1,
+     .phys_bits = 32,
+     .linear_bits = 32,
+     .words = {B(0) | B(1) | B(3)}},
 };
 
 const struct x86_model *x86_model_find(const char *name)
@@ -93,7 +130,7 @@ static void ask_host(x86_cpu *cpu)
     }
     __cpuid(0x80000001, a, b, c, d);
     host[HOST_E1_ECX] = c;
-    if (!__builtin_cpu_supports("avx2")) {                              /* also asks whether the host OS saves the state */
+    if (!__builtin_cpu_supports("avx2")) { /* also asks whether the host OS saves the state */
         host[HOST_1_ECX] &= ~AVX_1_ECX;
         host[HOST_7_EBX] &= ~AVX_7_EBX;
         host[HOST_7_ECX] &= ~AVX_7_ECX;
@@ -136,7 +173,7 @@ struct x86_model *x86_model_cut(const struct x86_model *base,
         model->words[places[i].word] &= allowed(user, places[i].leaf, places[i].sub, places[i].reg);
     if (!(model->words[X86_W_1_ECX] & B(26)))
         model->words[X86_W_D1_EAX] = 0;
-    if (!(model->words[X86_W_1_ECX] & B(26)) || !(allowed(user, 0xd, 0, 0) & 4)) {     /* no YMM state, nothing of AVX */
+    if (!(model->words[X86_W_1_ECX] & B(26)) || !(allowed(user, 0xd, 0, 0) & 4)) { /* no YMM state, nothing of AVX */
         model->words[X86_W_1_ECX] &= ~AVX_1_ECX;
         model->words[X86_W_7_EBX] &= ~AVX_7_EBX;
         model->words[X86_W_7_ECX] &= ~AVX_7_ECX;

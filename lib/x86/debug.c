@@ -1,7 +1,7 @@
 /* debug.c - debug registers at work: breakpoints of all four types and single-stepping (SDM vol. 3, chapter 17).
  *
- * Instruction breakpoints are faults, met before the instruction; data and I/O breakpoints and the TF trap are collected in
- * `dr_hit` while it executes and reported after it as one #DB. All of it happens only while cpu->careful.
+ * Instruction breakpoints are faults, met before the instruction; data and I/O breakpoints and the TF trap are
+ * collected in `dr_hit` while it executes and reported after it as one #DB. All of it happens only while cpu->careful.
  */
 #include "x86/system.h"
 
@@ -62,8 +62,8 @@ void x86_before_careful(x86_cpu *cpu)
     }
 }
 
-/* RF lasts for one instruction. An instruction that loads RFLAGS (IRET, task switch) decides for itself: it cannot have begun
- * with RF set and kept it, so "set before and still set" means it has served. */
+/* RF lasts for one instruction. An instruction that loads RFLAGS (IRET, task switch) decides for itself: it cannot have
+ * begun with RF set and kept it, so "set before and still set" means it has served. */
 static void retire_rf(x86_cpu *cpu, uint64_t rflags_before)
 {
     if ((rflags_before & X86_FL_RF) && (cpu->rflags & X86_FL_RF) && !cpu->keep_rf)

@@ -185,8 +185,8 @@ x86_stop x86_inject(x86_cpu *cpu, uint8_t vector, bool has_error, uint32_t error
 
 /* ---- INT n, INT3, INTO, INT1 ---- */
 
-/* CR4.VME: bit `vector` of the software-interrupt redirection bitmap, the 32 bytes below the I/O map (SDM vol. 3, 20.3.3).
- * A bitmap that is not there redirects nothing. */
+/* CR4.VME: bit `vector` of the software-interrupt redirection bitmap, the 32 bytes below the I/O map (SDM vol.
+ * 3, 20.3.3). A bitmap that is not there redirects nothing. */
 static bool goes_to_v86_handler(x86_cpu *cpu, uint8_t vector)
 {
     const x86_seg *tr = &cpu->seg[X86_TR];
@@ -202,7 +202,8 @@ static bool goes_to_v86_handler(x86_cpu *cpu, uint8_t vector)
     return !(byte >> (vector % 8) & 1);
 }
 
-/* Interrupt handled by the 8086 program itself through the vector table at linear 0 (SDM vol. 3, 20.3.3.4, methods 5 and 6). */
+/* Interrupt handled by the 8086 program itself through the vector table at linear 0 (SDM vol. 3, 20.3.3.4, methods 5
+ * and 6). */
 static void v86_redirect(x86_cpu *cpu, uint8_t vector)
 {
     uint16_t entry[2];

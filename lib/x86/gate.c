@@ -1,4 +1,5 @@
-/* gate.c - one event through the interrupt descriptor table: real mode, 16/32-bit protected mode, virtual-8086, long mode.
+/* gate.c - one event through the interrupt descriptor table: real mode, 16/32-bit protected mode, virtual-8086, long
+ * mode.
  *
  * Order of checks and error codes: SDM vol. 2, INT n; vol. 3, 6.11 to 6.14. All memory that can fault is touched before
  * CS, SS, RSP or RFLAGS change.
@@ -149,7 +150,8 @@ static void task_gate_event(x86_cpu *cpu, const x86_event *ev, const idt_gate *g
     x86_task_switch(cpu, &tss, X86_TASK_EVENT, ev->rip, ev);
 }
 
-/* 64-bit: the frame is SS, RSP, RFLAGS, CS, RIP and perhaps an error code, on a 16-byte aligned stack (SDM vol. 3, 6.14). */
+/* 64-bit: the frame is SS, RSP, RFLAGS, CS, RIP and perhaps an error code, on a 16-byte aligned stack (SDM vol.
+ * 3, 6.14). */
 static void long_mode_event(x86_cpu *cpu, const x86_event *ev, idt_gate *g)
 {
     x86_desc cs;

@@ -1,7 +1,7 @@
 /* msr.c - model-specific registers: one table of number ranges, each with how it is read and what may be written.
  *
- * False from either function is #GP in the guest. Registers of the local APIC and its deadline timer live outside the CPU,
- * behind env->msr_*; everything that is in no row does not exist.
+ * False from either function is #GP in the guest. Registers of the local APIC and its deadline timer live outside the
+ * CPU, behind env->msr_*; everything that is in no row does not exist.
  */
 #include "x86/system.h"
 
@@ -10,7 +10,8 @@
 typedef bool (*msr_read_fn)(x86_cpu *cpu, uint32_t msr, uint64_t *v);
 typedef bool (*msr_write_fn)(x86_cpu *cpu, uint32_t msr, uint64_t v);
 
-/* A row either has functions or a field; a field takes bits of `mask`, others raise #GP, and `is_canonical` addresses only. */
+/* A row either has functions or a field; a field takes bits of `mask`, others raise #GP, and `is_canonical` addresses
+ * only. */
 typedef struct msr_row {
     uint32_t first, last;
     msr_read_fn read;
@@ -75,7 +76,7 @@ static bool read_tsc(x86_cpu *cpu, uint32_t msr, uint64_t *v)
     return true;
 }
 
-static bool write_tsc(x86_cpu *cpu, uint32_t msr, uint64_t v)          /* moves TSC_ADJUST by the same amount (SDM 17.17.3) */
+static bool write_tsc(x86_cpu *cpu, uint32_t msr, uint64_t v) /* moves TSC_ADJUST by the same amount (SDM 17.17.3) */
 {
     (void)msr;
     cpu->tsc_adjust += v - x86_read_tsc(cpu);
@@ -173,7 +174,7 @@ static bool write_mcg_ctl(x86_cpu *cpu, uint32_t msr, uint64_t v)
 static bool write_mc_bank(x86_cpu *cpu, uint32_t msr, uint64_t v)
 {
     unsigned kind = msr & 3;           /* CTL, STATUS, ADDR, MISC */
-    if (kind == 0 && v != 0 && ~(v | 1 << 10 | 1) != 0)                 /* all or nothing; Linux leaves out bits 0 and 10 */
+    if (kind == 0 && v != 0 && ~(v | 1 << 10 | 1) != 0) /* all or nothing; Linux leaves out bits 0 and 10 */
         return false;
     if (kind == 1 && v && !(cpu->hwcr & HWCR_MC_STATUS_WRITE))
         return false;
@@ -227,47 +228,52 @@ static bool write_outside(x86_cpu *cpu, uint32_t msr, uint64_t v)
 #define ALL (~UINT64_C(0))
 #define AMD 0xffff                     /* feature: the vendor */
 static const msr_row rows[] = {
-    { 0x000, 0x001, read_zero, write_ignored, 0, 0, 0, X86_FEAT_MSR },                         /* P5 machine check */
-    { 0x010, 0x010, read_tsc, write_tsc, 0, 0, 0, X86_FEAT_TSC },
-    { 0x01b, 0x01b, read_outside, write_outside, 0, 0, 0, 0 },                                 /* APIC base */
-    { .first = 0x03b, .last = 0x03b, FIELD(tsc_adjust), .mask = ALL, .feature = X86_FEAT_TSC_ADJUST },
-    { 0x08b, 0x08b, read_patch_level, write_ignored, 0, 0, 0, X86_FEAT_MSR },
-    { 0x0fe, 0x0fe, read_mtrr_cap, write_refused, 0, 0, 0, X86_FEAT_MTRR },
-    { .first = 0x174, .last = 0x174, FIELD(sysenter_cs), .mask = 0xffffffff, .feature = X86_FEAT_SEP },
-    { .first = 0x175, .last = 0x176, FIELD(sysenter_esp), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_SEP },
-    { 0x179, 0x179, read_mcg_cap, write_refused, 0, 0, 0, X86_FEAT_MCA },
-    { .first = 0x17a, .last = 0x17a, FIELD(mcg_status), .mask = 7, .feature = X86_FEAT_MCA },
-    { 0x17b, 0x17b, NULL, write_mcg_ctl, offsetof(x86_cpu, mcg_ctl), 0, 0, X86_FEAT_MCA },
-    { .first = 0x1a0, .last = 0x1a0, FIELD(misc_enable), .mask = UINT64_C(0x400c51889), .feature = X86_FEAT_MSR },
-    { 0x1d9, 0x1d9, read_zero, write_ignored, 0, 0, 0, X86_FEAT_MSR },                         /* DEBUGCTL: no LBR, no BTF */
-    { 0x1db, 0x1de, read_zero, write_refused, 0, 0, 0, X86_FEAT_MSR },                         /* last branch and exception */
-    { 0x200, 0x20f, NULL, write_mtrr_var, offsetof(x86_cpu, mtrr_var), 0, 0, X86_FEAT_MTRR },
-    { 0x250, 0x250, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[0]), 0, 0, X86_FEAT_MTRR },
-    { 0x258, 0x259, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[1]), 0, 0, X86_FEAT_MTRR },
-    { 0x268, 0x26f, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[3]), 0, 0, X86_FEAT_MTRR },
-    { 0x277, 0x277, NULL, write_pat, offsetof(x86_cpu, pat), 0, 0, X86_FEAT_PAT },
-    { 0x2ff, 0x2ff, NULL, write_mtrr_def, offsetof(x86_cpu, mtrr_def), 0, 0, X86_FEAT_MTRR },
-    { 0x400, 0x400 + 4 * MCG_BANKS - 1, NULL, write_mc_bank, offsetof(x86_cpu, mc_bank), 0, 0, X86_FEAT_MCA },
-    { 0x6e0, 0x6e0, read_outside, write_outside, 0, 0, 0, 0 },                                 /* TSC deadline */
-    { 0x800, 0x8ff, read_outside, write_outside, 0, 0, 0, 0 },                                 /* x2APIC */
-    { 0xc0000080, 0xc0000080, read_efer, write_efer, 0, 0, 0, X86_FEAT_SYSCALL },
-    { .first = 0xc0000081, .last = 0xc0000081, FIELD(star), .mask = ALL, .feature = X86_FEAT_SYSCALL },
-    { .first = 0xc0000082, .last = 0xc0000083, FIELD(lstar), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_LM },
-    { .first = 0xc0000084, .last = 0xc0000084, FIELD(sfmask), .mask = 0xffffffff, .feature = X86_FEAT_LM },
-    { 0xc0000100, 0xc0000101, read_seg_base, write_seg_base, 0, 0, 0, X86_FEAT_LM },
-    { .first = 0xc0000102, .last = 0xc0000102, FIELD(kernel_gs_base), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_LM },
-    { .first = 0xc0000103, .last = 0xc0000103, FIELD(tsc_aux), .mask = 0xffffffff, .feature = X86_FEAT_RDTSCP },
-    { 0xc0010000, 0xc0010007, read_zero, write_ignored, 0, 0, 0, AMD },                        /* counters that never count */
-    { .first = 0xc0010010, .last = 0xc0010010, FIELD(syscfg), .mask = 0x7c0000, .feature = AMD },
-    { 0xc0010015, 0xc0010015, NULL, write_hwcr, offsetof(x86_cpu, hwcr), 0, 0, AMD },
-    { 0xc0010016, 0xc001001a, read_zero, write_ignored, 0, 0, 0, AMD },                        /* IORRs, TOP_MEM */
-    { 0xc001001d, 0xc001001d, read_zero, write_ignored, 0, 0, 0, AMD },                        /* TOM2 */
-    { 0xc001001f, 0xc0010020, read_zero, write_ignored, 0, 0, 0, AMD },                        /* NB_CFG, patch loader */
-    { 0xc0010055, 0xc0010055, read_zero, write_ignored, 0, 0, 0, AMD },                        /* interrupt pending message */
-    { 0xc0010058, 0xc0010058, read_zero, write_ignored, 0, 0, 0, AMD },                        /* MMCONFIG base: none */
-    { 0xc0011020, 0xc0011023, read_zero, write_ignored, 0, 0, 0, AMD },                        /* LS, IC, DC, BU_CFG */
-    { .first = 0xc0011029, .last = 0xc0011029, FIELD(de_cfg), .mask = ALL, .feature = AMD },
-    { 0xc001102a, 0xc001102e, read_zero, write_ignored, 0, 0, 0, AMD },                        /* BU_CFG2 ... BP_CFG */
+    {0x000, 0x001, read_zero, write_ignored, 0, 0, 0, X86_FEAT_MSR}, /* P5 machine check */
+    {0x010, 0x010, read_tsc, write_tsc, 0, 0, 0, X86_FEAT_TSC},
+    {0x01b, 0x01b, read_outside, write_outside, 0, 0, 0, 0}, /* APIC base */
+    {.first = 0x03b, .last = 0x03b, FIELD(tsc_adjust), .mask = ALL, .feature = X86_FEAT_TSC_ADJUST},
+    {0x08b, 0x08b, read_patch_level, write_ignored, 0, 0, 0, X86_FEAT_MSR},
+    {0x0fe, 0x0fe, read_mtrr_cap, write_refused, 0, 0, 0, X86_FEAT_MTRR},
+    {.first = 0x174, .last = 0x174, FIELD(sysenter_cs), .mask = 0xffffffff, .feature = X86_FEAT_SEP},
+    {.first = 0x175, .last = 0x176, FIELD(sysenter_esp), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_SEP},
+    {0x179, 0x179, read_mcg_cap, write_refused, 0, 0, 0, X86_FEAT_MCA},
+    {.first = 0x17a, .last = 0x17a, FIELD(mcg_status), .mask = 7, .feature = X86_FEAT_MCA},
+    {0x17b, 0x17b, NULL, write_mcg_ctl, offsetof(x86_cpu, mcg_ctl), 0, 0, X86_FEAT_MCA},
+    {.first = 0x1a0, .last = 0x1a0, FIELD(misc_enable), .mask = UINT64_C(0x400c51889), .feature = X86_FEAT_MSR},
+    {0x1d9, 0x1d9, read_zero, write_ignored, 0, 0, 0, X86_FEAT_MSR}, /* DEBUGCTL: no LBR, no BTF */
+    {0x1db, 0x1de, read_zero, write_refused, 0, 0, 0, X86_FEAT_MSR}, /* last branch and exception */
+    {0x200, 0x20f, NULL, write_mtrr_var, offsetof(x86_cpu, mtrr_var), 0, 0, X86_FEAT_MTRR},
+    {0x250, 0x250, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[0]), 0, 0, X86_FEAT_MTRR},
+    {0x258, 0x259, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[1]), 0, 0, X86_FEAT_MTRR},
+    {0x268, 0x26f, NULL, write_mtrr_fixed, offsetof(x86_cpu, mtrr_fixed[3]), 0, 0, X86_FEAT_MTRR},
+    {0x277, 0x277, NULL, write_pat, offsetof(x86_cpu, pat), 0, 0, X86_FEAT_PAT},
+    {0x2ff, 0x2ff, NULL, write_mtrr_def, offsetof(x86_cpu, mtrr_def), 0, 0, X86_FEAT_MTRR},
+    {0x400, 0x400 + 4 * MCG_BANKS - 1, NULL, write_mc_bank, offsetof(x86_cpu, mc_bank), 0, 0, X86_FEAT_MCA},
+    {0x6e0, 0x6e0, read_outside, write_outside, 0, 0, 0, 0}, /* TSC deadline */
+    {0x800, 0x8ff, read_outside, write_outside, 0, 0, 0, 0}, /* x2APIC */
+    {0xc0000080, 0xc0000080, read_efer, write_efer, 0, 0, 0, X86_FEAT_SYSCALL},
+    {.first = 0xc0000081, .last = 0xc0000081, FIELD(star), .mask = ALL, .feature = X86_FEAT_SYSCALL},
+    {.first = 0xc0000082, .last = 0xc0000083, FIELD(lstar), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_LM},
+    {.first = 0xc0000084, .last = 0xc0000084, FIELD(sfmask), .mask = 0xffffffff, .feature = X86_FEAT_LM},
+    {0xc0000100, 0xc0000101, read_seg_base, write_seg_base, 0, 0, 0, X86_FEAT_LM},
+    {.first = 0xc0000102,
+     .last = 0xc0000102,
+     FIELD(kernel_gs_base),
+     .mask = ALL,
+     .is_canonical = true,
+     .feature = X86_FEAT_LM},
+    {.first = 0xc0000103, .last = 0xc0000103, FIELD(tsc_aux), .mask = 0xffffffff, .feature = X86_FEAT_RDTSCP},
+    {0xc0010000, 0xc0010007, read_zero, write_ignored, 0, 0, 0, AMD}, /* counters that never count */
+    {.first = 0xc0010010, .last = 0xc0010010, FIELD(syscfg), .mask = 0x7c0000, .feature = AMD},
+    {0xc0010015, 0xc0010015, NULL, write_hwcr, offsetof(x86_cpu, hwcr), 0, 0, AMD},
+    {0xc0010016, 0xc001001a, read_zero, write_ignored, 0, 0, 0, AMD}, /* IORRs, TOP_MEM */
+    {0xc001001d, 0xc001001d, read_zero, write_ignored, 0, 0, 0, AMD}, /* TOM2 */
+    {0xc001001f, 0xc0010020, read_zero, write_ignored, 0, 0, 0, AMD}, /* NB_CFG, patch loader */
+    {0xc0010055, 0xc0010055, read_zero, write_ignored, 0, 0, 0, AMD}, /* interrupt pending message */
+    {0xc0010058, 0xc0010058, read_zero, write_ignored, 0, 0, 0, AMD}, /* MMCONFIG base: none */
+    {0xc0011020, 0xc0011023, read_zero, write_ignored, 0, 0, 0, AMD}, /* LS, IC, DC, BU_CFG */
+    {.first = 0xc0011029, .last = 0xc0011029, FIELD(de_cfg), .mask = ALL, .feature = AMD},
+    {0xc001102a, 0xc001102e, read_zero, write_ignored, 0, 0, 0, AMD}, /* BU_CFG2 ... BP_CFG */
 };
 
 static const msr_row *find_row(x86_cpu *cpu, uint32_t msr)

@@ -1,7 +1,7 @@
 /* op_far.c - far control transfers: JMP, CALL, RET and IRET in every mode (SDM vol. 2; vol. 3, 5.8).
  *
- * Each function gathers and checks everything first and commits CS, SS, RSP, RFLAGS and next_rip last; only task switches
- * (task.c) change state before they are past their last possible fault.
+ * Each function gathers and checks everything first and commits CS, SS, RSP, RFLAGS and next_rip last; only task
+ * switches (task.c) change state before they are past their last possible fault.
  */
 #include "x86/ops.h"
 #include "x86/system.h"
@@ -386,8 +386,9 @@ static void iret_to_v86(x86_cpu *cpu, uint64_t off, uint16_t cs, uint64_t flags)
     uint16_t ss = (uint16_t)x86_peek(cpu, 4, 16), es = (uint16_t)x86_peek(cpu, 4, 20);
     uint16_t ds = (uint16_t)x86_peek(cpu, 4, 24), fs = (uint16_t)x86_peek(cpu, 4, 28);
     uint16_t gs = (uint16_t)x86_peek(cpu, 4, 32);
-    cpu->rflags = (flags & (FLAGS_ALWAYS | FLAGS_WIDE | X86_FL_IF | X86_FL_IOPL | X86_FL_VM | X86_FL_VIF | X86_FL_VIP)) |
-                  X86_FL_1;
+    cpu->rflags =
+        (flags & (FLAGS_ALWAYS | FLAGS_WIDE | X86_FL_IF | X86_FL_IOPL | X86_FL_VM | X86_FL_VIF | X86_FL_VIP)) |
+        X86_FL_1;
     x86_set_v86_seg(cpu, X86_CS, cs);
     x86_set_v86_seg(cpu, X86_SS, ss);
     x86_set_v86_seg(cpu, X86_ES, es);

@@ -1,5 +1,5 @@
-/* op_sys.c - system instructions: control and debug registers, descriptor-table registers, TLB maintenance, IF, ports, time,
- * MSRs, system calls (SDM vol. 2 under each; AMD APM vol. 3 for SYSCALL and SYSRET).
+/* op_sys.c - system instructions: control and debug registers, descriptor-table registers, TLB maintenance, IF, ports,
+ * time, MSRs, system calls (SDM vol. 2 under each; AMD APM vol. 3 for SYSCALL and SYSRET).
  */
 #include "x86/ops.h"
 #include "x86/system.h"
@@ -366,7 +366,8 @@ static void set_if(x86_cpu *cpu, bool on)
     }
 }
 
-/* Where IOPL forbids it, CLI and STI act on VIF if the virtual-interrupt extensions allow (SDM vol. 3, 20.3 and 20.4). */
+/* Where IOPL forbids it, CLI and STI act on VIF if the virtual-interrupt extensions allow (SDM vol. 3, 20.3 and 20.4).
+ */
 static void change_if(x86_cpu *cpu, bool on)
 {
     unsigned iopl = (cpu->rflags & X86_FL_IOPL) >> 12;
@@ -591,8 +592,8 @@ static void set_flat(x86_cpu *cpu, unsigned index, uint16_t sel, unsigned attr)
     cpu->seg[index] = (x86_seg){ .sel = sel, .limit = 0xffffffff, .attr = (uint16_t)(attr | dpl << 5) };
 }
 
-/* SYSCALL and SYSRET look at TF after the instruction: a flag mask that clears it prevents the trap, and SYSRET to a program
- * that is being stepped traps before its next instruction. */
+/* SYSCALL and SYSRET look at TF after the instruction: a flag mask that clears it prevents the trap, and SYSRET to a
+ * program that is being stepped traps before its next instruction. */
 static void trap_by_new_tf(x86_cpu *cpu)
 {
     cpu->no_trap = true;

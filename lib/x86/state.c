@@ -1,8 +1,8 @@
 /* state.c - the CPU's state as a whole: reset values, known starting modes, and what is derived from it.
  *
- * Derived fields (cpl, ctx, code_size, stack_size, careful) are recomputed only by x86_mode_changed(). CPL is SS.DPL, as in
- * hardware: it stays right through conforming code, null SS in long mode and the moment between setting CR0.PE and the
- * first far jump.
+ * Derived fields (cpl, ctx, code_size, stack_size, careful) are recomputed only by x86_mode_changed(). CPL is SS.DPL,
+ * as in hardware: it stays right through conforming code, null SS in long mode and the moment between setting CR0.PE
+ * and the first far jump.
  */
 #include "x86/system.h"
 

@@ -59,7 +59,9 @@ bool x86_seg_holds(const x86_seg *seg, uint64_t off, unsigned n);
 /* Raises #GP(0) unless `off` is a valid instruction pointer in cs. */
 void x86_check_target(x86_cpu *cpu, const x86_seg *cs, uint64_t off);
 /* True when cs executes 64-bit code on this CPU. */
-static inline bool x86_seg_is_long(const x86_cpu *cpu, const x86_seg *cs) { return x86_lma(cpu) && (cs->attr & X86_SEG_L); }
+static inline bool x86_seg_is_long(const x86_cpu *cpu, const x86_seg *cs) {
+    return x86_lma(cpu) && (cs->attr & X86_SEG_L);
+}
 
 /* A stack that is not (yet) SS:RSP. Pushes are collected in `sp`; nothing is committed. */
 typedef struct x86_stack {
@@ -91,15 +93,16 @@ void x86_deliver_event(x86_cpu *cpu, const x86_event *ev);
 
 /* ---- task.c ---- */
 enum { X86_TASK_JMP, X86_TASK_CALL, X86_TASK_EVENT, X86_TASK_IRET };
-/* Switch to the task whose (checked, available or for IRET busy) TSS descriptor is d; the old task will resume at `rip`. For
- * events (ev, else NULL) an error code may be pushed on the new stack. Leaves next_rip and rip at the new task's EIP. Raises. */
+/* Switch to the task whose (checked, available or for IRET busy) TSS descriptor is d; the old task will resume at
+ * `rip`. For events (ev, else NULL) an error code may be pushed on the new stack. Leaves next_rip and rip at the new
+ * task's EIP. Raises. */
 void x86_task_switch(x86_cpu *cpu, x86_desc *d, unsigned reason, uint64_t rip, const x86_event *ev);
 /* Find the TSS named by a task gate: raises #GP, #NP. */
 void x86_task_gate_tss(x86_cpu *cpu, uint16_t sel, x86_desc *d);
 
 /* ---- op_sys.c, state.c, msr.c, cpuid.c, debug.c ---- */
 void x86_require_cpl0(x86_cpu *cpu);                                 /* #GP(0) */
-bool x86_load_pdptes(x86_cpu *cpu, uint64_t cr3);                     /* PAE; false: reserved bits set, nothing loaded */
+bool x86_load_pdptes(x86_cpu *cpu, uint64_t cr3);                    /* PAE; false: reserved bits set, nothing loaded */
 void x86_paging_changed(x86_cpu *cpu, bool keep_global);              /* flush, tell the MMU, end flat mode */
 void x86_paging_changed_in_place(x86_cpu *cpu);                       /* the same, all of it, but flat mode stays */
 uint64_t x86_cr4_allowed(x86_cpu *cpu);
@@ -109,21 +112,37 @@ enum { X86_W_1_EDX, X86_W_1_ECX, X86_W_7_EBX, X86_W_7_ECX, X86_W_7_EDX, X86_W_E1
        X86_W_E8_EBX, X86_W_E21_EAX, X86_NWORDS };
 #define X86_FEAT(word, bit) ((word) * 32 + (bit))
 enum {
-    X86_FEAT_VME = X86_FEAT(X86_W_1_EDX, 1), X86_FEAT_DE = X86_FEAT(X86_W_1_EDX, 2), X86_FEAT_PSE = X86_FEAT(X86_W_1_EDX, 3),
-    X86_FEAT_TSC = X86_FEAT(X86_W_1_EDX, 4), X86_FEAT_MSR = X86_FEAT(X86_W_1_EDX, 5), X86_FEAT_PAE = X86_FEAT(X86_W_1_EDX, 6),
-    X86_FEAT_MCE = X86_FEAT(X86_W_1_EDX, 7), X86_FEAT_SEP = X86_FEAT(X86_W_1_EDX, 11),
-    X86_FEAT_MTRR = X86_FEAT(X86_W_1_EDX, 12), X86_FEAT_PGE = X86_FEAT(X86_W_1_EDX, 13),
-    X86_FEAT_MCA = X86_FEAT(X86_W_1_EDX, 14), X86_FEAT_PAT = X86_FEAT(X86_W_1_EDX, 16),
-    X86_FEAT_MMX = X86_FEAT(X86_W_1_EDX, 23), X86_FEAT_FXSR = X86_FEAT(X86_W_1_EDX, 24),
+    X86_FEAT_VME = X86_FEAT(X86_W_1_EDX, 1),
+    X86_FEAT_DE = X86_FEAT(X86_W_1_EDX, 2),
+    X86_FEAT_PSE = X86_FEAT(X86_W_1_EDX, 3),
+    X86_FEAT_TSC = X86_FEAT(X86_W_1_EDX, 4),
+    X86_FEAT_MSR = X86_FEAT(X86_W_1_EDX, 5),
+    X86_FEAT_PAE = X86_FEAT(X86_W_1_EDX, 6),
+    X86_FEAT_MCE = X86_FEAT(X86_W_1_EDX, 7),
+    X86_FEAT_SEP = X86_FEAT(X86_W_1_EDX, 11),
+    X86_FEAT_MTRR = X86_FEAT(X86_W_1_EDX, 12),
+    X86_FEAT_PGE = X86_FEAT(X86_W_1_EDX, 13),
+    X86_FEAT_MCA = X86_FEAT(X86_W_1_EDX, 14),
+    X86_FEAT_PAT = X86_FEAT(X86_W_1_EDX, 16),
+    X86_FEAT_MMX = X86_FEAT(X86_W_1_EDX, 23),
+    X86_FEAT_FXSR = X86_FEAT(X86_W_1_EDX, 24),
     X86_FEAT_SSE = X86_FEAT(X86_W_1_EDX, 25),
-    X86_FEAT_PCID = X86_FEAT(X86_W_1_ECX, 17), X86_FEAT_XSAVE = X86_FEAT(X86_W_1_ECX, 26),
-    X86_FEAT_AVX = X86_FEAT(X86_W_1_ECX, 28), X86_FEAT_RDRAND = X86_FEAT(X86_W_1_ECX, 30),
-    X86_FEAT_FSGSBASE = X86_FEAT(X86_W_7_EBX, 0), X86_FEAT_TSC_ADJUST = X86_FEAT(X86_W_7_EBX, 1),
-    X86_FEAT_SMEP = X86_FEAT(X86_W_7_EBX, 7), X86_FEAT_INVPCID = X86_FEAT(X86_W_7_EBX, 10),
-    X86_FEAT_RDSEED = X86_FEAT(X86_W_7_EBX, 18), X86_FEAT_SMAP = X86_FEAT(X86_W_7_EBX, 20),
-    X86_FEAT_UMIP = X86_FEAT(X86_W_7_ECX, 2), X86_FEAT_RDPID = X86_FEAT(X86_W_7_ECX, 22),
-    X86_FEAT_SYSCALL = X86_FEAT(X86_W_E1_EDX, 11), X86_FEAT_NX = X86_FEAT(X86_W_E1_EDX, 20),
-    X86_FEAT_RDTSCP = X86_FEAT(X86_W_E1_EDX, 27), X86_FEAT_LM = X86_FEAT(X86_W_E1_EDX, 29),
+    X86_FEAT_PCID = X86_FEAT(X86_W_1_ECX, 17),
+    X86_FEAT_XSAVE = X86_FEAT(X86_W_1_ECX, 26),
+    X86_FEAT_AVX = X86_FEAT(X86_W_1_ECX, 28),
+    X86_FEAT_RDRAND = X86_FEAT(X86_W_1_ECX, 30),
+    X86_FEAT_FSGSBASE = X86_FEAT(X86_W_7_EBX, 0),
+    X86_FEAT_TSC_ADJUST = X86_FEAT(X86_W_7_EBX, 1),
+    X86_FEAT_SMEP = X86_FEAT(X86_W_7_EBX, 7),
+    X86_FEAT_INVPCID = X86_FEAT(X86_W_7_EBX, 10),
+    X86_FEAT_RDSEED = X86_FEAT(X86_W_7_EBX, 18),
+    X86_FEAT_SMAP = X86_FEAT(X86_W_7_EBX, 20),
+    X86_FEAT_UMIP = X86_FEAT(X86_W_7_ECX, 2),
+    X86_FEAT_RDPID = X86_FEAT(X86_W_7_ECX, 22),
+    X86_FEAT_SYSCALL = X86_FEAT(X86_W_E1_EDX, 11),
+    X86_FEAT_NX = X86_FEAT(X86_W_E1_EDX, 20),
+    X86_FEAT_RDTSCP = X86_FEAT(X86_W_E1_EDX, 27),
+    X86_FEAT_LM = X86_FEAT(X86_W_E1_EDX, 29),
     X86_FEAT_AUTO_IBRS = X86_FEAT(X86_W_E21_EAX, 8)
 };
 bool x86_has(x86_cpu *cpu, unsigned feature);

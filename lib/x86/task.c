@@ -1,9 +1,9 @@
 /* task.c - hardware task switches between 16- and 32-bit TSSs (SDM vol. 3, 7.3).
  *
- * Up to commit_task() a fault belongs to the old task, whose state is untouched (its TSS may have been written: the same
- * bytes are written again when it is retried). From there on the CPU is the new task, and flaws of its LDT and segments
- * are faults at its first instruction. Segment registers are first loaded with their selectors only, unusable, so that a
- * fault half way leaves nothing of the old task behind.
+ * Up to commit_task() a fault belongs to the old task, whose state is untouched (its TSS may have been written: the
+ * same bytes are written again when it is retried). From there on the CPU is the new task, and flaws of its LDT and
+ * segments are faults at its first instruction. Segment registers are first loaded with their selectors only, unusable,
+ * so that a fault half way leaves nothing of the old task behind.
  */
 #include "x86/system.h"
 
@@ -18,7 +18,15 @@ typedef struct task_state {
 
 #define TSS32_BYTES 104u
 #define TSS16_BYTES 44u
-enum { TSS32_CR3 = 28, TSS32_EIP = 32, TSS32_EFLAGS = 36, TSS32_GPR = 40, TSS32_SEG = 72, TSS32_LDT = 96, TSS32_TRAP = 100 };
+enum {
+    TSS32_CR3 = 28,
+    TSS32_EIP = 32,
+    TSS32_EFLAGS = 36,
+    TSS32_GPR = 40,
+    TSS32_SEG = 72,
+    TSS32_LDT = 96,
+    TSS32_TRAP = 100
+};
 enum { TSS16_IP = 14, TSS16_FLAGS = 16, TSS16_GPR = 18, TSS16_SEG = 34, TSS16_LDT = 42 };
 #define FLAGS_VALID 0x3f7fd5u
 

@@ -1,8 +1,9 @@
 /* walk.c - the guest's page tables: 32-bit, PAE and 4-level paging (SDM vol. 3, chapter 4).
  *
  * A walk reads entries straight from guest RAM, decides permission for one access context, and only when the access is
- * allowed sets accessed bits from the top down and, for a write, the leaf's dirty bit, each with a compare-and-exchange: an
- * entry that another CPU changed meanwhile restarts the walk. Tables that are not in RAM read as all ones.
+ * allowed sets accessed bits from the top down and, for a write, the leaf's dirty bit, each with a
+ * compare-and-exchange: an entry that another CPU changed meanwhile restarts the walk. Tables that are not in RAM read
+ * as all ones.
  */
 #include "x86/system.h"
 
@@ -81,7 +82,7 @@ static bool walk_narrow(x86_cpu *cpu, uint64_t la, walk_path *p)
     uint64_t pde = take_entry(cpu, p, (cpu->cr3 & 0xfffff000) + (la >> 22 & 1023) * 4);
     if (!(pde & PTE_P))
         return false;
-    if ((pde & PTE_PS) && (cpu->cr4 & X86_CR4_PSE)) {                   /* PSE-36: bits 20..13 are address bits 39..32 */
+    if ((pde & PTE_PS) && (cpu->cr4 & X86_CR4_PSE)) { /* PSE-36: bits 20..13 are address bits 39..32 */
         p->gpa = (pde & 0xffc00000) | (pde >> 13 & 0xff) << 32 | (la & 0x3fffff);
         p->page_bytes = 0x400000;
         p->is_reserved = (pde & 0x200000) || (p->gpa & ~cpu->phys_mask);
@@ -103,7 +104,7 @@ static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p)
         return walk_wide(cpu, la, cpu->cr3 & cpu->phys_mask & X86_PAGE_MASK, 3, reserved, p);
     if (!(cpu->cr4 & X86_CR4_PAE))
         return walk_narrow(cpu, la, p);
-    uint64_t pdpte = cpu->pdpte[la >> 30 & 3];                          /* checked when CR3 was loaded; no rights of its own */
+    uint64_t pdpte = cpu->pdpte[la >> 30 & 3]; /* checked when CR3 was loaded; no rights of its own */
     if (!(pdpte & PTE_P))
         return false;
     reserved |= UINT64_C(0x7ff0000000000000);

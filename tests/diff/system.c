@@ -1,23 +1,52 @@
-/* system.c - random system instructions in random surroundings: every backend with exact budgets must agree with the interpreter.
+/* system.c - random system instructions in random surroundings: every backend with exact budgets must agree with the
+ * interpreter.
  *
- * A case is a mode, a set of descriptor tables filled half with sense and half at random, a TSS, registers, and one instruction
- * that moves segments, transfers control through them, or changes system state. Ordinary instructions stand before it and
- * wherever it may lead, so that a backend that keeps state elsewhere (cached segment properties, pinned registers) has to
- * have it right again. Compared: the exit, all registers that vm_sregs and vm_regs hold, and all of memory.
+ * A case is a mode, a set of descriptor tables filled half with sense and half at random, a TSS, registers, and one
+ * instruction that moves segments, transfers control through them, or changes system state. Ordinary instructions stand
+ * before it and wherever it may lead, so that a backend that keeps state elsewhere (cached segment properties, pinned
+ * registers) has to have it right again. Compared: the exit, all registers that vm_sregs and vm_regs hold, and all of
+ * memory.
  *
- * The interpreter itself is held to the manuals by tests/unit/sys_*. TEST_SEED and TEST_COUNT choose other cases and more.
+ * The interpreter itself is held to the manuals by tests/unit/sys_*. TEST_SEED and TEST_COUNT choose other cases and
+ * more.
  */
 #include "test.h"
 
 #include <libvm/libvm.h>
 
-enum { RAM = 0x10000, GDT = 0x1000, IDT = 0x2000, LDT = 0x3000, TSS = 0x4000, TSS2 = 0x4100, DATA = 0x5000, STACK0 = 0x6800,
-       STACK3 = 0x7800, CODE = 0x8000, TARGET = 0x9000, HANDLERS = 0xa000, TABLES = 0xc000 };
-enum { NGDT = 48, CODE0 = 0x08, DATA0 = 0x10, CODE3C = 0x1b, DATA3 = 0x23, CODE3 = 0x2b, TSS_SEL = 0x30, CODE0C = 0x40, LDT_SEL = 0x48,
-       CODE16 = 0x58, CONFORM0 = 0x60, TSS2_SEL = 0x68, RANDOM = 0x78 };
+enum {
+    RAM = 0x10000,
+    GDT = 0x1000,
+    IDT = 0x2000,
+    LDT = 0x3000,
+    TSS = 0x4000,
+    TSS2 = 0x4100,
+    DATA = 0x5000,
+    STACK0 = 0x6800,
+    STACK3 = 0x7800,
+    CODE = 0x8000,
+    TARGET = 0x9000,
+    HANDLERS = 0xa000,
+    TABLES = 0xc000
+};
+enum {
+    NGDT = 48,
+    CODE0 = 0x08,
+    DATA0 = 0x10,
+    CODE3C = 0x1b,
+    DATA3 = 0x23,
+    CODE3 = 0x2b,
+    TSS_SEL = 0x30,
+    CODE0C = 0x40,
+    LDT_SEL = 0x48,
+    CODE16 = 0x58,
+    CONFORM0 = 0x60,
+    TSS2_SEL = 0x68,
+    RANDOM = 0x78
+};
 enum mode { REAL, PROT0, PROT3, V86, LONG0, LONG3, COMPAT3, MODES };
-static const char *const mode_names[MODES] = { "real", "protected_ring0", "protected_ring3", "v86", "long_ring0", "long_ring3",
-                                               "compat_ring3" };
+static const char *const mode_names[MODES] = {"real",       "protected_ring0", "protected_ring3", "v86",
+                                              "long_ring0", "long_ring3",      "compat_ring3"};
 
 /* ---- randomness ---- */
 
@@ -28,7 +57,8 @@ static uint32_t rnd(void)
     return (uint32_t)(state >> 33);
 }
 static uint32_t below(uint32_t n) { return rnd() % n; }
-#define ONE_OF(...) (((const uint32_t[]){ __VA_ARGS__ })[below(sizeof((const uint32_t[]){ __VA_ARGS__ }) / sizeof(uint32_t))])
+#define ONE_OF(...)                                                                                                    \
+    (((const uint32_t[]){__VA_ARGS__})[below(sizeof((const uint32_t[]){__VA_ARGS__}) / sizeof(uint32_t))])
 
 static uint32_t random_selector(void)
 {
@@ -50,28 +80,34 @@ static void put64(uint32_t at, uint64_t v) { memcpy(image + at, &v, 8); }
 
 static uint64_t descriptor(uint32_t base, uint32_t limit, uint32_t access, uint32_t flags)
 {
-    return (limit & 0xffff) | (uint64_t)(base & 0xffffff) << 16 | (uint64_t)access << 40 | (uint64_t)(limit >> 16 & 15) << 48 |
-           (uint64_t)flags << 52 | (uint64_t)(base >> 24) << 56;
+    return (limit & 0xffff) | (uint64_t)(base & 0xffffff) << 16 | (uint64_t)access << 40 |
+           (uint64_t)(limit >> 16 & 15) << 48 | (uint64_t)flags << 52 | (uint64_t)(base >> 24) << 56;
 }
 
 static uint64_t gate(uint32_t sel, uint64_t off, uint32_t access, uint32_t low)
 {
-    return (off & 0xffff) | (uint64_t)sel << 16 | (uint64_t)low << 32 | (uint64_t)access << 40 | (off & 0xffff0000) << 32;
+    return (off & 0xffff) | (uint64_t)sel << 16 | (uint64_t)low << 32 | (uint64_t)access << 40 |
+           (off & 0xffff0000) << 32;
 }
 
 static bool is_long(enum mode m) { return m >= LONG0; }
-static uint32_t gate_selector(void) { return below(4) ? ONE_OF(CODE0, CODE0, CONFORM0, CODE3, TSS2_SEL) : random_selector(); }
+static uint32_t gate_selector(void) {
+    return below(4) ? ONE_OF(CODE0, CODE0, CONFORM0, CODE3, TSS2_SEL) : random_selector();
+}
 
 static uint64_t random_descriptor(enum mode m)
 {
-    uint32_t access = below(3) ? ONE_OF(0x92, 0x93, 0x90, 0x96, 0x9a, 0x9b, 0x98, 0x9e, 0xf2, 0xf3, 0xfa, 0xfb, 0xfe, 0xb2, 0xba,
-                                        0x89, 0x82, 0x8c, 0xec, 0x85, 0xe5, 0xe9, 0x12, 0x1a, 0x84, 0xe4, 0x81) : rnd() & 0xff;
+    uint32_t access = below(3)
+                          ? ONE_OF(0x92, 0x93, 0x90, 0x96, 0x9a, 0x9b, 0x98, 0x9e, 0xf2, 0xf3, 0xfa, 0xfb, 0xfe, 0xb2,
+                                   0xba, 0x89, 0x82, 0x8c, 0xec, 0x85, 0xe5, 0xe9, 0x12, 0x1a, 0x84, 0xe4, 0x81)
+                          : rnd() & 0xff;
     bool is_gate = !(access & 0x10) && (access & 7) >= 4;
     if (is_gate)
         return gate(gate_selector(), TARGET + 16 * below(8), access, below(2) ? below(32) : 0);
     if (!(access & 0x10))
         return descriptor(access & 1 ? TSS2 : LDT, below(4) ? 0x67 : below(0x70), access, 0);
-    return descriptor(0, below(4) ? 0xfffff : below(0x10000), access, is_long(m) ? ONE_OF(0xc, 0xa, 2, 6) : ONE_OF(0xc, 0xc, 4, 0));
+    return descriptor(0, below(4) ? 0xfffff : below(0x10000), access,
+                      is_long(m) ? ONE_OF(0xc, 0xa, 2, 6) : ONE_OF(0xc, 0xc, 4, 0));
 }
 
 static void make_tables(enum mode m)
@@ -95,9 +131,13 @@ static void make_tables(enum mode m)
         put64(LDT + 8 * i, random_descriptor(m));
     for (uint32_t v = 0; v < 0x44; v++) {
         bool is_tested = v >= 0x40;
-        uint32_t access = is_tested ? ONE_OF(0x8e, 0xee, 0xef, 0x86, 0xe6, 0xe5, 0x6e, rnd() & 0xff) : v == 3 ? 0xee : 0x8e;
-        uint32_t sel = is_tested ? gate_selector() : CODE0, off = is_tested ? TARGET + 16 * below(8) : HANDLERS + 16 * v;
-        put64(IDT + v * (is_long(m) ? 16 : 8), gate(sel, off, access, is_tested && is_long(m) && !below(3) ? below(8) : 0));
+        uint32_t access = is_tested ? ONE_OF(0x8e, 0xee, 0xef, 0x86, 0xe6, 0xe5, 0x6e, rnd() & 0xff)
+                          : v == 3  ? 0xee
+                                    : 0x8e;
+        uint32_t sel = is_tested ? gate_selector() : CODE0,
+                 off = is_tested ? TARGET + 16 * below(8) : HANDLERS + 16 * v;
+        put64(IDT + v * (is_long(m) ? 16 : 8),
+              gate(sel, off, access, is_tested && is_long(m) && !below(3) ? below(8) : 0));
     }
     if (m == REAL)                     /* the vector table */
         for (uint32_t v = 0; v < 256; v++)
@@ -157,7 +197,8 @@ static uint32_t emit_size(enum mode m)
 
 static void push_frame(uint32_t sp, uint32_t n, bool has_flags)
 {
-    uint64_t words[9] = { TARGET + 16 * below(8), below(3) ? ONE_OF(CODE0, CODE3, CODE3C, CODE16, CONFORM0) : random_selector() };
+    uint64_t words[9] = {TARGET + 16 * below(8),
+                         below(3) ? ONE_OF(CODE0, CODE3, CODE3C, CODE16, CONFORM0) : random_selector()};
     uint32_t count = 2;
     if (has_flags)
         words[count++] = 2 | (rnd() & 0x243cd5) | (below(12) ? 0 : 0x4000);
@@ -169,8 +210,24 @@ static void push_frame(uint32_t sp, uint32_t n, bool has_flags)
         memcpy(image + sp + n * i, &words[i], n);
 }
 
-enum kind { MOV_SREG, LOAD_FAR, POP_SREG, EXAMINE, LDT_TR, FAR, FAR_BACK, INT_N, FLAGS, FAST, TABLE_REGS, CONTROL, DEBUG, TASK_BACK,
-            BASES, KINDS };
+enum kind {
+    MOV_SREG,
+    LOAD_FAR,
+    POP_SREG,
+    EXAMINE,
+    LDT_TR,
+    FAR,
+    FAR_BACK,
+    INT_N,
+    FLAGS,
+    FAST,
+    TABLE_REGS,
+    CONTROL,
+    DEBUG,
+    TASK_BACK,
+    BASES,
+    KINDS
+};
 
 static void make_instruction(enum mode m, vm_regs *r)
 {
@@ -192,7 +249,8 @@ static void make_instruction(enum mode m, vm_regs *r)
     case LDT_TR: emit(0x0f), emit(0), emit(ONE_OF(0xd0, 0xd8, 0xc0, 0xc8) | 1); break;
     case FAR:
         n = emit_size(m);
-        put16(DATA + 0x40 + n, below(3) ? ONE_OF(CODE0, CODE3, CODE3C, CODE0C, CODE16, CONFORM0, TSS2_SEL) : random_selector());
+        put16(DATA + 0x40 + n,
+              below(3) ? ONE_OF(CODE0, CODE3, CODE3C, CODE0C, CODE16, CONFORM0, TSS2_SEL) : random_selector());
         emit(0xff), emit_memory(m, ONE_OF(3, 5));
         break;
     case FAR_BACK:
@@ -212,7 +270,9 @@ static void make_instruction(enum mode m, vm_regs *r)
         else
             emit(0x0f), emit(6);
         break;
-    case DEBUG: r->rcx = rnd() & 0xfffffffc, emit(0x0f), emit(ONE_OF(0x21, 0x23)), emit(0xc1 | ONE_OF(0, 1, 2, 3, 6) << 3); break;
+    case DEBUG:
+        r->rcx = rnd() & 0xfffffffc, emit(0x0f), emit(ONE_OF(0x21, 0x23)), emit(0xc1 | ONE_OF(0, 1, 2, 3, 6) << 3);
+        break;
     case TASK_BACK: r->rflags |= 0x4000, push_frame(sp, 4, true), emit(0xcf); break;
     case BASES: emit(0x0f), emit(1), emit(0xf8); break;
     case KINDS: break;
@@ -242,8 +302,10 @@ static vm_segment segment(uint32_t sel)
     memcpy(&lo, image + GDT + (sel & 0xfff8), 4);
     memcpy(&hi, image + GDT + (sel & 0xfff8) + 4, 4);
     limit = (lo & 0xffff) | (hi & 0xf0000);
-    return (vm_segment){ .base = lo >> 16 | (hi & 0xff) << 16 | (hi & 0xff000000), .selector = (uint16_t)sel,
-                         .limit = hi & 1u << 23 ? limit << 12 | 0xfff : limit, .attributes = (uint16_t)(hi >> 8 & 0xf0ff) };
+    return (vm_segment){.base = lo >> 16 | (hi & 0xff) << 16 | (hi & 0xff000000),
+                        .selector = (uint16_t)sel,
+                        .limit = hi & 1u << 23 ? limit << 12 | 0xfff : limit,
+                        .attributes = (uint16_t)(hi >> 8 & 0xf0ff)};
 }
 
 static void make_registers(enum mode m, vm_regs *r, vm_sregs *s)
@@ -281,7 +343,14 @@ static void make_registers(enum mode m, vm_regs *r, vm_sregs *s)
 
 /* ---- running and comparing ---- */
 
-typedef struct column { vm_machine *m; vm_vcpu *cpu; vm_regs regs; vm_sregs sregs; vm_exit exit; uint8_t after[RAM]; } column;
+typedef struct column {
+    vm_machine *m;
+    vm_vcpu *cpu;
+    vm_regs regs;
+    vm_sregs sregs;
+    vm_exit exit;
+    uint8_t after[RAM];
+} column;
 
 static void column_open(column *c, vm_backend backend)
 {
@@ -362,7 +431,8 @@ static uint64_t from_environment(const char *name, uint64_t otherwise)
 static void compare_mode(const void *arg)
 {
     enum mode m = (enum mode)(uintptr_t)arg;
-    uint64_t first = from_environment("TEST_SEED", 1), count = from_environment("TEST_COUNT", 3000), there = 0, halts = 0;
+    uint64_t first = from_environment("TEST_SEED", 1), count = from_environment("TEST_COUNT", 3000), there = 0,
+             halts = 0;
     static column interp, jit;
     if (vm_query(VM_BACKEND_JIT, "available", &there) != VM_OK || !there)
         test_skip("no JIT in this build");
@@ -383,8 +453,8 @@ static void compare_mode(const void *arg)
         column_run(&jit, &r, &s, m);
         const char *what = difference(&interp, &jit);
         if (what)
-            FAIL("case %" PRIu64 " (TEST_SEED=%" PRIu64 " TEST_COUNT=1), bytes %02x %02x %02x %02x: %s", i, i, image[CODE + 6],
-                 image[CODE + 7], image[CODE + 8], image[CODE + 9], what);
+            FAIL("case %" PRIu64 " (TEST_SEED=%" PRIu64 " TEST_COUNT=1), bytes %02x %02x %02x %02x: %s", i, i,
+                 image[CODE + 6], image[CODE + 7], image[CODE + 8], image[CODE + 9], what);
         halts += interp.exit.reason == VM_EXIT_HALT;
     }
     if (count > 100)

@@ -1,5 +1,6 @@
-/* sys_paging.c - page walks against SDM vol. 3, chapter 4: permission matrix, error codes, reserved bits, accessed and dirty bits,
- * all three formats. The expected result is computed from the manual's rules in this file, independently of walk.c.
+/* sys_paging.c - page walks against SDM vol. 3, chapter 4: permission matrix, error codes, reserved bits, accessed and
+ * dirty bits, all three formats. The expected result is computed from the manual's rules in this file, independently of
+ * walk.c.
  */
 #include "sysbare.h"
 
@@ -81,7 +82,8 @@ TEST(permission_matrix)
                 start(f);
             start(f);
             cpu->cr0 = wp ? cpu->cr0 | X86_CR0_WP : cpu->cr0 & ~(uint64_t)X86_CR0_WP;
-            cpu->cr4 = (cpu->cr4 & ~(uint64_t)(X86_CR4_SMEP | X86_CR4_SMAP)) | (smep ? X86_CR4_SMEP : 0) | (smap ? X86_CR4_SMAP : 0);
+            cpu->cr4 = (cpu->cr4 & ~(uint64_t)(X86_CR4_SMEP | X86_CR4_SMAP)) | (smep ? X86_CR4_SMEP : 0) |
+                       (smap ? X86_CR4_SMAP : 0);
             cpu->efer = nxe ? cpu->efer | X86_EFER_NXE : cpu->efer & ~(uint64_t)X86_EFER_NXE;
             for (unsigned ctx = 0; ctx < X86_NCTX; ctx++)
                 for (unsigned access = 1; access <= 4; access <<= 1) {
@@ -104,7 +106,8 @@ TEST(permission_matrix)
                         CHECK_EQ(w.fault.vector, X86_PF);
                         CHECK_EQ(w.fault.address, LA);
                         bool has_i = access == X86_EXEC && (smep || (nxe && f->is_pae));
-                        CHECK_EQ(w.fault.error, 1u | (access == X86_WRITE ? 2 : 0) | (ctx == X86_CTX_USER ? 4 : 0) | (has_i ? 16 : 0));
+                        CHECK_EQ(w.fault.error,
+                                 1u | (access == X86_WRITE ? 2 : 0) | (ctx == X86_CTX_USER ? 4 : 0) | (has_i ? 16 : 0));
                     }
                     checked++;
                 }
@@ -116,7 +119,8 @@ TEST(not_present_at_each_level)
 {
     for (unsigned fi = 0; fi < 3; fi++) {
         const format *f = &formats[fi];
-        static const uint32_t entries[3][4] = { { PD + 0x400, PT + 12 }, { PDPT + 8, PD, PT + 24 }, { PML4, PDPT + 8, PD, PT + 24 } };
+        static const uint32_t entries[3][4] = {
+            {PD + 0x400, PT + 12}, {PDPT + 8, PD, PT + 24}, {PML4, PDPT + 8, PD, PT + 24}};
         for (unsigned i = 0; i < 4 && entries[fi][i]; i++) {
             x86_walk w = { 0 };
             start(f);
@@ -190,7 +194,7 @@ TEST(large_pages)
     put32(PD + 0x400, 0x00800000 | 1u << 21 | PS | P | RW | US);
     CHECK(!x86_walk_page(cpu, LA, X86_READ, X86_CTX_USER, true, &w));
     CHECK_EQ(w.fault.error, 1 | 4 | 8);
-    cpu->cr4 &= ~(uint64_t)X86_CR4_PSE;                                 /* PS means nothing: 0x00a00000 is a page table */
+    cpu->cr4 &= ~(uint64_t)X86_CR4_PSE; /* PS means nothing: 0x00a00000 is a page table */
     put32(0x00a00000 + 12, PAGE | P | RW | US);
     CHECK(x86_walk_page(cpu, LA, X86_READ, X86_CTX_USER, true, &w));
     CHECK_EQ(w.gpa, PAGE + 0xabc);

@@ -1,5 +1,5 @@
-/* sys_protect.c - protection: segment loads, gates, far transfers, interrupts and returns, against the checks and error codes
- * that SDM vol. 2 and 3 list for each.
+/* sys_protect.c - protection: segment loads, gates, far transfers, interrupts and returns, against the checks and error
+ * codes that SDM vol. 2 and 3 list for each.
  */
 #include "sysbare.h"
 
@@ -226,7 +226,7 @@ TEST(int_n_through_gates)
         CHECK_EQ(cpu->rip, 0x100002);
         CHECK_EQ(cpu->gpr[X86_RSP], old_rsp);
         CHECK_EQ(cpu->cpl, c->cpl);
-        bool can_set_if = c->new_cpl == 0 || (c->gate_access & 1);      /* IRET outside ring 0, IOPL 0, leaves IF alone */
+        bool can_set_if = c->new_cpl == 0 || (c->gate_access & 1); /* IRET outside ring 0, IOPL 0, leaves IF alone */
         CHECK_EQ(cpu->rflags, (can_set_if ? X86_FL_IF : 0) | X86_FL_DF | X86_FL_1);
     }
 }
@@ -234,17 +234,22 @@ TEST(int_n_through_gates)
 /* The inner stack from the TSS: each flaw and its fault. */
 TEST(inner_stack_faults)
 {
-    static const struct { const char *what; unsigned ss, spare_access, tss_limit, esp; int vector; uint32_t error; } cases[] = {
-        { "good", DATA0, 0, 0x67, STACK0, RAN, 0 },
-        { "null ss", 0, 0, 0x67, STACK0, X86_TS, 0 },
-        { "rpl 3", DATA0 | 3, 0, 0x67, STACK0, X86_TS, DATA0 },
-        { "dpl 3", SPARE, 0xf2, 0x67, STACK0, X86_TS, SPARE },
-        { "read-only", SPARE, 0x90, 0x67, STACK0, X86_TS, SPARE },
-        { "code", CODE0, 0, 0x67, STACK0, X86_TS, CODE0 },
-        { "beyond gdt", 0x88, 0, 0x67, STACK0, X86_TS, 0x88 },
-        { "not present", SPARE, 0x12, 0x67, STACK0, X86_SS_FAULT, SPARE },
-        { "tss too small", DATA0, 0, 8, STACK0, X86_TS, TSS_SEL },
-        { "no room", SPARE, 0x92, 0x67, 0x10, X86_SS_FAULT, SPARE },
+    static const struct {
+        const char *what;
+        unsigned ss, spare_access, tss_limit, esp;
+        int vector;
+        uint32_t error;
+    } cases[] = {
+        {"good", DATA0, 0, 0x67, STACK0, RAN, 0},
+        {"null ss", 0, 0, 0x67, STACK0, X86_TS, 0},
+        {"rpl 3", DATA0 | 3, 0, 0x67, STACK0, X86_TS, DATA0},
+        {"dpl 3", SPARE, 0xf2, 0x67, STACK0, X86_TS, SPARE},
+        {"read-only", SPARE, 0x90, 0x67, STACK0, X86_TS, SPARE},
+        {"code", CODE0, 0, 0x67, STACK0, X86_TS, CODE0},
+        {"beyond gdt", 0x88, 0, 0x67, STACK0, X86_TS, 0x88},
+        {"not present", SPARE, 0x12, 0x67, STACK0, X86_SS_FAULT, SPARE},
+        {"tss too small", DATA0, 0, 8, STACK0, X86_TS, TSS_SEL},
+        {"no room", SPARE, 0x92, 0x67, 0x10, X86_SS_FAULT, SPARE},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         protected_mode(3);
@@ -255,7 +260,8 @@ TEST(inner_stack_faults)
         put16(TSS + 8, (uint16_t)cases[i].ss);
         outcome o = INSN(0xcd, 0x40);
         if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                 cases[i].error);
     }
 }
 
@@ -318,10 +324,11 @@ TEST(exception_delivery)
 TEST(double_fault_table)
 {
     enum { BENIGN = X86_UD, CONTRIBUTORY = X86_GP };
-    static const struct { uint8_t first; uint8_t second; int result; } cases[] = {
-        { BENIGN, X86_NP, X86_NP }, { CONTRIBUTORY, X86_NP, X86_DF }, { X86_PF, X86_NP, X86_DF }, { X86_DE, X86_NP, X86_DF },
-        { X86_AC, X86_NP, X86_NP }, { X86_TS, X86_NP, X86_DF }, { X86_DF, X86_NP, -1 }, { X86_MF, X86_NP, X86_NP },
-        { X86_XM, X86_NP, X86_NP }, { X86_NMI, X86_NP, X86_NP }, { 0x20, X86_NP, X86_NP },
+    static const struct { uint8_t first; uint8_t second; int result;
+    } cases[] = {
+        {BENIGN, X86_NP, X86_NP}, {CONTRIBUTORY, X86_NP, X86_DF}, {X86_PF, X86_NP, X86_DF}, {X86_DE, X86_NP, X86_DF},
+        {X86_AC, X86_NP, X86_NP}, {X86_TS, X86_NP, X86_DF},       {X86_DF, X86_NP, -1},     {X86_MF, X86_NP, X86_NP},
+        {X86_XM, X86_NP, X86_NP}, {X86_NMI, X86_NP, X86_NP},      {0x20, X86_NP, X86_NP},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         protected_mode(0);
@@ -372,24 +379,24 @@ TEST(external_interrupts_and_nmi)
 
 /* ---- far transfers ---- */
 
-#define JMP_FAR(sel, off) 0xea, (off) & 0xff, (off) >> 8 & 0xff, (off) >> 16 & 0xff, (off) >> 24, (sel) & 0xff, (sel) >> 8
-#define CALL_FAR(sel, off) 0x9a, (off) & 0xff, (off) >> 8 & 0xff, (off) >> 16 & 0xff, (off) >> 24, (sel) & 0xff, (sel) >> 8
+#define JMP_FAR(sel, off)  0xea, (off)&0xff, (off) >> 8 & 0xff, (off) >> 16 & 0xff, (off) >> 24, (sel)&0xff, (sel) >> 8
+#define CALL_FAR(sel, off) 0x9a, (off)&0xff, (off) >> 8 & 0xff, (off) >> 16 & 0xff, (off) >> 24, (sel)&0xff, (sel) >> 8
 
 TEST(far_to_code)
 {
-    static const struct { const char *what; unsigned cpl, sel, access; int vector; uint32_t error; unsigned new_sel; } cases[] = {
-        { "same level", 0, SPARE, 0x9a, RAN, 0, SPARE },
-        { "rpl above cpl", 0, SPARE | 3, 0x9a, X86_GP, SPARE, 0 },
-        { "inner code", 3, SPARE, 0x9a, X86_GP, SPARE, 0 },
-        { "outer code", 0, SPARE, 0xfa, X86_GP, SPARE, 0 },
-        { "ring 3, rpl 0", 3, SPARE, 0xfa, RAN, 0, SPARE | 3 },
-        { "conforming inner", 3, SPARE, 0x9e, RAN, 0, SPARE | 3 },
-        { "conforming outer", 0, SPARE, 0xfe, X86_GP, SPARE, 0 },
-        { "data", 0, SPARE, 0x92, X86_GP, SPARE, 0 },
-        { "not present", 0, SPARE, 0x1a, X86_NP, SPARE, 0 },
-        { "null", 0, 0, 0, X86_GP, 0, 0 },
-        { "interrupt gate", 0, SPARE, 0x8e, X86_GP, SPARE, 0 },
-        { "beyond gdt", 0, 0x88, 0, X86_GP, 0x88, 0 },
+    static const struct {
+        const char *what;
+        unsigned cpl, sel, access;
+        int vector;
+        uint32_t error;
+        unsigned new_sel;
+    } cases[] = {
+        {"same level", 0, SPARE, 0x9a, RAN, 0, SPARE},          {"rpl above cpl", 0, SPARE | 3, 0x9a, X86_GP, SPARE, 0},
+        {"inner code", 3, SPARE, 0x9a, X86_GP, SPARE, 0},       {"outer code", 0, SPARE, 0xfa, X86_GP, SPARE, 0},
+        {"ring 3, rpl 0", 3, SPARE, 0xfa, RAN, 0, SPARE | 3},   {"conforming inner", 3, SPARE, 0x9e, RAN, 0, SPARE | 3},
+        {"conforming outer", 0, SPARE, 0xfe, X86_GP, SPARE, 0}, {"data", 0, SPARE, 0x92, X86_GP, SPARE, 0},
+        {"not present", 0, SPARE, 0x1a, X86_NP, SPARE, 0},      {"null", 0, 0, 0, X86_GP, 0, 0},
+        {"interrupt gate", 0, SPARE, 0x8e, X86_GP, SPARE, 0},   {"beyond gdt", 0, 0x88, 0, X86_GP, 0x88, 0},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++)
         for (unsigned is_call = 0; is_call < 2; is_call++) {
@@ -398,7 +405,8 @@ TEST(far_to_code)
             uint64_t sp = cpu->gpr[X86_RSP];
             outcome o = is_call ? INSN(CALL_FAR(cases[i].sel, 0x1234)) : INSN(JMP_FAR(cases[i].sel, 0x1234));
             if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                     cases[i].error);
             CHECK_EQ(cpu->gpr[X86_RSP], o.vector == RAN && is_call ? sp - 8 : sp);
             if (o.vector != RAN)
                 continue;
@@ -452,23 +460,30 @@ TEST(call_gates)
     CHECK(!(cpu->seg[X86_DS].attr & X86_SEG_P));
     CHECK_EQ(cpu->seg[X86_ES].sel, DATA3);
 
-    static const struct { const char *what; unsigned cpl, access, sel, call_sel; bool is_call; int vector; uint32_t error; } cases[] = {
-        { "gate dpl 0 from cpl 3", 3, 0x8c, CODE0, SPARE2, true, X86_GP, SPARE2 },
-        { "rpl above gate dpl", 0, 0x8c, CODE0, SPARE2 | 3, true, X86_GP, SPARE2 },
-        { "not present", 3, 0x6c, CODE0, SPARE2, true, X86_NP, SPARE2 },
-        { "null target", 3, 0xec, 0, SPARE2, true, X86_GP, 0 },
-        { "data target", 3, 0xec, DATA0, SPARE2, true, X86_GP, DATA0 },
-        { "jmp to inner", 3, 0xec, CODE0, SPARE2, false, X86_GP, CODE0 },
-        { "jmp same level", 0, 0xec, CODE0, SPARE2, false, RAN, 0 },
-        { "jmp conforming", 3, 0xec, CONFORM0, SPARE2, false, RAN, 0 },
-        { "outer target", 0, 0xec, CODE3, SPARE2, true, X86_GP, CODE3 & 0xfffc },
+    static const struct {
+        const char *what;
+        unsigned cpl, access, sel, call_sel;
+        bool is_call;
+        int vector;
+        uint32_t error;
+    } cases[] = {
+        {"gate dpl 0 from cpl 3", 3, 0x8c, CODE0, SPARE2, true, X86_GP, SPARE2},
+        {"rpl above gate dpl", 0, 0x8c, CODE0, SPARE2 | 3, true, X86_GP, SPARE2},
+        {"not present", 3, 0x6c, CODE0, SPARE2, true, X86_NP, SPARE2},
+        {"null target", 3, 0xec, 0, SPARE2, true, X86_GP, 0},
+        {"data target", 3, 0xec, DATA0, SPARE2, true, X86_GP, DATA0},
+        {"jmp to inner", 3, 0xec, CODE0, SPARE2, false, X86_GP, CODE0},
+        {"jmp same level", 0, 0xec, CODE0, SPARE2, false, RAN, 0},
+        {"jmp conforming", 3, 0xec, CONFORM0, SPARE2, false, RAN, 0},
+        {"outer target", 0, 0xec, CODE3, SPARE2, true, X86_GP, CODE3 & 0xfffc},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         protected_mode(cases[i].cpl);
         call_gate(cases[i].sel, cases[i].access, 0);
         outcome o = cases[i].is_call ? INSN(CALL_FAR(cases[i].call_sel, 0)) : INSN(JMP_FAR(cases[i].call_sel, 0));
         if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                 cases[i].error);
         if (o.vector == RAN)
             CHECK_EQ(cpu->cpl, cases[i].cpl);
     }
@@ -500,7 +515,8 @@ TEST(far_returns_refused)
             cpu->gpr[X86_RSP] = sp;
             outcome o = is_iret ? INSN(0xcf) : INSN(0xcb);
             if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                     cases[i].error);
             if (o.vector == RAN) {
                 CHECK_EQ(cpu->cpl, 3);
                 CHECK_EQ(cpu->gpr[X86_RSP], STACK3);
@@ -521,7 +537,8 @@ static void enter_v86(unsigned iopl)
 {
     protected_mode(0);
     static const uint16_t segs[] = { X86_ES, X86_DS, X86_FS, X86_GS };
-    uint32_t frame[9] = { 0x100, 0x2000, X86_FL_VM | X86_FL_1 | X86_FL_IF | iopl << 12, 0x500, 0x700, 0x10, 0x20, 0x30, 0x40 };
+    uint32_t frame[9] = {0x100, 0x2000, X86_FL_VM | X86_FL_1 | X86_FL_IF | iopl << 12, 0x500, 0x700, 0x10, 0x20,
+                         0x30,  0x40};
     memcpy(ram + STACK0 - 36, frame, sizeof frame);
     cpu->gpr[X86_RSP] = STACK0 - 36;
     RUNS(0xcf);
@@ -547,8 +564,8 @@ TEST(v86_and_back)
     CHECK_EQ(cpu->cpl, 0);
     uint64_t sp = STACK0 - 40;
     CHECK_EQ(cpu->gpr[X86_RSP], sp);
-    static const uint32_t want[10] = { 0, 0x100, 0x2000, X86_FL_VM | X86_FL_RF | X86_FL_1 | X86_FL_IF, 0x500, 0x700, 0x10, 0x20,
-                                       0x30, 0x40 };
+    static const uint32_t want[10] = {
+        0, 0x100, 0x2000, X86_FL_VM | X86_FL_RF | X86_FL_1 | X86_FL_IF, 0x500, 0x700, 0x10, 0x20, 0x30, 0x40};
     for (unsigned i = 0; i < 10; i++)
         CHECK_EQ(get32(sp + 4 * i), want[i]);
     CHECK_EQ(cpu->seg[X86_DS].sel, 0);
@@ -742,17 +759,23 @@ TEST(long_mode_interrupts)
 
 TEST(long_mode_gate_faults)
 {
-    static const struct { const char *what; unsigned cpl, access, sel, ist, l; uint64_t off; int vector; uint32_t error; } cases[] = {
-        { "task gate", 0, 0x85, CODE0, 0, 2, 0, X86_GP, INT_ERR },
-        { "16-bit gate", 0, 0x86, CODE0, 0, 2, 0, X86_GP, INT_ERR },
-        { "dpl", 3, 0x8e, CODE0, 0, 2, 0, X86_GP, INT_ERR },
-        { "not present", 0, 0x0e, CODE0, 0, 2, 0, X86_NP, INT_ERR },
-        { "32-bit code", 0, 0x8e, SPARE, 0, 4, 0, X86_GP, SPARE },
-        { "l and d", 0, 0x8e, SPARE, 0, 6, 0, X86_GP, SPARE },
-        { "null", 0, 0x8e, 0, 0, 2, 0, X86_GP, 0 },
-        { "non-canonical offset", 0, 0x8e, CODE0, 0, 2, UINT64_C(0x800000000000), X86_GP, 0 },
-        { "ist beyond tss", 0, 0x8e, CODE0, 7, 2, 0, X86_TS, TSS_SEL },
-        { "good", 0, 0x8e, SPARE, 0, 2, 0, RAN, 0 },
+    static const struct {
+        const char *what;
+        unsigned cpl, access, sel, ist, l;
+        uint64_t off;
+        int vector;
+        uint32_t error;
+    } cases[] = {
+        {"task gate", 0, 0x85, CODE0, 0, 2, 0, X86_GP, INT_ERR},
+        {"16-bit gate", 0, 0x86, CODE0, 0, 2, 0, X86_GP, INT_ERR},
+        {"dpl", 3, 0x8e, CODE0, 0, 2, 0, X86_GP, INT_ERR},
+        {"not present", 0, 0x0e, CODE0, 0, 2, 0, X86_NP, INT_ERR},
+        {"32-bit code", 0, 0x8e, SPARE, 0, 4, 0, X86_GP, SPARE},
+        {"l and d", 0, 0x8e, SPARE, 0, 6, 0, X86_GP, SPARE},
+        {"null", 0, 0x8e, 0, 0, 2, 0, X86_GP, 0},
+        {"non-canonical offset", 0, 0x8e, CODE0, 0, 2, UINT64_C(0x800000000000), X86_GP, 0},
+        {"ist beyond tss", 0, 0x8e, CODE0, 7, 2, 0, X86_TS, TSS_SEL},
+        {"good", 0, 0x8e, SPARE, 0, 2, 0, RAN, 0},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         long_mode(cases[i].cpl);
@@ -762,7 +785,8 @@ TEST(long_mode_gate_faults)
             cpu->seg[X86_TR].limit = 0x58;
         outcome o = INSN(0xcd, 0x40);
         if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                 cases[i].error);
     }
     long_mode(3);
     set_gate64(0x40, CODE0, 0x1000, 0xee, 0);
@@ -790,7 +814,7 @@ TEST(long_mode_iret)
     CHECK_EQ(cpu->code_size, 8);
     CHECK_EQ(cpu->gpr[X86_RSP], STACK0 - 40);
 
-    long_mode(0);                                                       /* FS and GS lose their selectors, not their bases */
+    long_mode(0); /* FS and GS lose their selectors, not their bases */
     load_seg_raw(X86_GS, DATA0);
     cpu->seg[X86_GS].base = UINT64_C(0x400000);
     uint64_t outer[5] = { 0x1000, CODE3, 2, STACK3, DATA3 };

@@ -1,5 +1,5 @@
-/* sys_state.c - control and debug registers, MSRs, CPUID, ports, and the other privileged instructions: what is refused, with
- * which vector, and what state results (SDM vol. 2 and 3, APM vol. 2).
+/* sys_state.c - control and debug registers, MSRs, CPUID, ports, and the other privileged instructions: what is
+ * refused, with which vector, and what state results (SDM vol. 2 and 3, APM vol. 2).
  */
 #include "sysbare.h"
 
@@ -176,8 +176,8 @@ TEST(privileged_instructions)
 
 TEST(umip)
 {
-    static const uint8_t insns[][3] = { { 0x0f, 0x01, 0x00 }, { 0x0f, 0x01, 0x08 }, { 0x0f, 0x00, 0xc0 }, { 0x0f, 0x00, 0xc8 },
-                                        { 0x0f, 0x01, 0xe0 } };
+    static const uint8_t insns[][3] = {
+        {0x0f, 0x01, 0x00}, {0x0f, 0x01, 0x08}, {0x0f, 0x00, 0xc0}, {0x0f, 0x00, 0xc8}, {0x0f, 0x01, 0xe0}};
     for (unsigned umip = 0; umip < 2; umip++)
         for (unsigned i = 0; i < 5; i++) {
             protected_mode(3);
@@ -258,11 +258,12 @@ TEST(sti_shadow_and_hlt)
 
 TEST(io_permission_bitmap)
 {
-    static const struct { uint16_t port; unsigned n; bool is_allowed; } cases[] = {
-        { 0x60, 1, true }, { 0x61, 1, false }, { 0x60, 2, false }, { 0x62, 2, true }, { 0x64, 4, true }, { 0x67, 1, true },
-        { 0x67, 2, false }, { 0x5e, 4, false }, { 0x3ff, 1, true }, { 0x400, 1, false }, { 0xffff, 1, false } };
+    static const struct { uint16_t port; unsigned n; bool is_allowed;
+    } cases[] = {{0x60, 1, true},  {0x61, 1, false},  {0x60, 2, false},  {0x62, 2, true},
+                 {0x64, 4, true},  {0x67, 1, true},   {0x67, 2, false},  {0x5e, 4, false},
+                 {0x3ff, 1, true}, {0x400, 1, false}, {0xffff, 1, false}};
     protected_mode(3);
-    set_gdt(TSS_SEL, TSS, 0x68 + 0x80, 0x8b, 0);                        /* bitmap for 0x400 ports and the closing byte */
+    set_gdt(TSS_SEL, TSS, 0x68 + 0x80, 0x8b, 0); /* bitmap for 0x400 ports and the closing byte */
     load_seg_raw(X86_TR, TSS_SEL);
     memset(ram + TSS + 0x68, 0, 0x80);
     put8(TSS + 0x68 + 0x80, 0xff);
@@ -392,13 +393,13 @@ TEST(single_step)
     set_gate(0x40, CODE0, 0x5000, 0x8e);
     RUNS(0xcd, 0x40);                                                   /* INT n swallows it */
     CHECK_EQ(cpu->rip, 0x5000);
-    RUNS(0xcf);                                                         /* IRET loads TF = 1: the next instruction traps */
+    RUNS(0xcf); /* IRET loads TF = 1: the next instruction traps */
     o = INSN(0x90);
     CHECK_EQ(o.vector, X86_DB);
 }
 
-/* MOV SS holds a data breakpoint back until after the next instruction: ICEBP's own #DB swallows it, INT n's handler meets it
- * at its first instruction. */
+/* MOV SS holds a data breakpoint back until after the next instruction: ICEBP's own #DB swallows it, INT n's handler
+ * meets it at its first instruction. */
 TEST(pending_breakpoint_after_mov_ss)
 {
     for (unsigned is_icebp = 0; is_icebp < 2; is_icebp++) {
@@ -466,7 +467,7 @@ TEST(syscall_looks_at_the_new_tf)
     x86_mode_changed(cpu);
     RUNS(0x0f, 0x05);
     CHECK_EQ(cpu->rip, 0x4000);
-    outcome o = INSN(0x48, 0x0f, 0x07);                                 /* R11 has TF: as if SYSCALL had just completed */
+    outcome o = INSN(0x48, 0x0f, 0x07); /* R11 has TF: as if SYSCALL had just completed */
     CHECK_EQ(o.vector, X86_DB);
     CHECK_EQ(o.dr6, 0x4000);
     CHECK_EQ(cpu->rip, 0x1002);
@@ -477,20 +478,46 @@ TEST(syscall_looks_at_the_new_tf)
 
 TEST(msr_rules)
 {
-    static const struct { uint32_t msr; uint64_t v; bool is_ok; } cases[] = {
-        { 0xc0000080, X86_EFER_SCE | X86_EFER_NXE, true }, { 0xc0000080, 1u << 12, false }, { 0xc0000080, 1u << 1, false },
-        { 0xc0000082, UINT64_C(0x800000000000), false },   { 0xc0000082, UINT64_C(0xffff800000000000), true },
-        { 0xc0000084, UINT64_C(0x100000000), false },      { 0xc0000100, UINT64_C(0x800000000000), false },
-        { 0xc0000102, UINT64_C(0xffff888000000000), true },{ 0xc0000103, UINT64_C(0x100000000), false },
-        { 0x277, UINT64_C(0x0007010600070106), true },     { 0x277, 2, false }, { 0x277, 8, false },
-        { 0x2ff, 0xc06, true }, { 0x2ff, 0x002, false }, { 0x2ff, 0x1000, false },
-        { 0x200, 0x80000006, true }, { 0x200, 0x2, false }, { 0x200, UINT64_C(1) << 46, false },
-        { 0x201, UINT64_C(0x3fff80000800), true }, { 0x201, 0x400, false }, { 0x250, UINT64_C(0x0606060606060606), true },
-        { 0x250, 2, false }, { 0x268, UINT64_C(0x0505050505050505), true }, { 0xfe, 0, false }, { 0x179, 0, false },
-        { 0x17b, ~UINT64_C(0), true }, { 0x17b, 1, false }, { 0x401, 1, false }, { 0x401, 0, true }, { 0x400, ~UINT64_C(0), true },
-        { 0x400, UINT64_C(0xaaaaaaaaaaaaaaaa), false }, { 0x402, UINT64_C(0xaaaaaaaaaaaaaaaa), true },
-        { 0x175, UINT64_C(0x800000000000), false }, { 0x3b, 5, true }, { 0x12345, 0, false }, { 0x48, 0, false },
-        { 0xc0010015, 0x01000010, true }, { 0x8b, 0, true },
+    static const struct { uint32_t msr; uint64_t v; bool is_ok;
+    } cases[] = {
+        {0xc0000080, X86_EFER_SCE | X86_EFER_NXE, true},
+        {0xc0000080, 1u << 12, false},
+        {0xc0000080, 1u << 1, false},
+        {0xc0000082, UINT64_C(0x800000000000), false},
+        {0xc0000082, UINT64_C(0xffff800000000000), true},
+        {0xc0000084, UINT64_C(0x100000000), false},
+        {0xc0000100, UINT64_C(0x800000000000), false},
+        {0xc0000102, UINT64_C(0xffff888000000000), true},
+        {0xc0000103, UINT64_C(0x100000000), false},
+        {0x277, UINT64_C(0x0007010600070106), true},
+        {0x277, 2, false},
+        {0x277, 8, false},
+        {0x2ff, 0xc06, true},
+        {0x2ff, 0x002, false},
+        {0x2ff, 0x1000, false},
+        {0x200, 0x80000006, true},
+        {0x200, 0x2, false},
+        {0x200, UINT64_C(1) << 46, false},
+        {0x201, UINT64_C(0x3fff80000800), true},
+        {0x201, 0x400, false},
+        {0x250, UINT64_C(0x0606060606060606), true},
+        {0x250, 2, false},
+        {0x268, UINT64_C(0x0505050505050505), true},
+        {0xfe, 0, false},
+        {0x179, 0, false},
+        {0x17b, ~UINT64_C(0), true},
+        {0x17b, 1, false},
+        {0x401, 1, false},
+        {0x401, 0, true},
+        {0x400, ~UINT64_C(0), true},
+        {0x400, UINT64_C(0xaaaaaaaaaaaaaaaa), false},
+        {0x402, UINT64_C(0xaaaaaaaaaaaaaaaa), true},
+        {0x175, UINT64_C(0x800000000000), false},
+        {0x3b, 5, true},
+        {0x12345, 0, false},
+        {0x48, 0, false},
+        {0xc0010015, 0x01000010, true},
+        {0x8b, 0, true},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         protected_mode(0);
@@ -561,8 +588,10 @@ TEST(xcr0)
     cpu->gpr[X86_RCX] = 0;
     RUNS(0x0f, 0x01, 0xd0);
     CHECK_EQ(cpu->gpr[X86_RAX], cpu->xcr0);
-    static const struct { uint32_t v; bool is_ok; } cases[] = { { 1, true }, { 3, true }, { 0, false }, { 2, false }, { 5, false },
-                                                               { 0xb, false }, { 0xe7, false } };
+    static const struct {
+        uint32_t v;
+        bool is_ok;
+    } cases[] = {{1, true}, {3, true}, {0, false}, {2, false}, {5, false}, {0xb, false}, {0xe7, false}};
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         cpu->gpr[X86_RAX] = cases[i].v;
         cpu->gpr[X86_RDX] = 0;

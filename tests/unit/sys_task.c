@@ -1,4 +1,5 @@
-/* sys_task.c - hardware task switches: what is saved and loaded, busy bits, links, NT, and every fault (SDM vol. 3, 7.2, 7.3). */
+/* sys_task.c - hardware task switches: what is saved and loaded, busy bits, links, NT, and every fault (SDM vol.
+ * 3, 7.2, 7.3). */
 #include "sysbare.h"
 
 #define FAR_JMP(sel) 0xea, 0, 0, 0, 0, (sel), 0
@@ -179,7 +180,8 @@ TEST(refused_before_the_switch)
         set_gdt(TSS2_SEL, TSS2, cases[i].limit, cases[i].access, 0);
         outcome o = INSN(FAR_JMP((uint8_t)cases[i].sel));
         if (o.vector != cases[i].vector || o.error != cases[i].error)
-            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, cases[i].error);
+            FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                 cases[i].error);
         CHECK_EQ(cpu->rip, 0x100000);
         CHECK_EQ(cpu->seg[X86_TR].sel, TSS_SEL);
         CHECK_EQ(ram[GDT + TSS_SEL + 5], 0x8b);
@@ -189,23 +191,30 @@ TEST(refused_before_the_switch)
 /* Faults of the new task's segments: raised at its first instruction, everything loaded. */
 TEST(faults_in_the_new_task)
 {
-    static const struct { const char *what; unsigned at; uint16_t sel; unsigned spare_access; int vector; uint32_t error; } cases[] = {
-        { "null cs", 76, 0, 0, X86_TS, 0 },
-        { "data cs", 76, DATA0, 0, X86_TS, DATA0 },
-        { "cs dpl", 76, CODE3 & 0xfffc, 0, X86_TS, CODE3 & 0xfffc },
-        { "cs not present", 76, SPARE, 0x1a, X86_NP, SPARE },
-        { "cs beyond gdt", 76, 0x88, 0, X86_TS, 0x88 },
-        { "null ss", 80, 0, 0, X86_TS, 0 },
-        { "ss read-only", 80, SPARE, 0x90, X86_TS, SPARE },
-        { "ss dpl", 80, DATA3, 0, X86_TS, DATA3 & 0xfffc },
-        { "ss not present", 80, SPARE, 0x12, X86_SS_FAULT, SPARE },
-        { "ds execute-only", 84, SPARE, 0x98, X86_TS, SPARE },
-        { "ds not present", 84, SPARE, 0x12, X86_NP, SPARE },
-        { "es is a tss", 72, TSS_SEL, 0, X86_TS, TSS_SEL },
-        { "ldt is data", 96, DATA0, 0, X86_TS, DATA0 },
-        { "ldt in ldt", 96, LDT_SEL | 4, 0, X86_TS, LDT_SEL | 4 },
-        { "ldt not present", 96, SPARE, 0x02, X86_TS, SPARE },
-        { "eip beyond limit", 32, 0, 0, X86_GP, 0 },
+    static const struct {
+        const char *what;
+        unsigned at;
+        uint16_t sel;
+        unsigned spare_access;
+        int vector;
+        uint32_t error;
+    } cases[] = {
+        {"null cs", 76, 0, 0, X86_TS, 0},
+        {"data cs", 76, DATA0, 0, X86_TS, DATA0},
+        {"cs dpl", 76, CODE3 & 0xfffc, 0, X86_TS, CODE3 & 0xfffc},
+        {"cs not present", 76, SPARE, 0x1a, X86_NP, SPARE},
+        {"cs beyond gdt", 76, 0x88, 0, X86_TS, 0x88},
+        {"null ss", 80, 0, 0, X86_TS, 0},
+        {"ss read-only", 80, SPARE, 0x90, X86_TS, SPARE},
+        {"ss dpl", 80, DATA3, 0, X86_TS, DATA3 & 0xfffc},
+        {"ss not present", 80, SPARE, 0x12, X86_SS_FAULT, SPARE},
+        {"ds execute-only", 84, SPARE, 0x98, X86_TS, SPARE},
+        {"ds not present", 84, SPARE, 0x12, X86_NP, SPARE},
+        {"es is a tss", 72, TSS_SEL, 0, X86_TS, TSS_SEL},
+        {"ldt is data", 96, DATA0, 0, X86_TS, DATA0},
+        {"ldt in ldt", 96, LDT_SEL | 4, 0, X86_TS, LDT_SEL | 4},
+        {"ldt not present", 96, SPARE, 0x02, X86_TS, SPARE},
+        {"eip beyond limit", 32, 0, 0, X86_GP, 0},
     };
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++)
         for (unsigned is_event = 0; is_event < 2; is_event++) {
@@ -224,7 +233,8 @@ TEST(faults_in_the_new_task)
             }
             o = INSN(FAR_JMP(TSS2_SEL));
             if (o.vector != cases[i].vector || o.error != error)
-                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector, error);
+                FAIL("%s: vector %d error %#x, not %d error %#x", cases[i].what, o.vector, o.error, cases[i].vector,
+                     error);
             CHECK_EQ(cpu->seg[X86_TR].sel, TSS2_SEL);
             CHECK_EQ(cpu->rip, cases[i].at == 32 ? 0x1000 : 0x5000);
             CHECK_EQ(cpu->gpr[X86_RAX], 0x1000);
@@ -245,9 +255,13 @@ TEST(event_faults_have_ext)
 
 TEST(iret_link_faults)
 {
-    static const struct { uint16_t link; unsigned access; int vector; uint32_t error; } cases[] = {
-        { TSS2_SEL, 0x89, X86_TS, TSS2_SEL }, { TSS2_SEL, 0x0b, X86_NP, TSS2_SEL }, { TSS2_SEL | 4, 0x8b, X86_TS, TSS2_SEL | 4 },
-        { DATA0, 0x8b, X86_TS, DATA0 }, { 0x88, 0x8b, X86_TS, 0x88 }, { TSS2_SEL, 0x8b, RAN, 0 } };
+    static const struct { uint16_t link; unsigned access; int vector; uint32_t error;
+    } cases[] = {{TSS2_SEL, 0x89, X86_TS, TSS2_SEL},
+                 {TSS2_SEL, 0x0b, X86_NP, TSS2_SEL},
+                 {TSS2_SEL | 4, 0x8b, X86_TS, TSS2_SEL | 4},
+                 {DATA0, 0x8b, X86_TS, DATA0},
+                 {0x88, 0x8b, X86_TS, 0x88},
+                 {TSS2_SEL, 0x8b, RAN, 0}};
     for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         setup();
         cpu->rflags |= X86_FL_NT;
@@ -255,7 +269,8 @@ TEST(iret_link_faults)
         set_gdt(TSS2_SEL, TSS2, 0x67, cases[i].access, 0);
         outcome o = INSN(0xcf);
         if (o.vector != cases[i].vector || (o.vector != RAN && o.error != cases[i].error))
-            FAIL("case %u: vector %d error %#x, not %d error %#x", i, o.vector, o.error, cases[i].vector, cases[i].error);
+            FAIL("case %u: vector %d error %#x, not %d error %#x", i, o.vector, o.error, cases[i].vector,
+                 cases[i].error);
     }
 }
 

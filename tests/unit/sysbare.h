@@ -1,7 +1,7 @@
 /* sysbare.h - one x86_cpu in 16 MiB of RAM and nothing else, for tests of the system parts of lib/x86.
  *
- * Guest-physical memory is an array that wraps nowhere; ports and MMIO do not exist. step() executes one instruction as an
- * execution loop would and, if asked to, delivers what it raises.
+ * Guest-physical memory is an array that wraps nowhere; ports and MMIO do not exist. step() executes one instruction as
+ * an execution loop would and, if asked to, delivers what it raises.
  */
 #ifndef SYSBARE_H
 #define SYSBARE_H
@@ -90,11 +90,27 @@ static void bare_nothing(x86_cpu *c) { (void)c; }
 static int bare_hypercall(x86_cpu *c) { (void)c; hypercalls++; return X86_IO_DONE; }
 
 static const x86_env bare_env = {
-    .page = bare_page, .phys_read = bare_phys_read, .phys_write = bare_phys_write, .port_in = bare_port_in,
-    .port_out = bare_port_out, .fill = bare_fill, .root_changed = bare_root, .invalidate = bare_invalidate,
-    .code_page = bare_code, .tsc = bare_tsc, .random = bare_random, .msr_read = bare_msr_read, .msr_write = bare_msr_write,
-    .cr8_read = bare_cr8_read, .cr8_write = bare_cr8_write, .apic_id = bare_id, .cpu_count = bare_count,
-    .ferr = bare_nothing, .hypercall = bare_hypercall, .lock_begin = bare_nothing, .lock_end = bare_nothing,
+    .page = bare_page,
+    .phys_read = bare_phys_read,
+    .phys_write = bare_phys_write,
+    .port_in = bare_port_in,
+    .port_out = bare_port_out,
+    .fill = bare_fill,
+    .root_changed = bare_root,
+    .invalidate = bare_invalidate,
+    .code_page = bare_code,
+    .tsc = bare_tsc,
+    .random = bare_random,
+    .msr_read = bare_msr_read,
+    .msr_write = bare_msr_write,
+    .cr8_read = bare_cr8_read,
+    .cr8_write = bare_cr8_write,
+    .apic_id = bare_id,
+    .cpu_count = bare_count,
+    .ferr = bare_nothing,
+    .hypercall = bare_hypercall,
+    .lock_begin = bare_nothing,
+    .lock_end = bare_nothing,
 };
 
 /* A fresh CPU in VM_MODE_* `mode` and zeroed RAM. */
@@ -217,8 +233,21 @@ static inline void set_gate64(unsigned vector, unsigned sel, uint64_t off, unsig
 }
 
 /* The selectors every protected-mode test has. */
-enum { CODE0 = 0x08, DATA0 = 0x10, CODE3 = 0x1b, DATA3 = 0x23, TSS_SEL = 0x28, TSS2_SEL = 0x30, LDT_SEL = 0x38, CONFORM0 = 0x40,
-       SPARE = 0x48, SPARE2 = 0x50, CODE16 = 0x58, DATA1 = 0x61, GDT_END = 0x80 };
+enum {
+    CODE0 = 0x08,
+    DATA0 = 0x10,
+    CODE3 = 0x1b,
+    DATA3 = 0x23,
+    TSS_SEL = 0x28,
+    TSS2_SEL = 0x30,
+    LDT_SEL = 0x38,
+    CONFORM0 = 0x40,
+    SPARE = 0x48,
+    SPARE2 = 0x50,
+    CODE16 = 0x58,
+    DATA1 = 0x61,
+    GDT_END = 0x80
+};
 
 static inline void load_seg_raw(unsigned index, uint16_t sel)
 {
