@@ -132,6 +132,13 @@ static uint64_t byte_flags(uint8_t v)
     return (v & 0x80 ? X86_FL_SF : 0) | (v ? 0 : X86_FL_ZF) | (__builtin_parity(v) ? 0 : X86_FL_PF);
 }
 
+/* Undefined in the manual; CPUs show the signed overflow of old +- adjustment = al. */
+static uint64_t overflow(uint8_t old, uint8_t al, bool is_subtract)
+{
+    uint8_t adjustment = is_subtract ? old - al : al - old;
+    return ((is_subtract ? (old ^ adjustment) & (old ^ al) : ~(old ^ adjustment) & (old ^ al)) & 0x80) ? X86_FL_OF : 0;
+}
+
 static void decimal(x86_cpu *cpu, bool is_subtract)
 {
     const uint8_t old = (uint8_t)cpu->gpr[X86_RAX];
@@ -149,7 +156,7 @@ static void decimal(x86_cpu *cpu, bool is_subtract)
         f |= X86_FL_CF;
     }
     x86_set_gpr(cpu, X86_RAX, 1, al);
-    set_arith(cpu, f | byte_flags(al));
+    set_arith(cpu, f | byte_flags(al) | overflow(old, al, is_subtract));
 }
 
 void x86_op_daa(x86_cpu *cpu, const x86_insn *in) { (void)in; decimal(cpu, false); }
@@ -158,14 +165,16 @@ void x86_op_das(x86_cpu *cpu, const x86_insn *in) { (void)in; decimal(cpu, true)
 static void ascii(x86_cpu *cpu, int sign)
 {
     uint16_t ax = (uint16_t)cpu->gpr[X86_RAX];
+    const uint16_t old = ax;
     uint64_t f = 0;
     if ((ax & 15) > 9 || (cpu->rflags & X86_FL_AF)) {
         ax = (uint16_t)(ax + sign * 0x106);
         f = X86_FL_AF | X86_FL_CF;
     }
-    ax &= 0xff0f;
-    x86_set_gpr(cpu, X86_RAX, 2, ax);
-    set_arith(cpu, f | byte_flags((uint8_t)ax));
+    /* SF, ZF, PF and OF are undefined; CPUs take them from the 16-bit sum before AL's upper half is cleared. */
+    set_arith(cpu, f | (byte_flags((uint8_t)ax) & X86_FL_PF) | (ax >> 15 ? X86_FL_SF : 0) | (ax ? 0 : X86_FL_ZF) |
+              overflow((uint8_t)(old >> 8), (uint8_t)(ax >> 8), sign < 0));
+    x86_set_gpr(cpu, X86_RAX, 2, ax & 0xff0f);
 }
 
 void x86_op_aaa(x86_cpu *cpu, const x86_insn *in) { (void)in; ascii(cpu, 1); }

@@ -23,6 +23,7 @@
 #define MIDDLE (DATA + DATA_BYTES / 2)
 #define FLAGS_SEEN (X86_FL_ARITH | X86_FL_DF)
 
+static unsigned mode;                    /* 8: 64-bit code, 4: 32-bit code */
 static uint64_t seed;
 static uint64_t rnd(void)
 {
@@ -33,7 +34,7 @@ static uint64_t rnd(void)
 /* ---- the host's side ---- */
 
 typedef struct regs { uint64_t gpr[16], flags; } regs;
-struct native { regs in, out; uint64_t host_rsp; };
+struct native { regs in, out; uint64_t host_rsp; struct { uint32_t offset; uint16_t selector; } to_32; uint8_t stack[256]; };
 static struct native *native;            /* at a fixed low address, so that stubs can reach it without a register */
 #define NATIVE UINT64_C(0x230000)
 static sigjmp_buf escape;
@@ -88,9 +89,62 @@ static void make_stub(const uint8_t *bytes, unsigned n)
     p += emit(p, "\xfc\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5d\x5b\xc3", 12);   /* cld; pops; ret */
 }
 
+/* mov [disp32], reg or mov reg, [disp32] in 32-bit code */
+static unsigned move32(uint8_t *p, bool is_load, unsigned reg, uint64_t at)
+{
+    uint32_t disp = (uint32_t)at;
+    p[0] = is_load ? 0x8b : 0x89;
+    p[1] = (uint8_t)(5 | reg << 3);
+    memcpy(p + 2, &disp, 4);
+    return 6;
+}
+
+#define CODE32 (CODE + 0x100)
+#define BACK (CODE + 0x300)
+/* The same for 32-bit code: into compatibility mode by a far jump, and back. The selectors are Linux's. */
+static void make_stub32(const uint8_t *bytes, unsigned n)
+{
+    uint8_t *p = (uint8_t *)(uintptr_t)CODE;
+    uint32_t at = (uint32_t)AT(to_32), stack = (uint32_t)AT(stack) + 128;
+    native->to_32.offset = (uint32_t)CODE32;
+    native->to_32.selector = 0x23;
+    p += emit(p, "\x53\x55\x41\x54\x41\x55\x41\x56\x41\x57", 10);
+    p += move(p, false, 4, AT(host_rsp));
+    p += emit(p, "\xff\x2c\x25", 3);                          /* ljmp [to_32] */
+    p += emit(p, &at, 4);
+    p = (uint8_t *)(uintptr_t)CODE32;
+    p += emit(p, "\xb8\x2b\x00\x00\x00\x8e\xd8\x8e\xc0\xbc", 10);   /* mov eax, 2bh; mov ds, eax; mov es, eax; mov esp, */
+    p += emit(p, &stack, 4);
+    p += emit(p, "\xff\x35", 2);                              /* push [in.flags]; popfd */
+    at = (uint32_t)AT(in.flags);
+    p += emit(p, &at, 4);
+    *p++ = 0x9d;
+    for (unsigned r = 0; r < 8; r++)
+        p += move32(p, true, r, AT(in.gpr) + 8 * r);
+    p += emit(p, bytes, n);
+    for (unsigned r = 0; r < 8; r++)
+        p += move32(p, false, r, AT(out.gpr) + 8 * r);
+    *p++ = 0xbc;
+    p += emit(p, &stack, 4);
+    p += emit(p, "\x9c\x8f\x05", 3);                          /* pushfd; pop [out.flags] */
+    at = (uint32_t)AT(out.flags);
+    p += emit(p, &at, 4);
+    p += emit(p, "\xfc\xea", 2);                              /* cld; ljmp 33h:BACK */
+    at = (uint32_t)BACK;
+    p += emit(p, &at, 4);
+    p += emit(p, "\x33\x00", 2);
+    p = (uint8_t *)(uintptr_t)BACK;
+    p += move(p, true, 4, AT(host_rsp));
+    p += emit(p, "\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5d\x5b\xc3", 11);
+}
+
 static int run_native(const uint8_t *bytes, unsigned n, const regs *in, regs *out)
 {
-    make_stub(bytes, n);
+    if (mode == 8)
+        make_stub(bytes, n);
+    else
+        make_stub32(bytes, n);
+    memset(&native->out, 0, sizeof native->out);
     native->in = *in;
     last_signal = 0;
     if (sigsetjmp(escape, 1) == 0)
@@ -126,13 +180,13 @@ static unsigned make_bytes(uint8_t *b)
     unsigned how_many = (rnd() & 3) ? rnd() & 1 : rnd() & 3;
     for (unsigned i = 0; i < how_many; i++)
         b[n++] = prefixes[rnd() & 7];
-    if (rnd() & 1)
+    if (mode == 8 && (rnd() & 1))
         b[n++] = 0x40 | (rnd() & 15);
     unsigned map = rnd() % 8;
     if (map == 7 && !how_many) {                             /* VEX: BMI */
         n = 0;
         b[n++] = 0xc4;
-        b[n++] = (uint8_t)((rnd() & 0xe0) | (2 + (rnd() & 1)));
+        b[n++] = (uint8_t)((mode == 8 ? rnd() & 0xe0 : 0xe0) | (2 + (rnd() & 1)));
         b[n++] = (uint8_t)(rnd() & 0xfb);
         b[n++] = 0xf0 + (rnd() & 7);
     } else if (map >= 5) {
@@ -200,7 +254,7 @@ static bool is_inside(uint64_t at, unsigned n)
 static bool make_regs(x86_cpu *cpu, const x86_insn *in, regs *r)
 {
     for (unsigned i = 0; i < 16; i++)
-        r->gpr[i] = value();
+        r->gpr[i] = mode == 8 ? value() : i < 8 ? (uint32_t)value() : 0;
     r->flags = (rnd() & FLAGS_SEEN) | 2 | X86_FL_IF;
     r->gpr[X86_RSP] = MIDDLE + (rnd() & 0x3f) * 8;
     if (in->exec == x86_op_leave)
@@ -217,7 +271,9 @@ static bool make_regs(x86_cpu *cpu, const x86_insn *in, regs *r)
         r->gpr[X86_RCX] = rnd() & 0x3f;
         if (rnd() & 1)
             r->gpr[X86_RCX] = 0;
-        if (in->asz == 4)                /* upper halves do not count */
+        if (in->asz == 2)
+            return false;
+        if (in->asz == 4 && mode == 8)   /* upper halves do not count */
             for (unsigned i = 0; i < 4; i++)
                 r->gpr[(uint8_t[]){ X86_RCX, X86_RSI, X86_RDI, X86_RBX }[i]] |= rnd() << 32;
         return true;
@@ -242,6 +298,9 @@ static bool make_regs(x86_cpu *cpu, const x86_insn *in, regs *r)
         uint64_t offset = rnd() % 0x2000 - 0x1000;
         r->gpr[reg] = in->op[1].size == 8 ? offset : in->op[1].size == 4 ? (rnd() << 32 | (uint32_t)offset) : (rnd() << 16 | (uint16_t)offset);
     }
+    if (mode == 4)
+        for (unsigned i = 0; i < 8; i++)
+            r->gpr[i] = (uint32_t)r->gpr[i];
     memcpy(cpu->gpr, r->gpr, sizeof r->gpr);
     cpu->rip = CODE;
     return is_inside(x86_offset(cpu, in), 16);
@@ -313,13 +372,14 @@ static const char *differ(bare *b, const x86_insn *in, x86_stop stop, int sig, c
     return NULL;
 }
 
-TEST_LIMIT(random_instructions, 200)
+static void random_instructions(const void *arg)
 {
+    mode = *(const unsigned *)arg;
     const char *text_seed = getenv("TEST_SEED"), *text_count = getenv("TEST_COUNT");
     unsigned tries = text_count ? (unsigned)strtoul(text_count, NULL, 0) : 400000, compared = 0, faults = 0, failed = 0;
     seed = text_seed ? strtoull(text_seed, NULL, 0) : UINT64_C(0x243f6a8885a308d3);
     set_up_host();
-    bare *b = bare_new(VM_MODE_FLAT64);
+    bare *b = bare_new(mode == 8 ? VM_MODE_FLAT64 : VM_MODE_FLAT32);
     static uint8_t data[DATA_BYTES];
     for (unsigned t = 0; t < tries; t++) {
         uint8_t bytes[15];
@@ -328,7 +388,7 @@ TEST_LIMIT(random_instructions, 200)
         x86_stop stop;
         char why[128], name[96];
         make_bytes(bytes);
-        if (x86_decode(bytes, 15, 8, &in) < 0 || !is_usable(&in))
+        if (x86_decode(bytes, 15, mode, &in) < 0 || !is_usable(&in))
             continue;
         if (!make_regs(b->cpu, &in, &r))
             continue;
@@ -371,8 +431,9 @@ static unsigned opcode_at(const uint8_t *b)
 }
 
 /* What the decoder calls illegal must be illegal on the host. VEX, EVEX, XOP and 3DNow! depend on the CPU model and stay out. */
-TEST_LIMIT(illegal_encodings, 100)
+static void illegal_encodings(const void *arg)
 {
+    mode = *(const unsigned *)arg;
     unsigned compared = 0, failed = 0;
     seed = UINT64_C(0x13198a2e03707344);
     set_up_host();
@@ -386,7 +447,7 @@ TEST_LIMIT(illegal_encodings, 100)
             continue;
         if (bytes[at] == 0x0f && (bytes[at + 1] == 0xc7 || bytes[at + 1] == 0x00))
             continue;                    /* XSAVES is the host's but not offered; LOCK VERW checks its operand before the prefix */
-        if (x86_decode(bytes, 15, 8, &in) < 0 || in.exec != x86_op_illegal)
+        if (x86_decode(bytes, 15, mode, &in) < 0 || in.exec != x86_op_illegal)
             continue;
         for (unsigned i = 0; i < 16; i++)
             r.gpr[i] = MIDDLE;
@@ -404,4 +465,13 @@ TEST_LIMIT(illegal_encodings, 100)
     CHECK(compared > 1000);
     if (failed)
         FAIL("%u of %u are legal on the host", failed, compared);
+}
+
+SETUP(integer)
+{
+    static const unsigned modes[2] = { 8, 4 };
+    test_add("random_instructions_64", random_instructions, &modes[0], 200);
+    test_add("random_instructions_32", random_instructions, &modes[1], 200);
+    test_add("illegal_encodings_64", illegal_encodings, &modes[0], 100);
+    test_add("illegal_encodings_32", illegal_encodings, &modes[1], 100);
 }
