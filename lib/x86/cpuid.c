@@ -138,23 +138,33 @@ static void ask_host(x86_cpu *cpu)
     cpu->host_known = true;
 }
 
+/* Bits of a word that the host bounds, and where its answer is kept. */
+static const struct {
+    uint32_t bits;
+    uint8_t host;
+} native_words[X86_NWORDS] = {
+    [X86_W_1_ECX] = {NATIVE_1_ECX, HOST_1_ECX},
+    [X86_W_7_EBX] = {NATIVE_7_EBX, HOST_7_EBX},
+    [X86_W_7_ECX] = {NATIVE_7_ECX, HOST_7_ECX},
+    [X86_W_E1_ECX] = {NATIVE_E1_ECX, HOST_E1_ECX},
+};
+
 static uint32_t feature_word(x86_cpu *cpu, unsigned word)
 {
-    uint32_t v = cpu->model->words[word];
+    uint32_t v = cpu->model->words[word], bits = native_words[word].bits;
+    if (!(v & bits))
+        return v;
     if (!cpu->host_known)
         ask_host(cpu);
-    switch (word) {
-    case X86_W_1_ECX: return v & (cpu->host_features[HOST_1_ECX] | ~NATIVE_1_ECX);
-    case X86_W_7_EBX: return v & (cpu->host_features[HOST_7_EBX] | ~NATIVE_7_EBX);
-    case X86_W_7_ECX: return v & (cpu->host_features[HOST_7_ECX] | ~NATIVE_7_ECX);
-    case X86_W_E1_ECX: return v & (cpu->host_features[HOST_E1_ECX] | ~NATIVE_E1_ECX);
-    default: return v;
-    }
+    return v & (cpu->host_features[native_words[word].host] | ~bits);
 }
 
+/* CPUID is slow on a host that is itself virtual: the host is asked only about features that need it. */
 bool x86_has(x86_cpu *cpu, unsigned feature)
 {
-    return feature_word(cpu, feature / 32) >> (feature % 32) & 1;
+    unsigned word = feature / 32, bit = feature % 32;
+    uint32_t v = native_words[word].bits >> bit & 1 ? feature_word(cpu, word) : cpu->model->words[word];
+    return v >> bit & 1;
 }
 
 struct x86_model *x86_model_cut(const struct x86_model *base,
@@ -183,7 +193,8 @@ struct x86_model *x86_model_cut(const struct x86_model *base,
 
 uint64_t x86_xcr0_allowed(x86_cpu *cpu)
 {
-    return x86_has(cpu, X86_FEAT_AVX) ? 7 : 3;
+    bool has_avx = cpu->model->words[X86_W_1_ECX] & B(28);
+    return has_avx && __builtin_cpu_supports("avx2") ? 7 : 3;           /* as ask_host() decides it */
 }
 
 uint64_t x86_cr4_allowed(x86_cpu *cpu)
