@@ -1,5 +1,5 @@
-/* bench_kvm.c - what libvm costs on top of KVM: exits a second against a bare KVM_RUN loop, creating a machine against the raw
- * ioctls, ring-3 computing against native, and the system calls of reading registers after an exit.
+/* bench_kvm.c - what libvm costs on top of KVM: exits a second against a bare KVM_RUN loop, creating a machine against
+ * the raw ioctls, ring-3 computing against native, and the system calls of reading registers after an exit.
  *
  * usage: bench_kvm [--json FILE]
  * Each pair is measured alternately, a few hundred milliseconds a side in total, and the median round counts.
@@ -20,38 +20,38 @@
 
 enum { ROUNDS = 15, EXITS = 4000, RAM = 2 << 20, CODE = 0x1000, TABLES = 0x100000, STACK = 0x80000 };
 
-static _Noreturn void die(const char *what)
-{
+static _Noreturn void die(const char *what) {
     fprintf(stderr, "bench_kvm: %s (%s)\n", what, vm_errmsg());
     exit(1);
 }
 #define MUST(condition) ((condition) ? (void)0 : die(#condition))
 
-static double now(void)
-{
+static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-static int ascending(const void *a, const void *b)
-{
+static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
 }
 
-static double median(double *v, unsigned n)
-{
+static double median(double *v, unsigned n) {
     qsort(v, n, sizeof *v, ascending);
     return v[n / 2];
 }
 
 /* ---- a machine made of nothing but ioctls ---- */
 
-typedef struct bare { int kvm, vm, cpu, run_bytes; struct kvm_run *run; uint8_t *ram; struct kvm_cpuid2 *cpuid; } bare;
+typedef struct bare {
+    int kvm, vm, cpu, run_bytes;
+    struct kvm_run *run;
+    uint8_t *ram;
+    struct kvm_cpuid2 *cpuid;
+} bare;
 
-static struct kvm_cpuid2 *read_cpuid(int kvm)
-{
+static struct kvm_cpuid2 *read_cpuid(int kvm) {
     struct kvm_cpuid2 *c = calloc(1, sizeof *c + 256 * sizeof c->entries[0]);
     MUST(c);
     c->nent = 256;
@@ -59,13 +59,12 @@ static struct kvm_cpuid2 *read_cpuid(int kvm)
     return c;
 }
 
-static bare bare_open(void)
-{
+static bare bare_open(void) {
     bare b;
     MUST((b.kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC)) >= 0);
     MUST((b.vm = ioctl(b.kvm, KVM_CREATE_VM, 0)) >= 0);
     b.ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    struct kvm_userspace_memory_region r = { .memory_size = RAM, .userspace_addr = (uintptr_t)b.ram };
+    struct kvm_userspace_memory_region r = {.memory_size = RAM, .userspace_addr = (uintptr_t)b.ram};
     MUST(ioctl(b.vm, KVM_SET_USER_MEMORY_REGION, &r) == 0);
     MUST((b.cpu = ioctl(b.vm, KVM_CREATE_VCPU, 0)) >= 0);
     b.run_bytes = ioctl(b.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
@@ -76,8 +75,7 @@ static bare bare_open(void)
     return b;
 }
 
-static void bare_close(bare *b)
-{
+static void bare_close(bare *b) {
     munmap(b->run, (size_t)b->run_bytes);
     munmap(b->ram, RAM);
     close(b->cpu);
@@ -86,9 +84,9 @@ static void bare_close(bare *b)
     free(b->cpuid);
 }
 
-static void bare_start(bare *b, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi)
-{
-    static const struct kvm_segment flat = { .limit = 0xffffffff, .selector = 0x10, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1 };
+static void bare_start(bare *b, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi) {
+    static const struct kvm_segment flat = {
+        .limit = 0xffffffff, .selector = 0x10, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1};
     struct kvm_sregs s;
     memcpy(b->ram + CODE, code, bytes);
     MUST(ioctl(b->cpu, KVM_GET_SREGS, &s) == 0);
@@ -97,16 +95,19 @@ static void bare_start(bare *b, const uint8_t *code, size_t bytes, uint64_t rdx,
     s.cs.selector = 8;
     s.cr0 |= 1;
     MUST(ioctl(b->cpu, KVM_SET_SREGS, &s) == 0);
-    struct kvm_regs r = { .rip = CODE, .rflags = 2, .rsp = STACK, .rdx = rdx, .rdi = rdi };
+    struct kvm_regs r = {.rip = CODE, .rflags = 2, .rsp = STACK, .rdx = rdx, .rdi = rdi};
     MUST(ioctl(b->cpu, KVM_SET_REGS, &r) == 0);
 }
 
 /* ---- the same with libvm ---- */
 
-typedef struct guest { vm_machine *m; vm_vcpu *cpu; vm_region *ram; } guest;
+typedef struct guest {
+    vm_machine *m;
+    vm_vcpu *cpu;
+    vm_region *ram;
+} guest;
 
-static guest guest_open(void)
-{
+static guest guest_open(void) {
     guest g;
     vm_options o = VM_OPTIONS_INIT;
     o.backend = VM_BACKEND_KVM;
@@ -116,8 +117,7 @@ static guest guest_open(void)
     return g;
 }
 
-static void guest_start(guest *g, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi)
-{
+static void guest_start(guest *g, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi) {
     vm_regs r = VM_REGS_INIT;
     MUST(vm_write(g->m, CODE, code, bytes) == VM_OK);
     MUST(vm_vcpu_set_mode(g->cpu, VM_MODE_FLAT32) == VM_OK);
@@ -131,26 +131,26 @@ static void guest_start(guest *g, const uint8_t *code, size_t bytes, uint64_t rd
 
 /* ---- exits ---- */
 
-typedef struct counter { vm_vcpu *cpu; unsigned left; uint64_t sum; } counter;
+typedef struct counter {
+    vm_vcpu *cpu;
+    unsigned left;
+    uint64_t sum;
+} counter;
 
-static int count_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
-{
+static int count_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
     counter *c = user;
     (void)offset, (void)width;
     c->sum += value;
-    if (--c->left == 0)
-        vm_vcpu_kick(cpu);
+    if (--c->left == 0) vm_vcpu_kick(cpu);
     return 0;
 }
 
-static const vm_io_ops count_ops = { .size = sizeof(vm_io_ops), .write = count_write };
+static const vm_io_ops count_ops = {.size = sizeof(vm_io_ops), .write = count_write};
 
-static double bare_exits(bare *b, uint64_t *sum)
-{
+static double bare_exits(bare *b, uint64_t *sum) {
     double start = now();
     for (unsigned i = 0; i < EXITS; i++) {
-        if (ioctl(b->cpu, KVM_RUN, 0) < 0)
-            die("KVM_RUN");
+        if (ioctl(b->cpu, KVM_RUN, 0) < 0) die("KVM_RUN");
         if (b->run->exit_reason == KVM_EXIT_IO)
             *sum += ((uint8_t *)b->run)[b->run->io.data_offset];
         else if (b->run->exit_reason == KVM_EXIT_MMIO)
@@ -161,8 +161,7 @@ static double bare_exits(bare *b, uint64_t *sum)
     return EXITS / (now() - start);
 }
 
-static double callback_exits(guest *g, counter *c)
-{
+static double callback_exits(guest *g, counter *c) {
     vm_exit e = VM_EXIT_INIT;
     c->left = EXITS;
     double start = now();
@@ -170,8 +169,7 @@ static double callback_exits(guest *g, counter *c)
     return EXITS / (now() - start);
 }
 
-static double returned_exits(guest *g, uint64_t *sum)
-{
+static double returned_exits(guest *g, uint64_t *sum) {
     vm_exit e = VM_EXIT_INIT;
     double start = now();
     for (unsigned i = 0; i < EXITS; i++) {
@@ -182,26 +180,28 @@ static double returned_exits(guest *g, uint64_t *sum)
 }
 
 static FILE *json;
-static void result(const char *name, const char *unit, double ours, double base, double ratio, double goal, bool is_most)
-{
+static void result(const char *name, const char *unit, double ours, double base, double ratio, double goal,
+                   bool is_most) {
     static const char *separator = "";
-    printf("%-34s %12.1f %-9s base %12.1f   ratio %.3f (goal %s %.2f)\n", name, ours, unit, base, ratio, is_most ? "<=" : ">=", goal);
+    printf("%-34s %12.1f %-9s base %12.1f   ratio %.3f (goal %s %.2f)\n", name, ours, unit, base, ratio,
+           is_most ? "<=" : ">=", goal);
     if (json)
-        fprintf(json, "%s\n  {\"name\": \"%s\", \"unit\": \"%s\", \"libvm\": %.3f, \"base\": %.3f, \"ratio\": %.4f, \"goal\": %.2f}", separator,
-                name, unit, ours, base, ratio, goal);
+        fprintf(json,
+                "%s\n  {\"name\": \"%s\", \"unit\": \"%s\", \"libvm\": %.3f, \"base\": %.3f, \"ratio\": %.4f, "
+                "\"goal\": %.2f}",
+                separator, name, unit, ours, base, ratio, goal);
     separator = ",";
 }
 
-static void bench_exits(bool is_port)
-{
-    static const uint8_t port_loop[] = { 0xee, 0xeb, 0xfd }, mmio_loop[] = { 0x88, 0x07, 0xeb, 0xfc };
+static void bench_exits(bool is_port) {
+    static const uint8_t port_loop[] = {0xee, 0xeb, 0xfd}, mmio_loop[] = {0x88, 0x07, 0xeb, 0xfc};
     const uint8_t *code = is_port ? port_loop : mmio_loop;
     size_t bytes = is_port ? sizeof port_loop : sizeof mmio_loop;
     double ours[ROUNDS], base[ROUNDS], returned[ROUNDS], ratio[ROUNDS], returned_ratio[ROUNDS];
     uint64_t sum = 0;
     bare b = bare_open();
     guest g = guest_open(), r = guest_open();
-    counter c = { .cpu = g.cpu };
+    counter c = {.cpu = g.cpu};
     if (is_port)
         MUST(vm_map_pio(g.m, 0x10, 1, &count_ops, &c, NULL) == VM_OK);
     else
@@ -218,8 +218,8 @@ static void bench_exits(bool is_port)
     }
     result(is_port ? "port exits, callback" : "mmio exits, callback", "/s", median(ours, ROUNDS), median(base, ROUNDS),
            median(ratio, ROUNDS), 0.95, false);
-    result(is_port ? "port exits, to the caller" : "mmio exits, to the caller", "/s", median(returned, ROUNDS), base[ROUNDS / 2],
-           median(returned_ratio, ROUNDS), 0.95, false);
+    result(is_port ? "port exits, to the caller" : "mmio exits, to the caller", "/s", median(returned, ROUNDS),
+           base[ROUNDS / 2], median(returned_ratio, ROUNDS), 0.95, false);
     vm_destroy(g.m);
     vm_destroy(r.m);
     bare_close(&b);
@@ -227,10 +227,9 @@ static void bench_exits(bool is_port)
 
 /* ---- creation: open to first HLT to close ---- */
 
-static const uint8_t halt[] = { 0xf4 };
+static const uint8_t halt[] = {0xf4};
 
-static double bare_life(void)
-{
+static double bare_life(void) {
     double start = now();
     bare b = bare_open();
     bare_start(&b, halt, sizeof halt, 0, 0);
@@ -239,8 +238,7 @@ static double bare_life(void)
     return (now() - start) * 1e6;
 }
 
-static double guest_life(void)
-{
+static double guest_life(void) {
     vm_exit e = VM_EXIT_INIT;
     double start = now();
     guest g = guest_open();
@@ -250,8 +248,7 @@ static double guest_life(void)
     return (now() - start) * 1e6;
 }
 
-static void bench_creation(void)
-{
+static void bench_creation(void) {
     enum { LIVES = 101 };
     double ours[LIVES], base[LIVES], ratio[LIVES];
     for (unsigned i = 0; i < LIVES; i++) {
@@ -287,20 +284,19 @@ extern const uint8_t bench_guest[], bench_guest_end[];
 enum { TURNS = 20000000, WINDOW = 0x20000 };
 
 /* Long mode at ring 3 with page tables for 2 MiB; ports open (IOPL 3) so that OUT ends it. */
-static void ring3_start(guest *g)
-{
-    const uint64_t entries[][2] = { { TABLES, (TABLES + 0x1000) | 7 }, { TABLES + 0x1000, (TABLES + 0x2000) | 7 }, { TABLES + 0x2000, 0x87 } };
+static void ring3_start(guest *g) {
+    const uint64_t entries[][2] = {
+        {TABLES, (TABLES + 0x1000) | 7}, {TABLES + 0x1000, (TABLES + 0x2000) | 7}, {TABLES + 0x2000, 0x87}};
     vm_sregs s = VM_SREGS_INIT;
     vm_regs r = VM_REGS_INIT;
-    for (unsigned i = 0; i < 3; i++)
-        MUST(vm_write(g->m, entries[i][0], &entries[i][1], 8) == VM_OK);
+    for (unsigned i = 0; i < 3; i++) MUST(vm_write(g->m, entries[i][0], &entries[i][1], 8) == VM_OK);
     MUST(vm_write(g->m, CODE, bench_guest, (size_t)(bench_guest_end - bench_guest)) == VM_OK);
-    MUST(vm_write(g->m, 0x3000, (const uint8_t[]){ 0xe6, 0x80 }, 2) == VM_OK);
+    MUST(vm_write(g->m, 0x3000, (const uint8_t[]){0xe6, 0x80}, 2) == VM_OK);
     MUST(vm_vcpu_set_mode(g->cpu, VM_MODE_FLAT64) == VM_OK);
     MUST(vm_vcpu_get_sregs(g->cpu, &s) == VM_OK);
     s.cr3 = TABLES;
-    s.cs = (vm_segment){ .limit = 0xffffffff, .selector = 0x33, .attributes = 0xa0fb };
-    s.ss = s.ds = s.es = (vm_segment){ .limit = 0xffffffff, .selector = 0x2b, .attributes = 0xc0f3 };
+    s.cs = (vm_segment){.limit = 0xffffffff, .selector = 0x33, .attributes = 0xa0fb};
+    s.ss = s.ds = s.es = (vm_segment){.limit = 0xffffffff, .selector = 0x2b, .attributes = 0xc0f3};
     MUST(vm_vcpu_set_sregs(g->cpu, &s) == VM_OK);
     MUST(vm_vcpu_get_regs(g->cpu, &r) == VM_OK);
     r.rip = CODE;
@@ -308,12 +304,11 @@ static void ring3_start(guest *g)
     r.rdi = TURNS;
     r.rsi = WINDOW;
     r.rflags = 0x3002;
-    MUST(vm_write(g->m, r.rsp, &(uint64_t){ 0x3000 }, 8) == VM_OK);
+    MUST(vm_write(g->m, r.rsp, &(uint64_t){0x3000}, 8) == VM_OK);
     MUST(vm_vcpu_set_regs(g->cpu, &r) == VM_OK);
 }
 
-static void bench_ring3(void)
-{
+static void bench_ring3(void) {
     double ours[ROUNDS], base[ROUNDS], ratio[ROUNDS];
     static uint64_t window[8192];
     guest g = guest_open();
@@ -322,7 +317,7 @@ static void bench_ring3(void)
     MUST(text != MAP_FAILED);
     memcpy(text, bench_guest, (size_t)(bench_guest_end - bench_guest));
     MUST(mprotect(text, 4096, PROT_READ | PROT_EXEC) == 0);
-    uint64_t (*native)(uint64_t, uint64_t *) = (uint64_t (*)(uint64_t, uint64_t *))(uintptr_t)text;
+    uint64_t (*native)(uint64_t, uint64_t *) = (uint64_t(*)(uint64_t, uint64_t *))(uintptr_t)text;
     for (unsigned i = 0; i < ROUNDS; i++) {
         double start = now();
         uint64_t want = native(TURNS, window);
@@ -342,9 +337,8 @@ static void bench_ring3(void)
 
 /* ---- registers ---- */
 
-static void bench_registers(void)
-{
-    static const uint8_t loop[] = { 0xee, 0xeb, 0xfd };
+static void bench_registers(void) {
+    static const uint8_t loop[] = {0xee, 0xeb, 0xfd};
     guest g = guest_open();
     vm_exit e = VM_EXIT_INIT;
     vm_regs r = VM_REGS_INIT;
@@ -352,22 +346,18 @@ static void bench_registers(void)
     MUST(vm_vcpu_run(g.cpu, NULL, &e) == VM_OK);
     enum { READS = 100000 };
     double start = now();
-    for (unsigned i = 0; i < READS; i++)
-        MUST(vm_vcpu_get_regs(g.cpu, &r) == VM_OK);
+    for (unsigned i = 0; i < READS; i++) MUST(vm_vcpu_get_regs(g.cpu, &r) == VM_OK);
     double each = (now() - start) / READS * 1e9;
     start = now();
-    for (unsigned i = 0; i < READS; i++)
-        (void)!getppid();
+    for (unsigned i = 0; i < READS; i++) (void)!getppid();
     double system_call = (now() - start) / READS * 1e9;
     result("vm_vcpu_get_regs after an exit", "ns", each, system_call, each / system_call, 1.0, true);
     vm_destroy(g.m);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     uint64_t available = 0, is_hardware = 0;
-    if (argc == 3 && !strcmp(argv[1], "--json"))
-        json = fopen(argv[2], "w");
+    if (argc == 3 && !strcmp(argv[1], "--json")) json = fopen(argv[2], "w");
     if (vm_query(VM_BACKEND_KVM, "available", &available) != VM_OK || !available) {
         printf("kvm: skipped, %s\n", vm_errmsg());
         return 0;
@@ -375,7 +365,8 @@ int main(int argc, char **argv)
     (void)vm_query(VM_BACKEND_KVM, "hardware-ring0", &is_hardware);
     printf("kvm: guest ring 0 runs %s\n", is_hardware ? "on the CPU" : "in the host's emulator");
     if (json)
-        fprintf(json, "{\"benchmark\": \"kvm\", \"hardware_ring0\": %s, \"results\": [", is_hardware ? "true" : "false");
+        fprintf(json, "{\"benchmark\": \"kvm\", \"hardware_ring0\": %s, \"results\": [",
+                is_hardware ? "true" : "false");
     bench_exits(true);
     bench_exits(false);
     bench_creation();

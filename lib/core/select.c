@@ -8,25 +8,20 @@
 
 #include <string.h>
 
-static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus)
-{
+static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus) {
     for (unsigned i = 0; i < vcpus; i++) {
         x86_cpu *x = &m->vcpus[i]->x86;
-        if (ops->vcpu_destroy)
-            ops->vcpu_destroy(m->vcpus[i]);
-        memset(x->jump, 0, sizeof x->jump);              /* as the next backend would find them in a new vCPU */
+        if (ops->vcpu_destroy) ops->vcpu_destroy(m->vcpus[i]);
+        memset(x->jump, 0, sizeof x->jump); /* as the next backend would find them in a new vCPU */
         memset(x->jit_scratch, 0, sizeof x->jit_scratch);
     }
-    if (ops->machine_destroy)
-        ops->machine_destroy(m);
+    if (ops->machine_destroy) ops->machine_destroy(m);
     m->has_backend = false;
 }
 
-static int make(vm_machine *m, const vm_backend_ops *ops)
-{
+static int make(vm_machine *m, const vm_backend_ops *ops) {
     int status = ops->machine_create ? ops->machine_create(m) : VM_OK;
-    if (status != VM_OK)
-        return status;
+    if (status != VM_OK) return status;
     m->has_backend = true;
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         status = ops->vcpu_create ? ops->vcpu_create(m->vcpus[i]) : VM_OK;
@@ -39,28 +34,22 @@ static int make(vm_machine *m, const vm_backend_ops *ops)
 }
 
 /* Nothing that was derived from the old backend's runs may be believed. */
-static void refresh(vm_machine *m)
-{
-    if (m->backend->map_changed)
-        m->backend->map_changed(m);
+static void refresh(vm_machine *m) {
+    if (m->backend->map_changed) m->backend->map_changed(m);
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         x86_cpu *x = &m->vcpus[i]->x86;
         x86_tlb_clear(x);
-        if (m->backend->tlb_flushed)
-            m->backend->tlb_flushed(m->vcpus[i]);
+        if (m->backend->tlb_flushed) m->backend->tlb_flushed(m->vcpus[i]);
         x86_mode_changed(x);
         m->vcpus[i]->irq_look = m->is_pc;
         vm_vcpu_changed(m->vcpus[i], VM_STATE_ALL);
     }
 }
 
-static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to)
-{
+static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to) {
     const vm_backend_ops *from = m->backend;
-    if (from->dirty_sync)
-        from->dirty_sync(m);
-    for (unsigned i = 0; from->leave && i < m->vcpu_count; i++)
-        from->leave(m->vcpus[i]);
+    if (from->dirty_sync) from->dirty_sync(m);
+    for (unsigned i = 0; from->leave && i < m->vcpu_count; i++) from->leave(m->vcpus[i]);
     drop(m, from, m->vcpu_count);
     m->backend = to;
     int status = make(m, to);
@@ -68,29 +57,22 @@ static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to)
         m->options.backend = backend;
     } else {
         m->backend = from;
-        if (make(m, from) != VM_OK)
-            atomic_store(&m->poisoned, 1);
+        if (make(m, from) != VM_OK) atomic_store(&m->poisoned, 1);
     }
-    if (!m->poisoned)
-        refresh(m);
+    if (!m->poisoned) refresh(m);
     return status;
 }
 
-int vm_machine_select(vm_machine *m, vm_backend backend)
-{
+int vm_machine_select(vm_machine *m, vm_backend backend) {
     const vm_backend_ops *to = vm_backend_find(&backend);
-    if (!to)
-        return VM_E_UNSUPPORTED;
-    if (to == m->backend)
-        return VM_OK;
+    if (!to) return VM_E_UNSUPPORTED;
+    if (to == m->backend) return VM_OK;
     vm_device_lock(m);
     vm_pause(m);
     int status = VM_OK;
     for (unsigned i = 0; i < m->vcpu_count; i++)
-        if (vm_vcpu_is_running(m->vcpus[i]))
-            status = vm_fail(VM_E_BUSY, "vm_backend_select: vCPU %u is running", i);
-    if (status == VM_OK)
-        status = move(m, backend, to);
+        if (vm_vcpu_is_running(m->vcpus[i])) status = vm_fail(VM_E_BUSY, "vm_backend_select: vCPU %u is running", i);
+    if (status == VM_OK) status = move(m, backend, to);
     vm_resume(m);
     vm_device_unlock(m);
     return status;

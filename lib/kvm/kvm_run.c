@@ -1,20 +1,20 @@
 /* kvm_run.c - entering the guest, and everything that decides whether KVM may.
  *
  * Kicks. A thread runs a vCPU with KVM_KICK_SIGNAL blocked and KVM lets it through inside KVM_RUN only
- * (KVM_SET_SIGNAL_MASK), so the signal ends KVM_RUN with EINTR whenever it comes, nobody's handler is involved, and there is
- * no moment between the last look at `attention` and the entry in which a kick could be lost. The thread's mask is restored
- * when the run returns; kick signals of somebody else's making are handed on then.
+ * (KVM_SET_SIGNAL_MASK), so the signal ends KVM_RUN with EINTR whenever it comes, nobody's handler is involved, and
+ * there is no moment between the last look at `attention` and the entry in which a kick could be lost. The thread's
+ * mask is restored when the run returns; kick signals of somebody else's making are handed on then.
  *
- * Open exits. KVM completes a port or memory access when it is entered again. An attention bit or a register that a callback
- * changed needs an instruction boundary first: then KVM is entered with immediate_exit, which completes and comes back.
- * Changes are merged: what a callback left as it was shown comes from KVM, what it changed wins.
+ * Open exits. KVM completes a port or memory access when it is entered again. An attention bit or a register that a
+ * callback changed needs an instruction boundary first: then KVM is entered with immediate_exit, which completes and
+ * comes back. Changes are merged: what a callback left as it was shown comes from KVM, what it changed wins.
  *
  * The interpreter in KVM's place. Three things KVM cannot do are done by lib/interp on the vCPU's state, with the same
  * results: an exact instruction budget, exceptions reported instead of delivered, and instructions that KVM's own
- * emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate guest
- * ring 0; where failures follow each other closely the interpreter keeps going for a growing number of instructions.
- * `until` is a hardware breakpoint, unless the guest uses the debug registers itself.
- * Some hosts' KVM also holds fewer modes than a CPU (probe()): what it cannot hold is interpreted until the mode ends.
+ * emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate
+ * guest ring 0; where failures follow each other closely the interpreter keeps going for a growing number of
+ * instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself. Some hosts' KVM
+ * also holds fewer modes than a CPU (probe()): what it cannot hold is interpreted until the mode ends.
  */
 #include "kvm/kvm.h"
 
@@ -28,11 +28,10 @@
 #include "platform/pc.h"
 #include "x86/system.h"
 
-#define MAX_BATCH 4096u                /* instructions interpreted in a row after emulation failures */
-#define CLOSE_EXITS 64u                /* failures with fewer exits between them are close */
+#define MAX_BATCH   4096u /* instructions interpreted in a row after emulation failures */
+#define CLOSE_EXITS 64u   /* failures with fewer exits between them are close */
 
-x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...)
-{
+x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(kv->reason, sizeof kv->reason, format, args);
@@ -43,26 +42,26 @@ x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...)
 
 /* ---- kicks ---- */
 
-void kvm_kick(vm_vcpu *cpu)
-{
+void kvm_kick(vm_vcpu *cpu) {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     int saved = errno;
-    if (kv && kv->is_inside) {         /* then its thread lives */
+    if (kv && kv->is_inside) { /* then its thread lives */
         kv->is_kicked = 1;
         pthread_kill(kv->thread, KVM_KICK_SIGNAL);
     }
     errno = saved;
 }
 
-static void block_kicks(kvm_vcpu *kv, sigset_t *old)
-{
+static void block_kicks(kvm_vcpu *kv, sigset_t *old) {
     sigset_t kick;
     sigemptyset(&kick);
     sigaddset(&kick, KVM_KICK_SIGNAL);
     pthread_sigmask(SIG_BLOCK, &kick, old);
-    if (kv->has_mask && !memcmp(old, &kv->host_mask, 8))
-        return;
-    struct { struct kvm_signal_mask head; uint8_t set[8]; } mask = { .head.len = 8 };
+    if (kv->has_mask && !memcmp(old, &kv->host_mask, 8)) return;
+    struct {
+        struct kvm_signal_mask head;
+        uint8_t set[8];
+    } mask = {.head.len = 8};
     sigset_t inside = *old;
     sigdelset(&inside, KVM_KICK_SIGNAL);
     memcpy(mask.head.sigset, &inside, 8);
@@ -71,29 +70,25 @@ static void block_kicks(kvm_vcpu *kv, sigset_t *old)
 }
 
 /* Take pending kick signals; one that this library did not send is kept for its owner. */
-static void drain_kicks(kvm_vcpu *kv)
-{
+static void drain_kicks(kvm_vcpu *kv) {
     sigset_t kick;
     siginfo_t info;
-    const struct timespec now = { 0 };
+    const struct timespec now = {0};
     sigemptyset(&kick);
     sigaddset(&kick, KVM_KICK_SIGNAL);
     kv->is_kicked = 0;
     while (sigtimedwait(&kick, &info, &now) > 0)
-        if (!(info.si_code == SI_TKILL && info.si_pid == getpid()) && info.si_code != SI_TIMER)
-            kv->has_foreign = true;
+        if (!(info.si_code == SI_TKILL && info.si_pid == getpid()) && info.si_code != SI_TIMER) kv->has_foreign = true;
 }
 
-static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old)
-{
+static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old) {
     if (kv->is_timer_armed) {
-        const struct itimerspec off = { .it_value = { 0 } };
+        const struct itimerspec off = {.it_value = {0}};
         timer_settime(kv->timer, 0, &off, NULL);
         kv->is_timer_armed = false;
         kv->is_kicked = 1;
     }
-    if (kv->is_kicked)
-        drain_kicks(kv);
+    if (kv->is_kicked) drain_kicks(kv);
     if (kv->has_foreign) {
         kv->has_foreign = false;
         syscall(SYS_tgkill, getpid(), (int)syscall(SYS_gettid), KVM_KICK_SIGNAL);
@@ -103,12 +98,11 @@ static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old)
 
 /* ---- deadlines ---- */
 
-/* The run's deadline is a timer that sends the kick signal to this thread. It costs system calls only in runs that have one. */
-static int arm_timer(kvm_vcpu *kv)
-{
+/* The run's deadline is a timer that sends the kick signal to this thread. It costs system calls only in runs that have
+ * one. */
+static int arm_timer(kvm_vcpu *kv) {
     uint64_t at = kv->cpu->deadline;
-    if (at == UINT64_MAX)
-        return VM_OK;
+    if (at == UINT64_MAX) return VM_OK;
     int tid = (int)syscall(SYS_gettid);
     if (kv->timer_tid != tid) {
         struct sigevent event;
@@ -116,8 +110,7 @@ static int arm_timer(kvm_vcpu *kv)
         event.sigev_notify = SIGEV_THREAD_ID;
         event.sigev_signo = KVM_KICK_SIGNAL;
         event._sigev_un._tid = tid;
-        if (kv->timer_tid)
-            timer_delete(kv->timer);
+        if (kv->timer_tid) timer_delete(kv->timer);
         kv->timer_tid = 0;
         if (timer_create(CLOCK_MONOTONIC, &event, &kv->timer) < 0)
             return vm_fail_errno(VM_E_HOST, "timer_create for a vCPU's deadline");
@@ -137,22 +130,21 @@ static bool is_late(const kvm_vcpu *kv) { return kv->is_timer_armed && vm_host_n
 
 /* ---- one entry ---- */
 
-/* KVM_RUN. x86 is not touched; the shared page then has the registers. only_complete: no guest instruction beyond an open one. */
-static int enter(kvm_vcpu *kv, bool only_complete)
-{
+/* KVM_RUN. x86 is not touched; the shared page then has the registers. only_complete: no guest instruction beyond an
+ * open one. */
+static int enter(kvm_vcpu *kv, bool only_complete) {
     struct kvm_run *run = kv->run;
     bool wants_sregs = kv->sregs_wanted > 0;
     run->immediate_exit = only_complete;
     if (kv->km->can_sync)
         run->kvm_valid_regs = KVM_SYNC_X86_REGS | (wants_sregs ? KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS : 0);
-    if (kv->is_nmi_given) {            /* KVM has it now */
+    if (kv->is_nmi_given) { /* KVM has it now */
         kv->is_nmi_given = false;
         kv->cpu->x86.nmi_pending = false;
     }
     kv->boundary = run->s.regs.regs.rip;
     kv->is_inside = 1;
-    if (kv->cpu->x86.attention)
-        run->immediate_exit = 1;
+    if (kv->cpu->x86.attention) run->immediate_exit = 1;
     int rc = ioctl(kv->fd, KVM_RUN, 0);
     int error = errno;
     kv->is_inside = 0;
@@ -162,14 +154,12 @@ static int enter(kvm_vcpu *kv, bool only_complete)
     kv->is_tlb_stale = true;
     kv->sregs_wanted -= wants_sregs;
     kv->has_synced_sregs = kv->km->can_sync && wants_sregs;
-    if (!kv->km->can_sync && kvm_ioctl(kv->fd, KVM_GET_REGS, &run->s.regs.regs) < 0)
-        return -1;
+    if (!kv->km->can_sync && kvm_ioctl(kv->fd, KVM_GET_REGS, &run->s.regs.regs) < 0) return -1;
     errno = error;
     return rc;
 }
 
-static kvm_open open_of(const struct kvm_run *run)
-{
+static kvm_open open_of(const struct kvm_run *run) {
     switch (run->exit_reason) {
     case KVM_EXIT_IO: return run->io.direction == KVM_EXIT_IO_OUT ? KVM_OPEN_WRITE : KVM_OPEN_READ;
     case KVM_EXIT_MMIO: return run->mmio.is_write ? KVM_OPEN_WRITE : KVM_OPEN_READ;
@@ -180,14 +170,11 @@ static kvm_open open_of(const struct kvm_run *run)
 }
 
 #define MAX_SETTLE 5000u
-int kvm_settle(kvm_vcpu *kv)
-{
+int kvm_settle(kvm_vcpu *kv) {
     for (unsigned i = 0; kv->open != KVM_OPEN_NONE; i++) {
-        if (i == MAX_SETTLE)
-            return vm_fail(VM_E_HOST, "KVM does not finish an instruction");
+        if (i == MAX_SETTLE) return vm_fail(VM_E_HOST, "KVM does not finish an instruction");
         if (enter(kv, true) < 0) {
-            if (errno != EINTR && errno != EAGAIN)
-                return vm_fail_errno(VM_E_HOST, "KVM_RUN");
+            if (errno != EINTR && errno != EAGAIN) return vm_fail_errno(VM_E_HOST, "KVM_RUN");
             kv->open = KVM_OPEN_NONE;
         } else {
             kv->open = open_of(kv->run);
@@ -198,8 +185,7 @@ int kvm_settle(kvm_vcpu *kv)
 
 /* ---- registers around an open exit ---- */
 
-void kvm_show(kvm_vcpu *kv)
-{
+void kvm_show(kvm_vcpu *kv) {
     const x86_cpu *x = &kv->cpu->x86;
     memcpy(kv->shown, x->gpr, sizeof x->gpr);
     kv->shown[16] = x->rip;
@@ -209,8 +195,7 @@ void kvm_show(kvm_vcpu *kv)
 }
 
 /* KVM's registers to x86; where somebody changed what was shown, his value stays. */
-static void absorb(kvm_vcpu *kv)
-{
+static void absorb(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     uint64_t gpr[16], rip = x->rip, next_rip = x->next_rip, rflags = x->rflags;
     bool is_merge = kv->regs_changed && kv->is_shown && !kv->is_replaced;
@@ -225,12 +210,10 @@ static void absorb(kvm_vcpu *kv)
     kv->valid = VM_STATE_REGS | kv->dirty;
     if (is_merge) {
         for (unsigned i = 0; i < 16; i++)
-            if (gpr[i] != kv->shown[i])
-                x->gpr[i] = gpr[i];
+            if (gpr[i] != kv->shown[i]) x->gpr[i] = gpr[i];
         if (rip != kv->shown[16] || next_rip != kv->shown_next)
             x->rip = x->next_rip = rip != kv->shown[16] ? rip : next_rip;
-        if (rflags != kv->shown[17])
-            x->rflags = rflags;
+        if (rflags != kv->shown[17]) x->rflags = rflags;
         kv->dirty |= VM_STATE_REGS;
     } else {
         kv->dirty &= ~VM_STATE_REGS;
@@ -240,13 +223,11 @@ static void absorb(kvm_vcpu *kv)
 
 /* ---- the interpreter in KVM's place ---- */
 
-static x86_stop deliver_queued(kvm_vcpu *kv)
-{
+static x86_stop deliver_queued(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_vcpu_events *e = &kv->run->s.regs.events;
     x86_stop stop = X86_STOP_NONE;
-    if (!kv->has_events)
-        return stop;
+    if (!kv->has_events) return stop;
     if (e->exception.injected || (e->exception.pending))
         stop = x86_inject(x, e->exception.nr, e->exception.has_error_code, e->exception.error_code);
     else if (e->interrupt.injected)
@@ -256,31 +237,25 @@ static x86_stop deliver_queued(kvm_vcpu *kv)
 }
 
 /* PC: the interpreter's turn to take interrupts. */
-static x86_stop interpreter_interrupts(kvm_vcpu *kv)
-{
+static x86_stop interpreter_interrupts(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
-    if (!kv->cpu->machine->is_pc)
-        return X86_STOP_NONE;
-    if (x->nmi_pending && !x->nmi_blocked && !x->inhibit)
-        return x86_deliver_interrupt(x, X86_NMI, true);
+    if (!kv->cpu->machine->is_pc) return X86_STOP_NONE;
+    if (x->nmi_pending && !x->nmi_blocked && !x->inhibit) return x86_deliver_interrupt(x, X86_NMI, true);
     int vector = vm_pc_irq_source.pending(kv->cpu);
     x->irq_waiting = vector >= 0 && !x86_can_interrupt(x);
-    if (vector < 0 || x->irq_waiting)
-        return X86_STOP_NONE;
+    if (vector < 0 || x->irq_waiting) return X86_STOP_NONE;
     vector = vm_pc_irq_source.acknowledge(kv->cpu);
     return vector < 0 ? X86_STOP_NONE : x86_deliver_interrupt(x, (uint8_t)vector, false);
 }
 
-static int prepare_interpreter(kvm_vcpu *kv)
-{
+static int prepare_interpreter(kvm_vcpu *kv) {
     vm_vcpu *cpu = kv->cpu;
     bool is_read = kv->open == KVM_OPEN_READ;
     kvm_get_state(cpu, VM_STATE_ALL);
     if (kv->open != KVM_OPEN_NONE) {
         int rc = kvm_settle(kv);
-        if (rc)
-            return rc;
-        if (!is_read) {                /* the instruction is done: go on behind it */
+        if (rc) return rc;
+        if (!is_read) { /* the instruction is done: go on behind it */
             absorb(kv);
             kvm_get_state(cpu, VM_STATE_ALL);
         }
@@ -291,8 +266,7 @@ static int prepare_interpreter(kvm_vcpu *kv)
     kv->is_shown = kv->regs_changed = kv->rip_unresolved = kv->is_replaced = false;
     if (!kv->has_soft) {
         int rc = interp_create(cpu);
-        if (rc)
-            return rc;
+        if (rc) return rc;
         kv->has_soft = true;
     }
     if (kv->soft_entries != kv->km->entries) {
@@ -304,54 +278,45 @@ static int prepare_interpreter(kvm_vcpu *kv)
 }
 
 /* X86_STOP_NONE: done, KVM goes on. */
-x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions)
-{
+x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions) {
     x86_cpu *x = &kv->cpu->x86;
-    if (prepare_interpreter(kv) != VM_OK)
-        return X86_STOP_HOST;
+    if (prepare_interpreter(kv) != VM_OK) return X86_STOP_HOST;
     x86_stop stop = deliver_queued(kv);
-    if (stop == X86_STOP_NONE)
-        stop = interpreter_interrupts(kv);
+    if (stop == X86_STOP_NONE) stop = interpreter_interrupts(kv);
     int64_t budget = x->budget;
     bool is_slice = instructions <= 0;
-    if (!is_slice)
-        x->budget = instructions;
+    if (!is_slice) x->budget = instructions;
     int64_t before = x->budget;
-    if (stop == X86_STOP_NONE)
-        stop = vm_backend_interp.run(kv->cpu);
+    if (stop == X86_STOP_NONE) stop = vm_backend_interp.run(kv->cpu);
     x->stat[X86_STAT_KVM_EMULATED] += (uint64_t)(before - x->budget);
     if (!is_slice) {
         x->budget = budget;
-        if (stop == X86_STOP_SLICE)
-            stop = X86_STOP_NONE;
+        if (stop == X86_STOP_SLICE) stop = X86_STOP_NONE;
     }
     kv->valid = kv->dirty = VM_STATE_ALL;
     kv->is_soft_io = stop == X86_STOP_IO;
     return stop;
 }
 
-static x86_stop emulation_failed(kvm_vcpu *kv)
-{
+static x86_stop emulation_failed(kvm_vcpu *kv) {
     if (kv->exits - kv->last_failure > CLOSE_EXITS)
         kv->soft_batch = 1;
     else if (kv->soft_batch < MAX_BATCH)
         kv->soft_batch *= 2;
     kv->last_failure = kv->exits;
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
-    memset(&kv->run->s.regs.events.exception, 0, sizeof kv->run->s.regs.events.exception);   /* KVM may have queued #UD */
+    memset(&kv->run->s.regs.events.exception, 0, sizeof kv->run->s.regs.events.exception); /* KVM may have queued #UD */
     return kvm_interpret(kv, kv->soft_batch);
 }
 
 /* ---- what this host's KVM cannot hold ---- */
 
-static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags)
-{
-    static const struct kvm_segment code = { .limit = 0xffff, .type = 11, .present = 1, .s = 1 };
+static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags) {
+    static const struct kvm_segment code = {.limit = 0xffff, .type = 11, .present = 1, .s = 1};
     struct kvm_sregs s;
     struct kvm_regs r;
     memset(&r, 0, sizeof r);
-    if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0)
-        return true;
+    if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0) return true;
     s.cs = s.ds = s.es = s.fs = s.gs = s.ss = code;
     s.ds.type = s.es.type = s.fs.type = s.gs.type = s.ss.type = 3;
     s.cs.dpl = s.ds.dpl = s.es.dpl = s.fs.dpl = s.gs.dpl = s.ss.dpl = rflags & X86_FL_VM ? 3 : 0;
@@ -366,15 +331,13 @@ static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags)
            r.rflags == rflags;
 }
 
-/* Hosts without hardware virtualisation for their guests have KVMs that take legacy paging or virtual-8086 mode without a word
- * and then run something else. Ask once: set such a state and see whether it is still there. */
-static void probe(kvm_vcpu *kv)
-{
+/* Hosts without hardware virtualisation for their guests have KVMs that take legacy paging or virtual-8086 mode without
+ * a word and then run something else. Ask once: set such a state and see whether it is still there. */
+static void probe(kvm_vcpu *kv) {
     kvm_machine *km = kv->km;
     struct kvm_sregs s;
     struct kvm_regs r;
-    if (km->is_probed || kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0 || kvm_ioctl(kv->fd, KVM_GET_REGS, &r) < 0)
-        return;
+    if (km->is_probed || kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0 || kvm_ioctl(kv->fd, KVM_GET_REGS, &r) < 0) return;
     pthread_mutex_lock(&km->lock);
     km->lacks_legacy_paging = !holds(kv, X86_CR0_PE | X86_CR0_ET | X86_CR0_PG, X86_FL_1);
     km->lacks_v86 = !holds(kv, X86_CR0_PE | X86_CR0_ET, X86_FL_1 | X86_FL_VM);
@@ -384,41 +347,34 @@ static void probe(kvm_vcpu *kv)
     kvm_ioctl(kv->fd, KVM_SET_REGS, &r);
 }
 
-static bool is_limited(kvm_vcpu *kv)
-{
+static bool is_limited(kvm_vcpu *kv) {
     probe(kv);
     return kv->km->lacks_legacy_paging;
 }
 
 /* The state about to be loaded is one that KVM would not hold. */
-static bool is_beyond(kvm_vcpu *kv)
-{
+static bool is_beyond(kvm_vcpu *kv) {
     const x86_cpu *x = &kv->cpu->x86;
     bool is_v86 = x->rflags & X86_FL_VM, is_legacy = false;
-    if (kv->dirty & VM_STATE_SREGS)
-        is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);
-    if (!is_v86 && !is_legacy)
-        return false;
+    if (kv->dirty & VM_STATE_SREGS) is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);
+    if (!is_v86 && !is_legacy) return false;
     probe(kv);
     return (is_legacy && kv->km->lacks_legacy_paging) || (is_v86 && kv->km->lacks_v86);
 }
 #define BEYOND_SLICE 65536
 
-static bool needs_interpreter(kvm_vcpu *kv)
-{
+static bool needs_interpreter(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     if (kv->cpu->has_budget || x->budget == 1 || x->exception_exits || x->step_asked)
-        return true;                   /* a slice of one: the run loop wants one instruction done before it looks */
-    if (!x->has_until)
-        return false;
+        return true; /* a slice of one: the run loop wants one instruction done before it looks */
+    if (!x->has_until) return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);
     return !kv->km->can_debug || (x->dr[7] & 0xff) || kv->open != KVM_OPEN_NONE || is_limited(kv);
 }
 
 /* ---- until ---- */
 
-static int set_debug(kvm_vcpu *kv)
-{
+static int set_debug(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_guest_debug d;
     memset(&d, 0, sizeof d);
@@ -427,43 +383,37 @@ static int set_debug(kvm_vcpu *kv)
         uint64_t base = x86_is_long(x) ? 0 : x->seg[X86_CS].base;
         d.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
         d.arch.debugreg[0] = base + x->until;
-        d.arch.debugreg[7] = 0x402;    /* DR0, global, execution, one byte */
+        d.arch.debugreg[7] = 0x402; /* DR0, global, execution, one byte */
     }
-    if (!memcmp(&d, &kv->debug, sizeof d))
-        return VM_OK;
-    if (kvm_ioctl(kv->fd, KVM_SET_GUEST_DEBUG, &d) < 0)
-        return vm_fail_errno(VM_E_HOST, "KVM_SET_GUEST_DEBUG");
+    if (!memcmp(&d, &kv->debug, sizeof d)) return VM_OK;
+    if (kvm_ioctl(kv->fd, KVM_SET_GUEST_DEBUG, &d) < 0) return vm_fail_errno(VM_E_HOST, "KVM_SET_GUEST_DEBUG");
     kv->debug = d;
     return VM_OK;
 }
 
 /* ---- interrupts of a PC ---- */
 
-/* Give KVM the next vector if it can take one now, or ask it to say when. KVM's answer (ready_for_interrupt_injection) is
- * about the state at the last exit, so after a change of ours it is asked again. */
-static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed)
-{
+/* Give KVM the next vector if it can take one now, or ask it to say when. KVM's answer (ready_for_interrupt_injection)
+ * is about the state at the last exit, so after a change of ours it is asked again. */
+static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed) {
     struct kvm_run *run = kv->run;
     run->request_interrupt_window = 0;
-    run->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86);        /* KVM takes it from here at every entry */
+    run->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86); /* KVM takes it from here at every entry */
     kv->cr8 = (uint8_t)run->cr8;
-    if (!kv->cpu->machine->is_pc)
-        return X86_STOP_NONE;
+    if (!kv->cpu->machine->is_pc) return X86_STOP_NONE;
     if (kv->cpu->x86.nmi_pending && !kv->is_nmi_given) {
         kv->is_nmi_given = true;
         kvm_ioctl(kv->fd, KVM_NMI, NULL);
     }
     int vector = vm_pc_irq_source.pending(kv->cpu);
-    if (vector < 0)
-        return X86_STOP_NONE;
+    if (vector < 0) return X86_STOP_NONE;
     if (is_changed || !run->ready_for_interrupt_injection || !run->if_flag) {
         run->request_interrupt_window = 1;
         return X86_STOP_NONE;
     }
     vector = vm_pc_irq_source.acknowledge(kv->cpu);
-    if (vector < 0)
-        return X86_STOP_NONE;
-    struct kvm_interrupt interrupt = { .irq = (uint32_t)vector };
+    if (vector < 0) return X86_STOP_NONE;
+    struct kvm_interrupt interrupt = {.irq = (uint32_t)vector};
     kv->cpu->x86.stat[X86_STAT_INTERRUPTS]++;
     run->ready_for_interrupt_injection = 0;
     if (kvm_ioctl(kv->fd, KVM_INTERRUPT, &interrupt) < 0)
@@ -472,8 +422,7 @@ static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed)
     return X86_STOP_NONE;
 }
 
-static void sync_cr8(kvm_vcpu *kv)
-{
+static void sync_cr8(kvm_vcpu *kv) {
     if (kv->run->cr8 != kv->cr8) {
         kv->cr8 = (uint8_t)kv->run->cr8;
         kv->cpu->x86.env->cr8_write(&kv->cpu->x86, kv->cr8);
@@ -484,8 +433,7 @@ static void sync_cr8(kvm_vcpu *kv)
 
 static bool is_apic_msr(uint32_t msr) { return msr == 0x1b || msr == 0x6e0 || (msr >= 0x800 && msr < 0x900); }
 
-static x86_stop handle_msr(kvm_vcpu *kv)
-{
+static x86_stop handle_msr(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     uint32_t msr = run->msr.index;
@@ -496,8 +444,7 @@ static x86_stop handle_msr(kvm_vcpu *kv)
     } else {
         kvm_get_state(kv->cpu, VM_STATE_ALL);
         ok = is_read ? x86_msr_read(x, msr, &value) : x86_msr_write(x, msr, value);
-        if (!is_read && ok)
-            kvm_set_state(kv->cpu, VM_STATE_MSRS);
+        if (!is_read && ok) kvm_set_state(kv->cpu, VM_STATE_MSRS);
     }
     kv->open = is_read ? KVM_OPEN_READ : KVM_OPEN_WRITE;
     run->msr.data = value;
@@ -506,8 +453,7 @@ static x86_stop handle_msr(kvm_vcpu *kv)
 }
 
 /* In flat mode an address beyond the identity tables is a page fault that the guest cannot handle. */
-static x86_stop handle_shutdown(kvm_vcpu *kv)
-{
+static x86_stop handle_shutdown(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     kvm_get_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS);
     if (x->flat && kvm_flat_extend(kv->cpu->machine, x->cr2)) {
@@ -518,35 +464,30 @@ static x86_stop handle_shutdown(kvm_vcpu *kv)
         return X86_STOP_NONE;
     }
     kv->has_events = false;
-    if (is_limited(kv)) {              /* its emulator may have failed where a CPU would not: try again */
+    if (is_limited(kv)) { /* its emulator may have failed where a CPU would not: try again */
         x->rflags &= ~(uint64_t)X86_FL_RF;
         return kvm_interpret(kv, 1);
     }
-    kvm_set_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS);      /* KVM may have reset the vCPU: what was shown stays */
+    kvm_set_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS); /* KVM may have reset the vCPU: what was shown stays */
     kv->regs_changed = false;
     return X86_STOP_SHUTDOWN;
 }
 
-static x86_stop handle_debug(kvm_vcpu *kv)
-{
+static x86_stop handle_debug(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
-    if (x->has_until && x->rip == x->until)
-        return X86_STOP_UNTIL;
+    if (x->has_until && x->rip == x->until) return X86_STOP_UNTIL;
     return kvm_interpret(kv, 1);
 }
 
-static x86_stop handle_internal_error(kvm_vcpu *kv)
-{
+static x86_stop handle_internal_error(kvm_vcpu *kv) {
     const struct kvm_run *run = kv->run;
-    if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION)
-        return emulation_failed(kv);
+    if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION) return emulation_failed(kv);
     return kvm_host_failed(kv, "KVM internal error %u (0x%llx 0x%llx)", run->internal.suberror,
                            run->internal.ndata > 0 ? (unsigned long long)run->internal.data[0] : 0,
                            run->internal.ndata > 1 ? (unsigned long long)run->internal.data[1] : 0);
 }
 
-static x86_stop handle_exit(kvm_vcpu *kv)
-{
+static x86_stop handle_exit(kvm_vcpu *kv) {
     struct kvm_run *run = kv->run;
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
@@ -577,8 +518,7 @@ static x86_stop handle_exit(kvm_vcpu *kv)
     }
 }
 
-static x86_stop entry_failed(kvm_vcpu *kv, int error)
-{
+static x86_stop entry_failed(kvm_vcpu *kv, int error) {
     switch (error) {
     case EFAULT: return kvm_host_failed(kv, "guest memory has no host memory behind it any more (KVM_RUN: EFAULT)");
     case EINVAL: return kvm_host_failed(kv, "KVM does not accept this register state (KVM_RUN: EINVAL)");
@@ -591,79 +531,63 @@ static x86_stop entry_failed(kvm_vcpu *kv, int error)
 /* ---- the run ---- */
 
 /* What must be so before KVM goes on with the guest. */
-static x86_stop before_entry(kvm_vcpu *kv)
-{
+static x86_stop before_entry(kvm_vcpu *kv) {
     bool is_changed = kv->dirty != 0;
     kv->is_replaced = kv->regs_changed = false;
-    if (kvm_load(kv) != VM_OK)
-        return X86_STOP_HOST;
+    if (kvm_load(kv) != VM_OK) return X86_STOP_HOST;
     return feed_interrupts(kv, is_changed);
 }
 
-static x86_stop run_guest(kvm_vcpu *kv)
-{
+static x86_stop run_guest(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     for (;;) {
         x86_stop stop = X86_STOP_NONE;
         bool is_wanted = x->attention != 0 || kv->is_late;
         if (is_wanted && kv->open == KVM_OPEN_NONE) {
-            if (kv->is_shown)
-                absorb(kv);
+            if (kv->is_shown) absorb(kv);
             return X86_STOP_ATTENTION;
         }
         if (kv->open == KVM_OPEN_NONE) {
-            if (kv->is_shown)
-                absorb(kv);
+            if (kv->is_shown) absorb(kv);
             if (kv->dirty && is_beyond(kv)) {
-                if ((stop = kvm_interpret(kv, BEYOND_SLICE)) != X86_STOP_NONE)
-                    return stop;
+                if ((stop = kvm_interpret(kv, BEYOND_SLICE)) != X86_STOP_NONE) return stop;
                 continue;
             }
             stop = before_entry(kv);
         }
-        if (stop != X86_STOP_NONE)
-            return stop;
-        if (kv->open != KVM_OPEN_READ)
-            kv->has_read_state = false;
+        if (stop != X86_STOP_NONE) return stop;
+        if (kv->open != KVM_OPEN_READ) kv->has_read_state = false;
         int rc = enter(kv, is_wanted || (kv->open != KVM_OPEN_NONE && (kv->regs_changed || kv->dirty)));
         int error = errno;
         kv->open = KVM_OPEN_NONE;
-        if (rc < 0 && error != EINTR && error != EAGAIN)
-            return entry_failed(kv, error);
+        if (rc < 0 && error != EINTR && error != EAGAIN) return entry_failed(kv, error);
         absorb(kv);
         sync_cr8(kv);
         if (rc < 0) {
-            if (kv->is_kicked || kv->is_timer_armed)
-                drain_kicks(kv);
+            if (kv->is_kicked || kv->is_timer_armed) drain_kicks(kv);
             kv->is_late = is_late(kv);
             continue;
         }
         stop = handle_exit(kv);
-        if (stop != X86_STOP_NONE)
-            return stop;
+        if (stop != X86_STOP_NONE) return stop;
     }
 }
 
-static x86_stop run_blocked(kvm_vcpu *kv)
-{
+static x86_stop run_blocked(kvm_vcpu *kv) {
     x86_stop stop = X86_STOP_NONE;
     bool is_soft = kv->is_soft_io || (kv->is_replaced && kv->cpu->x86.io_count);
-    if (kv->is_replaced && kvm_settle(kv) != VM_OK)
-        return X86_STOP_HOST;
+    if (kv->is_replaced && kvm_settle(kv) != VM_OK) return X86_STOP_HOST;
     if (kv->is_reported)
         stop = kvm_complete(kv);
-    else if (is_soft)                  /* the interpreter met that access: it takes the answer */
+    else if (is_soft) /* the interpreter met that access: it takes the answer */
         stop = kvm_interpret(kv, 1);
-    if (stop == X86_STOP_NONE && needs_interpreter(kv))
-        return kvm_interpret(kv, 0);
+    if (stop == X86_STOP_NONE && needs_interpreter(kv)) return kvm_interpret(kv, 0);
     kv->is_late = false;
-    if (stop == X86_STOP_NONE && (set_debug(kv) != VM_OK || arm_timer(kv) != VM_OK))
-        stop = X86_STOP_HOST;
+    if (stop == X86_STOP_NONE && (set_debug(kv) != VM_OK || arm_timer(kv) != VM_OK)) stop = X86_STOP_HOST;
     return stop == X86_STOP_NONE ? run_guest(kv) : stop;
 }
 
-x86_stop kvm_run(vm_vcpu *cpu)
-{
+x86_stop kvm_run(vm_vcpu *cpu) {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     sigset_t old;
     block_kicks(kv, &old);
@@ -677,21 +601,18 @@ x86_stop kvm_run(vm_vcpu *cpu)
 
 /* ---- to another backend ---- */
 
-/* Everything into x86. An open write is done (its exit needs no completion any more); an open read is executed again by the
- * next backend, which takes the caller's answer then. */
-void kvm_leave(vm_vcpu *cpu)
-{
+/* Everything into x86. An open write is done (its exit needs no completion any more); an open read is executed again by
+ * the next backend, which takes the caller's answer then. */
+void kvm_leave(vm_vcpu *cpu) {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     bool is_write = kv->is_reported && kv->open == KVM_OPEN_WRITE;
     if (kv->dirty != VM_STATE_ALL && prepare_interpreter(kv) == VM_OK && deliver_queued(kv) == X86_STOP_SHUTDOWN)
         cpu->is_shut_down = true;
-    if (is_write)
-        cpu->has_pending = false;
+    if (is_write) cpu->has_pending = false;
     kv->valid = kv->dirty = VM_STATE_ALL;
     kv->is_reported = false;
     kv->open = KVM_OPEN_NONE;
-    if (kv->has_soft)
-        interp_destroy(cpu);
+    if (kv->has_soft) interp_destroy(cpu);
     kv->has_soft = false;
     if (kv->debug.control) {
         memset(&kv->debug, 0, sizeof kv->debug);
@@ -701,26 +622,19 @@ void kvm_leave(vm_vcpu *cpu)
 
 /* ---- the interpreter's caches ---- */
 
-static void kvm_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
-{
-    if (kvm_vcpu_of(cpu)->has_soft)
-        interp_code_changed(cpu, gpa, bytes);
+static void kvm_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+    if (kvm_vcpu_of(cpu)->has_soft) interp_code_changed(cpu, gpa, bytes);
 }
 
-static void kvm_flush_code(vm_vcpu *cpu)
-{
-    if (kvm_vcpu_of(cpu)->has_soft)
-        interp_flush_code(cpu);
+static void kvm_flush_code(vm_vcpu *cpu) {
+    if (kvm_vcpu_of(cpu)->has_soft) interp_flush_code(cpu);
 }
 
-static void kvm_tlb_flushed(vm_vcpu *cpu)
-{
-    if (kvm_vcpu_of(cpu) && kvm_vcpu_of(cpu)->has_soft)
-        interp_tlb_flushed(cpu);
+static void kvm_tlb_flushed(vm_vcpu *cpu) {
+    if (kvm_vcpu_of(cpu) && kvm_vcpu_of(cpu)->has_soft) interp_tlb_flushed(cpu);
 }
 
-void kvm_flush_tlb(kvm_vcpu *kv)
-{
+void kvm_flush_tlb(kvm_vcpu *kv) {
     kv->is_tlb_stale = false;
     x86_tlb_clear(&kv->cpu->x86);
     kvm_tlb_flushed(kv->cpu);

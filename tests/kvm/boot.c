@@ -1,8 +1,8 @@
-/* boot.c - a Linux kernel and KVM: the machine is moved between backends while it boots, and (make check-kvm-boot) boots on KVM
- * alone. Guests come from tests/guests/fetch; without them the tests are skipped.
+/* boot.c - a Linux kernel and KVM: the machine is moved between backends while it boots, and (make check-kvm-boot)
+ * boots on KVM alone. Guests come from tests/guests/fetch; without them the tests are skipped.
  *
- * Where guest ring 0 is emulated a kernel runs a few hundred times slower on KVM than translated, so a whole boot takes many
- * minutes there; the tour gives KVM short turns only. */
+ * Where guest ring 0 is emulated a kernel runs a few hundred times slower on KVM than translated, so a whole boot takes
+ * many minutes there; the tour gives KVM short turns only. */
 #include <libvm/libvm.h>
 #include "../test.h"
 
@@ -13,35 +13,29 @@
 static char console[1 << 20];
 static size_t console_bytes;
 
-static void collect(void *user, const uint8_t *bytes, size_t count)
-{
+static void collect(void *user, const uint8_t *bytes, size_t count) {
     (void)user;
-    for (size_t i = 0; i < count && console_bytes < sizeof console - 1; i++)
-        console[console_bytes++] = (char)bytes[i];
+    for (size_t i = 0; i < count && console_bytes < sizeof console - 1; i++) console[console_bytes++] = (char)bytes[i];
 }
 
-static const char *guest_file(const char *name, char *path, size_t bytes)
-{
+static const char *guest_file(const char *name, char *path, size_t bytes) {
     const char *directory = getenv("LIBVM_GUESTS"), *home = getenv("HOME");
     if (directory)
         snprintf(path, bytes, "%s/%s", directory, name);
     else
         snprintf(path, bytes, "%s/.cache/libvm/guests/%s", home ? home : "", name);
-    if (access(path, R_OK))
-        test_skip("no %s (tests/guests/fetch gets it)", path);
+    if (access(path, R_OK)) test_skip("no %s (tests/guests/fetch gets it)", path);
     return path;
 }
 
-static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char *append)
-{
+static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char *append) {
     char kernel[512], initrd[512], line[512];
     uint64_t available = 0;
     vm_options o = VM_OPTIONS_INIT;
     vm_boot_options b = VM_BOOT_OPTIONS_INIT;
     vm_machine *m;
     OK(vm_query(VM_BACKEND_KVM, "available", &available));
-    if (!available)
-        test_skip("%s", vm_errmsg());
+    if (!available) test_skip("%s", vm_errmsg());
     b.kernel = guest_file("vmlinuz-amd64", kernel, sizeof kernel);
     b.initrd = guest_file("initramfs-amd64", initrd, sizeof initrd);
     snprintf(line, sizeof line, "console=ttyS0 %s", append);
@@ -57,22 +51,25 @@ static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char 
     return m;
 }
 
-static void expect_console(const char *text)
-{
+static void expect_console(const char *text) {
     if (!strstr(console, text))
-        FAIL("no \"%s\" on the console, which ends: %s", text, console + (console_bytes > 600 ? console_bytes - 600 : 0));
+        FAIL("no \"%s\" on the console, which ends: %s", text,
+             console + (console_bytes > 600 ? console_bytes - 600 : 0));
 }
 
-TEST_LIMIT(moves_while_linux_boots, 300)
-{
-    static const struct { vm_backend backend; unsigned ms; } tour[] = {
-        { VM_BACKEND_JIT, 150 }, { VM_BACKEND_KVM, 60 }, { VM_BACKEND_INTERP, 250 }, { VM_BACKEND_KVM, 40 }, { VM_BACKEND_JIT, 100 },
-        { VM_BACKEND_INTERP, 100 },
+TEST_LIMIT(moves_while_linux_boots, 300) {
+    static const struct {
+        vm_backend backend;
+        unsigned ms;
+    } tour[] = {
+        {VM_BACKEND_JIT, 150}, {VM_BACKEND_KVM, 60},  {VM_BACKEND_INTERP, 250},
+        {VM_BACKEND_KVM, 40},  {VM_BACKEND_JIT, 100}, {VM_BACKEND_INTERP, 100},
     };
     uint64_t has_jit = 0;
     unsigned moves = 0;
     OK(vm_query(VM_BACKEND_JIT, "available", &has_jit));
-    vm_machine *m = linux_machine(VM_BACKEND_INTERP, 1, "run=\"for i in 1 2 3; do md5sum /bin/busybox; done; cat /proc/interrupts\"");
+    vm_machine *m = linux_machine(VM_BACKEND_INTERP, 1,
+                                  "run=\"for i in 1 2 3; do md5sum /bin/busybox; done; cat /proc/interrupts\"");
     vm_exit e = VM_EXIT_INIT;
     e.reason = VM_EXIT_DEADLINE;
     for (; e.reason == VM_EXIT_DEADLINE && moves < 2000; moves++) {
@@ -94,10 +91,14 @@ TEST_LIMIT(moves_while_linux_boots, 300)
     vm_destroy(m);
 }
 
-typedef struct turn { vm_vcpu *cpu; uint64_t deadline_ns; vm_exit exit; int status; } turn;
+typedef struct turn {
+    vm_vcpu *cpu;
+    uint64_t deadline_ns;
+    vm_exit exit;
+    int status;
+} turn;
 
-static void *take_turn(void *arg)
-{
+static void *take_turn(void *arg) {
     turn *t = arg;
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.deadline_ns = t->deadline_ns;
@@ -107,10 +108,13 @@ static void *take_turn(void *arg)
 }
 
 /* Two vCPUs, each on its thread; between turns both stand still and the machine moves. */
-TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300)
-{
-    vm_machine *m = linux_machine(VM_BACKEND_INTERP, 2, "run=\"grep -c processor /proc/cpuinfo; cat /proc/interrupts\"");
-    static const struct { vm_backend backend; unsigned ms; } tour[] = { { VM_BACKEND_INTERP, 400 }, { VM_BACKEND_KVM, 30 } };
+TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300) {
+    vm_machine *m =
+        linux_machine(VM_BACKEND_INTERP, 2, "run=\"grep -c processor /proc/cpuinfo; cat /proc/interrupts\"");
+    static const struct {
+        vm_backend backend;
+        unsigned ms;
+    } tour[] = {{VM_BACKEND_INTERP, 400}, {VM_BACKEND_KVM, 30}};
     bool is_over = false;
     for (unsigned moves = 0; !is_over && moves < 2000; moves++) {
         turn t[2];
@@ -126,16 +130,14 @@ TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300)
             CHECK_EQ(t[i].status, VM_OK);
             is_over |= t[i].exit.reason != VM_EXIT_DEADLINE;
         }
-        if (is_over)
-            CHECK(t[0].exit.reason == VM_EXIT_POWEROFF || t[1].exit.reason == VM_EXIT_POWEROFF);
+        if (is_over) CHECK(t[0].exit.reason == VM_EXIT_POWEROFF || t[1].exit.reason == VM_EXIT_POWEROFF);
     }
     expect_console("Brought up 1 node, 2 CPUs");
     expect_console("commands ended with status 0");
     vm_destroy(m);
 }
 
-TEST_LIMIT(linux_on_kvm_alone, 7200)
-{
+TEST_LIMIT(linux_on_kvm_alone, 7200) {
     uint64_t is_hardware = 0;
     OK(vm_query(VM_BACKEND_KVM, "hardware-ring0", &is_hardware));
     if (!is_hardware && !getenv("VM_KVM_BOOT"))

@@ -1,6 +1,6 @@
-/* kvm.c - what is special about the KVM backend: its answers are compared with the interpreter's, exit by exit, its kicks and
- * deadlines with the clock, and what goes wrong on the host must come back as a status. Skipped, with the reason, where KVM
- * cannot be used. */
+/* kvm.c - what is special about the KVM backend: its answers are compared with the interpreter's, exit by exit, its
+ * kicks and deadlines with the clock, and what goes wrong on the host must come back as a status. Skipped, with the
+ * reason, where KVM cannot be used. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -17,18 +17,15 @@
 #include <unistd.h>
 
 #define RAM_BYTES UINT64_C(0x200000)
-#define CODE UINT64_C(0x1000)
+#define CODE      UINT64_C(0x1000)
 
-static void need_kvm(void)
-{
+static void need_kvm(void) {
     uint64_t available = 0;
     OK(vm_query(VM_BACKEND_KVM, "available", &available));
-    if (!available)
-        test_skip("%s", vm_errmsg());
+    if (!available) test_skip("%s", vm_errmsg());
 }
 
-static double now(void)
-{
+static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
@@ -41,8 +38,7 @@ typedef struct guest {
     vm_region *region;
 } guest;
 
-static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size_t bytes)
-{
+static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size_t bytes) {
     guest g;
     vm_options o = VM_OPTIONS_INIT;
     vm_regs r = VM_REGS_INIT;
@@ -60,11 +56,10 @@ static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size
     OK(vm_vcpu_set_regs(g.cpu, &r));
     return g;
 }
-#define OPEN(backend, mode, ...) \
-    open_guest(backend, mode, (const uint8_t[]){ __VA_ARGS__ }, sizeof (const uint8_t[]){ __VA_ARGS__ })
+#define OPEN(backend, mode, ...)                                                                                       \
+    open_guest(backend, mode, (const uint8_t[]){__VA_ARGS__}, sizeof(const uint8_t[]){__VA_ARGS__})
 
-static vm_regs regs_of(guest *g)
-{
+static vm_regs regs_of(guest *g) {
     vm_regs r = VM_REGS_INIT;
     OK(vm_vcpu_get_regs(g->cpu, &r));
     return r;
@@ -72,8 +67,7 @@ static vm_regs regs_of(guest *g)
 
 static void set_reg(guest *g, int id, uint64_t value) { OK(vm_vcpu_write_reg(g->cpu, id, &value, vm_reg_size(id))); }
 
-static uint64_t stat_of(vm_machine *m, const char *name)
-{
+static uint64_t stat_of(vm_machine *m, const char *name) {
     uint64_t v = 0;
     OK(vm_stats(m, name, &v));
     return v;
@@ -81,8 +75,7 @@ static uint64_t stat_of(vm_machine *m, const char *name)
 
 /* ---- discovery ---- */
 
-TEST(says_why_not_in_one_line)
-{
+TEST(says_why_not_in_one_line) {
     uint64_t available = 1;
     OK(vm_query(VM_BACKEND_KVM, "available", &available));
     if (available) {
@@ -99,8 +92,7 @@ TEST(says_why_not_in_one_line)
     CHECK(strstr(vm_errmsg(), "KVM") && !strchr(vm_errmsg(), '\n'));
 }
 
-TEST(auto_takes_what_is_usable)
-{
+TEST(auto_takes_what_is_usable) {
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     uint64_t available = 0, is_hardware = 0;
@@ -114,51 +106,65 @@ TEST(auto_takes_what_is_usable)
 /* ---- the same exits as the interpreter's ---- */
 
 /* One instruction or two that reach outside, for each code size that takes these bytes alike. */
-typedef struct outside { const char *name; uint8_t modes, bytes[24]; } outside;
+typedef struct outside {
+    const char *name;
+    uint8_t modes, bytes[24];
+} outside;
 enum { IN_REAL = 1, IN_32 = 2, IN_64 = 4, IN_ALL = 7 };
 static const outside outsides[] = {
-    { "out_dx_al", IN_ALL, { 0xee, 0xf4 } },
-    { "out_dx_eax_twice", IN_ALL, { 0xef, 0xef, 0xf4 } },
-    { "out_imm", IN_ALL, { 0xe6, 0x42, 0xe6, 0x42, 0xe7, 0x43, 0xf4 } },
-    { "in_out", IN_ALL, { 0xec, 0xee, 0xe4, 0x10, 0xed, 0xef, 0xf4 } },
-    { "nop_after_prefix_like_immediate", IN_ALL, { 0xb0, 0x66, 0xef, 0xb0, 0xf3, 0x6e, 0xf4 } },
-    { "outsb", IN_ALL, { 0x6e, 0x6e, 0xf4 } },
-    { "rep_outsb", IN_ALL, { 0xf3, 0x6e, 0xf4 } },
-    { "rep_insb", IN_ALL, { 0xf3, 0x6c, 0xf4 } },
-    { "insb_insw", IN_ALL, { 0x6c, 0x6d, 0xf4 } },
-    { "std_outs", IN_ALL, { 0xfd, 0x6e, 0xf3, 0x6e, 0xf4 } },
-    { "mov_store", IN_32 | IN_64, { 0x88, 0x07, 0x89, 0x07, 0x66, 0x89, 0x07, 0xf4 } },
-    { "mov_load", IN_32 | IN_64, { 0x8a, 0x07, 0x8b, 0x07, 0x66, 0x8b, 0x07, 0xf4 } },
-    { "mov_store_64", IN_64, { 0x48, 0x89, 0x07, 0x48, 0x89, 0x47, 0x08, 0x40, 0x89, 0x07, 0xf4 } },
-    { "mov_imm_store", IN_32 | IN_64, { 0xc6, 0x07, 0x66, 0xc7, 0x47, 0x04, 0x88, 0x07, 0x88, 0x07, 0xf4 } },
-    { "read_modify_write", IN_32 | IN_64, { 0x01, 0x07, 0xff, 0x07, 0xf7, 0x17, 0x80, 0x0f, 0x80, 0xf4 } },
-    { "load_and_add", IN_32 | IN_64, { 0x03, 0x07, 0x2b, 0x47, 0x04, 0xf4 } },
-    { "movs_both", IN_32 | IN_64, { 0xa4, 0xa5, 0xf4 } },
-    { "rep_movsb", IN_32 | IN_64, { 0xf3, 0xa4, 0xf4 } },
-    { "rep_stosd", IN_32 | IN_64, { 0xf3, 0xab, 0xf4 } },
-    { "stosb", IN_32 | IN_64, { 0xaa, 0xaa, 0xf4 } },
-    { "xchg", IN_32 | IN_64, { 0x87, 0x07, 0xf4 } },
-    { "push_pop", IN_32 | IN_64, { 0xff, 0x37, 0x8f, 0x07, 0xf4 } },
-    { "cmpxchg_xadd", IN_32 | IN_64, { 0x0f, 0xc1, 0x07, 0xf4 } },
-    { "test_and_compare", IN_32 | IN_64, { 0x84, 0x07, 0x38, 0x07, 0x3a, 0x07, 0xf4 } },
+    {"out_dx_al", IN_ALL, {0xee, 0xf4}},
+    {"out_dx_eax_twice", IN_ALL, {0xef, 0xef, 0xf4}},
+    {"out_imm", IN_ALL, {0xe6, 0x42, 0xe6, 0x42, 0xe7, 0x43, 0xf4}},
+    {"in_out", IN_ALL, {0xec, 0xee, 0xe4, 0x10, 0xed, 0xef, 0xf4}},
+    {"nop_after_prefix_like_immediate", IN_ALL, {0xb0, 0x66, 0xef, 0xb0, 0xf3, 0x6e, 0xf4}},
+    {"outsb", IN_ALL, {0x6e, 0x6e, 0xf4}},
+    {"rep_outsb", IN_ALL, {0xf3, 0x6e, 0xf4}},
+    {"rep_insb", IN_ALL, {0xf3, 0x6c, 0xf4}},
+    {"insb_insw", IN_ALL, {0x6c, 0x6d, 0xf4}},
+    {"std_outs", IN_ALL, {0xfd, 0x6e, 0xf3, 0x6e, 0xf4}},
+    {"mov_store", IN_32 | IN_64, {0x88, 0x07, 0x89, 0x07, 0x66, 0x89, 0x07, 0xf4}},
+    {"mov_load", IN_32 | IN_64, {0x8a, 0x07, 0x8b, 0x07, 0x66, 0x8b, 0x07, 0xf4}},
+    {"mov_store_64", IN_64, {0x48, 0x89, 0x07, 0x48, 0x89, 0x47, 0x08, 0x40, 0x89, 0x07, 0xf4}},
+    {"mov_imm_store", IN_32 | IN_64, {0xc6, 0x07, 0x66, 0xc7, 0x47, 0x04, 0x88, 0x07, 0x88, 0x07, 0xf4}},
+    {"read_modify_write", IN_32 | IN_64, {0x01, 0x07, 0xff, 0x07, 0xf7, 0x17, 0x80, 0x0f, 0x80, 0xf4}},
+    {"load_and_add", IN_32 | IN_64, {0x03, 0x07, 0x2b, 0x47, 0x04, 0xf4}},
+    {"movs_both", IN_32 | IN_64, {0xa4, 0xa5, 0xf4}},
+    {"rep_movsb", IN_32 | IN_64, {0xf3, 0xa4, 0xf4}},
+    {"rep_stosd", IN_32 | IN_64, {0xf3, 0xab, 0xf4}},
+    {"stosb", IN_32 | IN_64, {0xaa, 0xaa, 0xf4}},
+    {"xchg", IN_32 | IN_64, {0x87, 0x07, 0xf4}},
+    {"push_pop", IN_32 | IN_64, {0xff, 0x37, 0x8f, 0x07, 0xf4}},
+    {"cmpxchg_xadd", IN_32 | IN_64, {0x0f, 0xc1, 0x07, 0xf4}},
+    {"test_and_compare", IN_32 | IN_64, {0x84, 0x07, 0x38, 0x07, 0x3a, 0x07, 0xf4}},
 };
 enum { EXITS = 64 };
 
-typedef struct recorded { unsigned count; struct { vm_exit e; vm_regs r; } at[EXITS]; uint8_t data[64]; } recorded;
+typedef struct recorded {
+    unsigned count;
+    struct {
+        vm_exit e;
+        vm_regs r;
+    } at[EXITS];
+    uint8_t data[64];
+} recorded;
 
 static uint64_t answer(unsigned i) { return UINT64_C(0x1122334455667788) * (i + 3) ^ 0x5a; }
 
-static void record_exits(vm_backend backend, const outside *o, vm_mode mode, recorded *out)
-{
+static void record_exits(vm_backend backend, const outside *o, vm_mode mode, recorded *out) {
     guest g = open_guest(backend, mode, o->bytes, sizeof o->bytes);
     vm_exit e = VM_EXIT_INIT;
     set_reg(&g, VM_REG_RAX, 0x1234567);
     set_reg(&g, VM_REG_RDX, 0x3f8);
     set_reg(&g, VM_REG_RCX, 3);
-    set_reg(&g, VM_REG_RSI, mode == VM_MODE_REAL ? 0x2000 : o->bytes[1] == 0xa4 || o->bytes[0] == 0xa4 ? 0x40001000 : 0x2000);
-    set_reg(&g, VM_REG_RDI, mode == VM_MODE_REAL ? 0x2010 : o->bytes[1] == 0x6c || o->bytes[0] == 0x6c ? 0x2010 : 0x40000000);
-    for (unsigned i = 0; i < 64; i++)
-        g.ram[0x2000 + i] = (uint8_t)(i * 7 + 1);
+    set_reg(&g, VM_REG_RSI,
+            mode == VM_MODE_REAL                         ? 0x2000
+            : o->bytes[1] == 0xa4 || o->bytes[0] == 0xa4 ? 0x40001000
+                                                         : 0x2000);
+    set_reg(&g, VM_REG_RDI,
+            mode == VM_MODE_REAL                         ? 0x2010
+            : o->bytes[1] == 0x6c || o->bytes[0] == 0x6c ? 0x2010
+                                                         : 0x40000000);
+    for (unsigned i = 0; i < 64; i++) g.ram[0x2000 + i] = (uint8_t)(i * 7 + 1);
     vm_run_options ro = VM_RUN_OPTIONS_INIT;
     ro.deadline_ns = 5000000000u;
     memset(out, 0, sizeof *out);
@@ -178,23 +184,20 @@ static void record_exits(vm_backend backend, const outside *o, vm_mode mode, rec
     vm_destroy(g.m);
 }
 
-static void compare_regs(const vm_regs *k, const vm_regs *i, unsigned n)
-{
+static void compare_regs(const vm_regs *k, const vm_regs *i, unsigned n) {
     const uint64_t *a = &k->rax, *b = &i->rax;
     for (unsigned r = 0; r < 18; r++)
         if (a[r] != b[r] && !(r == 17 && ((a[r] ^ b[r]) & 0x3e7fd5) == 0))
             FAIL("exit %u: register %u is %#" PRIx64 ", interpreter %#" PRIx64, n, r, a[r], b[r]);
 }
 
-static void same_exits(const void *arg)
-{
+static void same_exits(const void *arg) {
     const outside *o = arg;
     static recorded k, i;
-    static const vm_mode modes[] = { VM_MODE_REAL, VM_MODE_FLAT32, VM_MODE_FLAT64 };
+    static const vm_mode modes[] = {VM_MODE_REAL, VM_MODE_FLAT32, VM_MODE_FLAT64};
     need_kvm();
     for (unsigned mode = 0; mode < 3; mode++) {
-        if (!(o->modes >> mode & 1))
-            continue;
+        if (!(o->modes >> mode & 1)) continue;
         record_exits(VM_BACKEND_KVM, o, modes[mode], &k);
         record_exits(VM_BACKEND_INTERP, o, modes[mode], &i);
         for (unsigned n = 0; n < k.count && n < i.count; n++) {
@@ -202,8 +205,8 @@ static void same_exits(const void *arg)
             vm_exit_format(&k.at[n].e, a, sizeof a);
             vm_exit_format(&i.at[n].e, b, sizeof b);
             if (strcmp(a, b) || k.at[n].e.insn_length != i.at[n].e.insn_length)
-                FAIL("mode %d, exit %u: %s (length %u), interpreter: %s (length %u)", modes[mode], n, a, k.at[n].e.insn_length, b,
-                     i.at[n].e.insn_length);
+                FAIL("mode %d, exit %u: %s (length %u), interpreter: %s (length %u)", modes[mode], n, a,
+                     k.at[n].e.insn_length, b, i.at[n].e.insn_length);
             compare_regs(&k.at[n].r, &i.at[n].r, n);
         }
         CHECK_EQ(k.count, i.count);
@@ -211,8 +214,7 @@ static void same_exits(const void *arg)
     }
 }
 
-SETUP(outsides)
-{
+SETUP(outsides) {
     static char name[100];
     for (size_t i = 0; i < sizeof outsides / sizeof *outsides; i++) {
         snprintf(name, sizeof name, "same_exits.%s", outsides[i].name);
@@ -222,23 +224,23 @@ SETUP(outsides)
 
 /* ---- callbacks ---- */
 
-typedef struct device { uint64_t rip[8], value; unsigned calls; uint64_t new_rip, new_rbx; } device;
+typedef struct device {
+    uint64_t rip[8], value;
+    unsigned calls;
+    uint64_t new_rip, new_rbx;
+} device;
 
-static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
-{
+static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
     device *d = user;
     (void)offset, (void)width;
     vm_vcpu_read_reg(cpu, VM_REG_RIP, &d->rip[d->calls++ & 7], 8);
     *value = d->value;
-    if (d->new_rbx)
-        vm_vcpu_write_reg(cpu, VM_REG_RBX, &d->new_rbx, 8);
-    if (d->new_rip)
-        vm_vcpu_write_reg(cpu, VM_REG_RIP, &d->new_rip, 8);
+    if (d->new_rbx) vm_vcpu_write_reg(cpu, VM_REG_RBX, &d->new_rbx, 8);
+    if (d->new_rip) vm_vcpu_write_reg(cpu, VM_REG_RIP, &d->new_rip, 8);
     return 0;
 }
 
-static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
-{
+static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
     device *d = user;
     uint64_t ignored = 0;
     int status = device_read(user, cpu, offset, width, &ignored);
@@ -246,12 +248,11 @@ static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned widt
     return status;
 }
 
-static const vm_io_ops device_ops = { .size = sizeof(vm_io_ops), .read = device_read, .write = device_write };
+static const vm_io_ops device_ops = {.size = sizeof(vm_io_ops), .read = device_read, .write = device_write};
 
-TEST(callbacks_see_the_instruction)
-{
+TEST(callbacks_see_the_instruction) {
     need_kvm();
-    device d = { .value = 0x77 };
+    device d = {.value = 0x77};
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x90, 0xee, 0x90, 0xec, 0x88, 0x07, 0x8a, 0x1f, 0xf4);
     OK(vm_map_pio(g.m, 0x3f8, 8, &device_ops, &d, NULL));
     OK(vm_map_mmio(g.m, 0x40000000, 4096, &device_ops, &d, NULL));
@@ -266,32 +267,30 @@ TEST(callbacks_see_the_instruction)
     CHECK_EQ(d.rip[1], CODE + 3);
     CHECK_EQ(d.rip[2], CODE + 4);
     CHECK_EQ(d.rip[3], CODE + 6);
-    CHECK_EQ(regs_of(&g).rax, 0x12);   /* IN read back what OUT wrote */
+    CHECK_EQ(regs_of(&g).rax, 0x12); /* IN read back what OUT wrote */
     CHECK_EQ(regs_of(&g).rbx, 0x12);
     vm_destroy(g.m);
 }
 
-TEST(callbacks_change_registers)
-{
+TEST(callbacks_change_registers) {
     need_kvm();
-    device d = { .value = 0x55, .new_rip = CODE + 0x20, .new_rbx = 0xabcdef };
+    device d = {.value = 0x55, .new_rip = CODE + 0x20, .new_rbx = 0xabcdef};
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xec, 0xf4);
-    OK(vm_write(g.m, CODE + 0x20, (const uint8_t[]){ 0x43, 0xf4 }, 2));      /* inc ebx; hlt */
+    OK(vm_write(g.m, CODE + 0x20, (const uint8_t[]){0x43, 0xf4}, 2)); /* inc ebx; hlt */
     OK(vm_map_pio(g.m, 0x3f8, 8, &device_ops, &d, NULL));
     set_reg(&g, VM_REG_RDX, 0x3f8);
     vm_exit e = VM_EXIT_INIT;
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     vm_regs r = regs_of(&g);
-    CHECK_EQ(r.rax, 0x55);             /* the instruction's own result */
-    CHECK_EQ(r.rbx, 0xabcdf0);         /* the callback's, and INC after it */
+    CHECK_EQ(r.rax, 0x55);     /* the instruction's own result */
+    CHECK_EQ(r.rbx, 0xabcdf0); /* the callback's, and INC after it */
     CHECK_EQ(r.rip, CODE + 0x22);
     CHECK_EQ(d.calls, 1);
     vm_destroy(g.m);
 }
 
-TEST(registers_after_an_exit_cost_no_system_call)
-{
+TEST(registers_after_an_exit_cost_no_system_call) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xee, 0xeb, 0xfd);
     vm_exit e = VM_EXIT_INIT;
@@ -299,7 +298,7 @@ TEST(registers_after_an_exit_cost_no_system_call)
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     kvm_vcpu *kv = kvm_vcpu_of(g.cpu);
     int fd = kv->fd;
-    kv->fd = -1;                       /* every ioctl would fail now */
+    kv->fd = -1; /* every ioctl would fail now */
     CHECK_EQ(regs_of(&g).rip, CODE);
     CHECK(kv->valid & VM_STATE_REGS);
     kv->fd = fd;
@@ -308,15 +307,13 @@ TEST(registers_after_an_exit_cost_no_system_call)
 
 /* ---- kicks and deadlines ---- */
 
-static void *kick_soon(void *arg)
-{
+static void *kick_soon(void *arg) {
     usleep(20000);
     vm_vcpu_kick(arg);
     return NULL;
 }
 
-TEST(kick_from_another_thread)
-{
+TEST(kick_from_another_thread) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -342,21 +339,19 @@ TEST(kick_from_another_thread)
 }
 
 static vm_vcpu *alarm_cpu;
-static void on_alarm(int signal)
-{
+static void on_alarm(int signal) {
     (void)signal;
     vm_vcpu_kick(alarm_cpu);
 }
 
-TEST(kick_from_a_signal_handler)
-{
+TEST(kick_from_a_signal_handler) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
     alarm_cpu = g.cpu;
     signal(SIGALRM, on_alarm);
     for (int i = 0; i < 10; i++) {
-        const struct itimerval when = { .it_value = { .tv_usec = 5000 } };
+        const struct itimerval when = {.it_value = {.tv_usec = 5000}};
         setitimer(ITIMER_REAL, &when, NULL);
         OK(vm_vcpu_run(g.cpu, NULL, &e));
         CHECK_EQ(e.reason, VM_EXIT_KICK);
@@ -367,20 +362,19 @@ TEST(kick_from_a_signal_handler)
 static _Atomic int urgent;
 static void on_urgent(int signal) { (void)signal, urgent++; }
 
-TEST(somebody_elses_signals_arrive)
-{
+TEST(somebody_elses_signals_arrive) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.deadline_ns = 20000000;
     signal(SIGURG, on_urgent);
-    union sigval v = { 0 };
+    union sigval v = {0};
     sigset_t s;
     sigemptyset(&s);
     sigaddset(&s, SIGURG);
     pthread_sigmask(SIG_BLOCK, &s, NULL);
-    pthread_sigqueue(pthread_self(), SIGURG, v);         /* pending while the vCPU runs */
+    pthread_sigqueue(pthread_self(), SIGURG, v); /* pending while the vCPU runs */
     OK(vm_vcpu_run(g.cpu, &o, &e));
     CHECK_EQ(e.reason, VM_EXIT_DEADLINE);
     CHECK_EQ(urgent, 0);
@@ -389,8 +383,7 @@ TEST(somebody_elses_signals_arrive)
     vm_destroy(g.m);
 }
 
-TEST(kick_is_sticky)
-{
+TEST(kick_is_sticky) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x90, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -404,8 +397,7 @@ TEST(kick_is_sticky)
     vm_destroy(g.m);
 }
 
-TEST(deadline)
-{
+TEST(deadline) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -422,11 +414,11 @@ TEST(deadline)
     vm_destroy(g.m);
 }
 
-TEST(kick_between_device_accesses)
-{
+TEST(kick_between_device_accesses) {
     need_kvm();
-    device d = { .value = 1 };
-    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xec, 0x01, 0xc3, 0x41, 0xeb, 0xfa);   /* in; add ebx,eax; inc ecx; loop */
+    device d = {.value = 1};
+    guest g =
+        OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xec, 0x01, 0xc3, 0x41, 0xeb, 0xfa); /* in; add ebx,eax; inc ecx; loop */
     OK(vm_map_pio(g.m, 0x3f8, 8, &device_ops, &d, NULL));
     set_reg(&g, VM_REG_RDX, 0x3f8);
     vm_exit e = VM_EXIT_INIT;
@@ -438,15 +430,14 @@ TEST(kick_between_device_accesses)
         pthread_join(t, NULL);
         vm_regs r = regs_of(&g);
         uint64_t done = r.rip == CODE + 1 || r.rip == CODE + 3 ? d.calls - 1 : d.calls;
-        CHECK_EQ(r.rcx, done);         /* no access lost, none twice */
+        CHECK_EQ(r.rcx, done); /* no access lost, none twice */
     }
     vm_destroy(g.m);
 }
 
 /* ---- until, budgets, exceptions: the interpreter's part ---- */
 
-TEST(until_budget_exceptions)
-{
+TEST(until_budget_exceptions) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xff, 0xc0, 0xff, 0xc0, 0xeb, 0xfa);
     vm_exit e = VM_EXIT_INIT;
@@ -471,7 +462,7 @@ TEST(until_budget_exceptions)
     }
     o = (vm_run_options)VM_RUN_OPTIONS_INIT;
     o.exception_exits = 1 << 6;
-    OK(vm_write(g.m, CODE, (const uint8_t[]){ 0x90, 0x0f, 0x0b }, 3));
+    OK(vm_write(g.m, CODE, (const uint8_t[]){0x90, 0x0f, 0x0b}, 3));
     set_reg(&g, VM_REG_RIP, CODE);
     OK(vm_vcpu_run(g.cpu, &o, &e));
     CHECK_EQ(e.reason, VM_EXIT_EXCEPTION);
@@ -480,30 +471,27 @@ TEST(until_budget_exceptions)
     vm_destroy(g.m);
 }
 
-TEST(what_kvm_cannot_emulate)
-{
+TEST(what_kvm_cannot_emulate) {
     need_kvm();
     /* mov al,0fh; add al,1; daa; fld1; fadd st0,st0; fistp dword [2000h]; bound-free loop of 50 DAA; hlt */
-    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_REAL, 0xb0, 0x0f, 0x04, 0x01, 0x27, 0xd9, 0xe8, 0xdc, 0xc0, 0xdb, 0x1e, 0x00, 0x20,
-                   0xb9, 50, 0, 0x04, 0x01, 0x27, 0xe2, 0xfb, 0xf4);
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_REAL, 0xb0, 0x0f, 0x04, 0x01, 0x27, 0xd9, 0xe8, 0xdc, 0xc0, 0xdb, 0x1e, 0x00,
+                   0x20, 0xb9, 50, 0, 0x04, 0x01, 0x27, 0xe2, 0xfb, 0xf4);
     vm_exit e = VM_EXIT_INIT;
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     CHECK_EQ(e.rip, CODE + 22);
-    CHECK_EQ(regs_of(&g).rax & 0xff, 0x66);              /* 16 + 50 in BCD */
+    CHECK_EQ(regs_of(&g).rax & 0xff, 0x66); /* 16 + 50 in BCD */
     CHECK_EQ(g.ram[0x2000], 2);
     uint64_t is_hardware = 0;
     OK(vm_query(VM_BACKEND_KVM, "hardware-ring0", &is_hardware));
-    if (!is_hardware)
-        CHECK(stat_of(g.m, "kvm-emulated") > 0);
+    if (!is_hardware) CHECK(stat_of(g.m, "kvm-emulated") > 0);
     CHECK(stat_of(g.m, "kvm-exits") > 0);
     vm_destroy(g.m);
 }
 
 /* ---- memory ---- */
 
-TEST(flat64_reaches_far)
-{
+TEST(flat64_reaches_far) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x48, 0x8b, 0x03, 0x48, 0x89, 0x01, 0x48, 0x8b, 0x06, 0xf4);
     vm_region *far;
@@ -511,7 +499,7 @@ TEST(flat64_reaches_far)
     uint64_t bits = 0, v = 0x1234567890;
     OK(vm_query(VM_BACKEND_INTERP, "phys-bits", &bits));
     uint64_t end = UINT64_C(1) << (bits > 46 ? 46 : bits);
-    OK(vm_map_ram(g.m, end - 0x10000, 0x10000, VM_PROT_RW, &far));         /* where the identity tables might want to be */
+    OK(vm_map_ram(g.m, end - 0x10000, 0x10000, VM_PROT_RW, &far)); /* where the identity tables might want to be */
     OK(vm_write(g.m, end - 8, &v, 8));
     set_reg(&g, VM_REG_RBX, end - 8);
     set_reg(&g, VM_REG_RCX, 0x3000);
@@ -527,14 +515,14 @@ TEST(flat64_reaches_far)
     CHECK(!memcmp(g.ram + 0x3000, &v, 8));
     vm_sregs s = VM_SREGS_INIT;
     OK(vm_vcpu_get_sregs(g.cpu, &s));
-    CHECK_EQ(s.cr3, 0);                /* as on every backend */
+    CHECK_EQ(s.cr3, 0); /* as on every backend */
     vm_destroy(g.m);
 }
 
-TEST(task_priority)
-{
+TEST(task_priority) {
     need_kvm();
-    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x44, 0x0f, 0x22, 0xc0, 0xf4, 0x44, 0x0f, 0x20, 0xc3, 0xf4);   /* cr8 = rax; rbx = cr8 */
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x44, 0x0f, 0x22, 0xc0, 0xf4, 0x44, 0x0f, 0x20, 0xc3,
+                   0xf4); /* cr8 = rax; rbx = cr8 */
     vm_exit e = VM_EXIT_INIT;
     uint64_t cr8 = 0;
     set_reg(&g, VM_REG_RAX, 5);
@@ -548,8 +536,7 @@ TEST(task_priority)
     vm_destroy(g.m);
 }
 
-TEST(unmapped_is_tried_again)
-{
+TEST(unmapped_is_tried_again) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x8a, 0x07, 0x88, 0x67, 0x01, 0xf4);
     vm_region *late;
@@ -569,8 +556,7 @@ TEST(unmapped_is_tried_again)
     vm_destroy(g.m);
 }
 
-TEST(protection)
-{
+TEST(protection) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -586,8 +572,7 @@ TEST(protection)
         OK(vm_vcpu_run(g.cpu, NULL, &e));
         bool is_forbidden = at == 0x5000 || at == 0x7000;
         CHECK_EQ(e.reason, is_forbidden ? VM_EXIT_UNMAPPED : VM_EXIT_HALT);
-        if (is_forbidden)
-            CHECK_EQ(e.mmio.gpa, at);
+        if (is_forbidden) CHECK_EQ(e.mmio.gpa, at);
         CHECK_EQ(g.ram[at], is_forbidden ? 1 : 0x66);
     }
     OK(vm_protect(g.m, 0x5000, 0x3000, VM_PROT_RWX));
@@ -601,8 +586,7 @@ TEST(protection)
     vm_destroy(g.m);
 }
 
-TEST(dirty_log)
-{
+TEST(dirty_log) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0x88, 0x06, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -628,11 +612,11 @@ TEST(dirty_log)
 }
 
 /* More pages than a dirty ring holds, some of them twice, from two sides. */
-TEST(dirty_log_of_many_pages)
-{
+TEST(dirty_log_of_many_pages) {
     need_kvm();
     /* mov [rdi],al; add rdi,4096; dec ecx; jnz */
-    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9, 0x75, 0xf3, 0xf4);
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9,
+                   0x75, 0xf3, 0xf4);
     enum { PAGES = 5000 };
     static uint64_t bits[(PAGES + 64) / 64 + 1];
     vm_region *r;
@@ -648,8 +632,7 @@ TEST(dirty_log_of_many_pages)
         CHECK_EQ(e.reason, VM_EXIT_HALT);
         OK(vm_dirty_fetch(g.m, 0x10000000, PAGES * UINT64_C(4096), bits));
         unsigned count = 0;
-        for (unsigned i = 0; i < PAGES; i++)
-            count += bits[i / 64] >> i % 64 & 1;
+        for (unsigned i = 0; i < PAGES; i++) count += bits[i / 64] >> i % 64 & 1;
         CHECK_EQ(count, round == 2 ? 7 : PAGES);
     }
     CHECK_EQ(bits[0], 0xfe);
@@ -659,8 +642,7 @@ TEST(dirty_log_of_many_pages)
 }
 
 /* The same with bitmaps, which KVM gives where it has no rings. */
-TEST(dirty_log_by_bitmap)
-{
+TEST(dirty_log_by_bitmap) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     kvm_machine *km = kvm_machine_of(g.m);
@@ -671,7 +653,7 @@ TEST(dirty_log_by_bitmap)
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     OK(vm_dirty_fetch(g.m, 0, RAM_BYTES, bits));
     CHECK(bits[0] & 1u << 6);
-    if (km->ring_entries) {            /* KVM refuses bitmaps then: every page counts as written */
+    if (km->ring_entries) { /* KVM refuses bitmaps then: every page counts as written */
         unsigned entries = km->ring_entries;
         km->ring_entries = 0;
         OK(vm_dirty_fetch(g.m, 0, RAM_BYTES, bits));
@@ -681,17 +663,16 @@ TEST(dirty_log_by_bitmap)
     vm_destroy(g.m);
 }
 
-TEST(slots_exhausted)
-{
+TEST(slots_exhausted) {
     need_kvm();
-    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0x8a, 0x1f, 0xff, 0xe6);   /* store, load, jmp esi */
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0x8a, 0x1f, 0xff, 0xe6); /* store, load, jmp esi */
     kvm_machine_of(g.m)->max_slots = kvm_machine_of(g.m)->slot_count + 2;
     vm_exit e = VM_EXIT_INIT;
     for (unsigned i = 0; i < 8; i++) {
         vm_region *r;
         uint64_t at = 0x1000000 + i * UINT64_C(0x10000);
         OK(vm_map_ram(g.m, at, 0x1000, VM_PROT_RWX, &r));
-        OK(vm_write(g.m, at + 0x800, (const uint8_t[]){ 0x40, 0xf4 }, 2));                /* inc eax; hlt */
+        OK(vm_write(g.m, at + 0x800, (const uint8_t[]){0x40, 0xf4}, 2)); /* inc eax; hlt */
     }
     for (unsigned i = 0; i < 8; i++) {
         vm_regs r = regs_of(&g);
@@ -709,8 +690,7 @@ TEST(slots_exhausted)
     vm_destroy(g.m);
 }
 
-TEST(many_regions)
-{
+TEST(many_regions) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     enum { COUNT = 2000 };
@@ -718,8 +698,7 @@ TEST(many_regions)
     vm_exit e = VM_EXIT_INIT;
     for (unsigned i = 0; i < COUNT; i++)
         OK(vm_map_ram(g.m, 0x10000000 + i * UINT64_C(0x2000), 0x1000, VM_PROT_RW, &r[i]));
-    for (unsigned i = 0; i < COUNT; i += 2)
-        OK(vm_unmap(g.m, r[i]));
+    for (unsigned i = 0; i < COUNT; i += 2) OK(vm_unmap(g.m, r[i]));
     set_reg(&g, VM_REG_RDI, 0x10000000 + 1999 * 0x2000);
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     CHECK_EQ(e.reason, VM_EXIT_HALT);
@@ -732,15 +711,13 @@ TEST(many_regions)
 
 /* ---- two vCPUs ---- */
 
-static void *run_until_halt(void *arg)
-{
+static void *run_until_halt(void *arg) {
     vm_exit e = VM_EXIT_INIT;
     int status = vm_vcpu_run(arg, NULL, &e);
     return (void *)(uintptr_t)(status ? 1000 : (int)e.reason);
 }
 
-TEST(two_vcpus_and_an_editor)
-{
+TEST(two_vcpus_and_an_editor) {
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
@@ -750,7 +727,7 @@ TEST(two_vcpus_and_an_editor)
     OK(vm_create(&o, &m));
     OK(vm_map_ram(m, 0, RAM_BYTES, VM_PROT_RWX, &ram));
     /* lock inc dword [rdi]; loop; hlt */
-    OK(vm_write(m, CODE, (const uint8_t[]){ 0xf0, 0xff, 0x07, 0xff, 0xc9, 0x75, 0xf9, 0xf4 }, 8));
+    OK(vm_write(m, CODE, (const uint8_t[]){0xf0, 0xff, 0x07, 0xff, 0xc9, 0x75, 0xf9, 0xf4}, 8));
     pthread_t t[2];
     for (unsigned i = 0; i < 2; i++) {
         vm_vcpu *cpu = vm_vcpu_get(m, i);
@@ -763,7 +740,7 @@ TEST(two_vcpus_and_an_editor)
         OK(vm_vcpu_set_regs(cpu, &r));
         pthread_create(&t[i], NULL, run_until_halt, cpu);
     }
-    for (unsigned i = 0; i < 50; i++) {                  /* edits stop the world and let it go on */
+    for (unsigned i = 0; i < 50; i++) { /* edits stop the world and let it go on */
         OK(vm_map_ram(m, 0x1000000, 0x1000, VM_PROT_RW, &extra));
         OK(vm_unmap(m, extra));
     }
@@ -780,21 +757,21 @@ TEST(two_vcpus_and_an_editor)
 
 /* ---- interrupts on a PC ---- */
 
-TEST(timer_interrupts_of_a_pc)
-{
+TEST(timer_interrupts_of_a_pc) {
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_exit e = VM_EXIT_INIT;
     vm_regs r = VM_REGS_INIT;
-    static const uint8_t handler[] = { 0xff, 0x06, 0x00, 0x20, 0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf };
+    static const uint8_t handler[] = {0xff, 0x06, 0x00, 0x20, 0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf};
     static const uint8_t code[] = {
-        0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x01, 0xe6, 0x21,  /* PIC: base 20h */
-        0xb0, 0xfe, 0xe6, 0x21,                                                                          /* IRQ 0 alone */
-        0xb0, 0x34, 0xe6, 0x43, 0xb0, 0x9c, 0xe6, 0x40, 0xb0, 0x2e, 0xe6, 0x40,                          /* 11932: 100 Hz */
-        0xfb, 0xf4, 0x83, 0x3e, 0x00, 0x20, 0x05, 0x72, 0xf8,                                            /* sti; hlt until 5 */
-        0x83, 0x3e, 0x00, 0x20, 0x0a, 0x72, 0xf9,                                                        /* spin until 10 */
-        0xfa, 0xb0, 0x07, 0xe6, 0xf4, 0xf4 };                                                            /* exit device: 7 */
+        0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21,
+        0xb0, 0x01, 0xe6, 0x21,                                                 /* PIC: base 20h */
+        0xb0, 0xfe, 0xe6, 0x21,                                                 /* IRQ 0 alone */
+        0xb0, 0x34, 0xe6, 0x43, 0xb0, 0x9c, 0xe6, 0x40, 0xb0, 0x2e, 0xe6, 0x40, /* 11932: 100 Hz */
+        0xfb, 0xf4, 0x83, 0x3e, 0x00, 0x20, 0x05, 0x72, 0xf8,                   /* sti; hlt until 5 */
+        0x83, 0x3e, 0x00, 0x20, 0x0a, 0x72, 0xf9,                               /* spin until 10 */
+        0xfa, 0xb0, 0x07, 0xe6, 0xf4, 0xf4};                                    /* exit device: 7 */
     o.backend = VM_BACKEND_KVM;
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = 4 << 20;
@@ -802,7 +779,7 @@ TEST(timer_interrupts_of_a_pc)
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
     OK(vm_write(m, CODE, code, sizeof code));
     OK(vm_write(m, 0x1800, handler, sizeof handler));
-    OK(vm_write(m, 0x20 * 4, (const uint8_t[]){ 0x00, 0x18, 0, 0 }, 4));
+    OK(vm_write(m, 0x20 * 4, (const uint8_t[]){0x00, 0x18, 0, 0}, 4));
     OK(vm_vcpu_set_mode(cpu, VM_MODE_REAL));
     OK(vm_vcpu_get_regs(cpu, &r));
     r.rip = CODE;
@@ -821,22 +798,21 @@ TEST(timer_interrupts_of_a_pc)
 
 /* ---- moving between backends ---- */
 
-static const vm_backend tour[] = { VM_BACKEND_KVM, VM_BACKEND_INTERP, VM_BACKEND_KVM, VM_BACKEND_JIT };
+static const vm_backend tour[] = {VM_BACKEND_KVM, VM_BACKEND_INTERP, VM_BACKEND_KVM, VM_BACKEND_JIT};
 
-static void next_backend(guest *g, unsigned i)
-{
+static void next_backend(guest *g, unsigned i) {
     uint64_t has_jit = 0;
     vm_backend b = tour[i % 4];
     OK(vm_query(VM_BACKEND_JIT, "available", &has_jit));
     OK(vm_backend_select(g->m, b == VM_BACKEND_JIT && !has_jit ? VM_BACKEND_INTERP : b));
 }
 
-/* loop: in al,dx; add ebx,eax; fld1; faddp; movd xmm0,ebx; paddd xmm1,xmm0; out dx,eax; mov [rdi],ebx (MMIO); dec ecx; jnz */
-static const uint8_t tour_code[] = { 0xd9, 0xee, 0xec, 0x01, 0xc3, 0xd9, 0xe8, 0xde, 0xc1, 0x66, 0x0f, 0x6e, 0xc3, 0x66, 0x0f,
-                                     0xfe, 0xc8, 0xef, 0x89, 0x1f, 0xff, 0xc9, 0x75, 0xea, 0xdb, 0x1e, 0xf4 };
+/* loop: in al,dx; add ebx,eax; fld1; faddp; movd xmm0,ebx; paddd xmm1,xmm0; out dx,eax; mov [rdi],ebx (MMIO); dec ecx;
+ * jnz */
+static const uint8_t tour_code[] = {0xd9, 0xee, 0xec, 0x01, 0xc3, 0xd9, 0xe8, 0xde, 0xc1, 0x66, 0x0f, 0x6e, 0xc3, 0x66,
+                                    0x0f, 0xfe, 0xc8, 0xef, 0x89, 0x1f, 0xff, 0xc9, 0x75, 0xea, 0xdb, 0x1e, 0xf4};
 
-static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum)
-{
+static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum) {
     guest g = open_guest(VM_BACKEND_INTERP, VM_MODE_FLAT64, tour_code, sizeof tour_code);
     vm_exit e = VM_EXIT_INIT;
     set_reg(&g, VM_REG_RDX, 0x3f8);
@@ -844,14 +820,11 @@ static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum)
     set_reg(&g, VM_REG_RSI, 0x3000);
     set_reg(&g, VM_REG_RCX, 20);
     for (unsigned i = 0; i < 200; i++) {
-        if (moves)
-            next_backend(&g, i);
+        if (moves) next_backend(&g, i);
         OK(vm_vcpu_run(g.cpu, NULL, &e));
-        if (e.reason == VM_EXIT_HALT)
-            break;
+        if (e.reason == VM_EXIT_HALT) break;
         CHECK(e.reason == VM_EXIT_IO || e.reason == VM_EXIT_UNMAPPED);
-        if (e.reason == VM_EXIT_IO && !e.io.is_write)
-            e.io.data = (uint64_t)i * 3;
+        if (e.reason == VM_EXIT_IO && !e.io.is_write) e.io.data = (uint64_t)i * 3;
     }
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     *r = regs_of(&g);
@@ -860,8 +833,7 @@ static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum)
     vm_destroy(g.m);
 }
 
-TEST(moves_at_every_exit)
-{
+TEST(moves_at_every_exit) {
     need_kvm();
     vm_regs moved, stayed;
     uint8_t moved_xmm[16], stayed_xmm[16];
@@ -874,8 +846,7 @@ TEST(moves_at_every_exit)
     CHECK_EQ(stayed_sum, 20);
 }
 
-TEST(moves_keep_system_state)
-{
+TEST(moves_keep_system_state) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xf4, 0xf4, 0xf4);
     vm_sregs before = VM_SREGS_INIT, after = VM_SREGS_INIT;
@@ -905,8 +876,7 @@ TEST(moves_keep_system_state)
     vm_destroy(g.m);
 }
 
-TEST(moves_are_refused_with_a_reason)
-{
+TEST(moves_are_refused_with_a_reason) {
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
@@ -923,7 +893,7 @@ TEST(moves_are_refused_with_a_reason)
         CHECK(strstr(vm_errmsg(), "CPUID"));
         CHECK_EQ(vm_machine_backend(m), VM_BACKEND_INTERP);
     }
-    OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e));        /* either way the machine works */
+    OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e)); /* either way the machine works */
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     REFUSED(vm_backend_select(NULL, VM_BACKEND_KVM), VM_E_INVALID);
     REFUSED(vm_backend_select(m, (vm_backend)77), VM_E_INVALID);
@@ -932,8 +902,7 @@ TEST(moves_are_refused_with_a_reason)
 
 /* ---- the host's failures ---- */
 
-TEST(shutdown_then_on)
-{
+TEST(shutdown_then_on) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x0f, 0x0b);
     vm_exit e = VM_EXIT_INIT;
@@ -949,8 +918,7 @@ TEST(shutdown_then_on)
     vm_destroy(g.m);
 }
 
-static void close_descriptors(const char *kind)
-{
+static void close_descriptors(const char *kind) {
     DIR *d = opendir("/proc/self/fd");
     struct dirent *e;
     while ((e = readdir(d))) {
@@ -958,15 +926,13 @@ static void close_descriptors(const char *kind)
         snprintf(path, sizeof path, "/proc/self/fd/%s", e->d_name);
         ssize_t n = readlink(path, target, sizeof target - 1);
         target[n < 0 ? 0 : n] = 0;
-        if (strstr(target, kind))
-            close(atoi(e->d_name));
+        if (strstr(target, kind)) close(atoi(e->d_name));
     }
     closedir(d);
 }
 
-TEST(descriptors_closed_by_somebody)
-{
-    static const char *const kinds[] = { "kvm-vcpu", "kvm-vm", "/dev/kvm" };
+TEST(descriptors_closed_by_somebody) {
+    static const char *const kinds[] = {"kvm-vcpu", "kvm-vm", "/dev/kvm"};
     need_kvm();
     for (unsigned i = 0; i < 3; i++) {
         guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
@@ -984,8 +950,7 @@ TEST(descriptors_closed_by_somebody)
     }
 }
 
-TEST(file_cut_under_the_guest)
-{
+TEST(file_cut_under_the_guest) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x8a, 0x07, 0x88, 0x07, 0xf4);
     vm_region *r;
@@ -1000,7 +965,7 @@ TEST(file_cut_under_the_guest)
     int status = vm_vcpu_run(g.cpu, &o, &e);
     CHECK_EQ(status, VM_E_HOST);
     CHECK(strstr(vm_errmsg(), "host memory"));
-    OK(vm_vcpu_set_mode(g.cpu, VM_MODE_REAL));           /* the machine is not lost */
+    OK(vm_vcpu_set_mode(g.cpu, VM_MODE_REAL)); /* the machine is not lost */
     OK(vm_write(g.m, 0, "\xf4", 1));
     OK(vm_vcpu_run(g.cpu, NULL, &e));
     CHECK_EQ(e.reason, VM_EXIT_HALT);
@@ -1008,8 +973,7 @@ TEST(file_cut_under_the_guest)
     close(fd);
 }
 
-TEST(state_that_no_cpu_enters)
-{
+TEST(state_that_no_cpu_enters) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -1023,14 +987,13 @@ TEST(state_that_no_cpu_enters)
     vm_destroy(g.m);
 }
 
-TEST(forked_child_gets_a_status)
-{
+TEST(forked_child_gets_a_status) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     pid_t child = fork();
     if (child == 0) {
         vm_exit e = VM_EXIT_INIT;
-        int status = vm_vcpu_run(g.cpu, NULL, &e);       /* KVM machines belong to the process that made them */
+        int status = vm_vcpu_run(g.cpu, NULL, &e); /* KVM machines belong to the process that made them */
         _exit(status == VM_E_HOST && vm_errmsg()[0] ? 0 : 1);
     }
     int how = 1;
@@ -1042,8 +1005,7 @@ TEST(forked_child_gets_a_status)
     vm_destroy(g.m);
 }
 
-TEST(stolen_descriptor)
-{
+TEST(stolen_descriptor) {
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -1054,8 +1016,7 @@ TEST(stolen_descriptor)
     close(other);
 }
 
-TEST(create_and_destroy_leaves_nothing)
-{
+TEST(create_and_destroy_leaves_nothing) {
     need_kvm();
     unsigned before = 0, after = 0;
     for (unsigned round = 0; round < 2; round++) {
@@ -1067,8 +1028,7 @@ TEST(create_and_destroy_leaves_nothing)
         }
         unsigned *n = round ? &after : &before;
         DIR *d = opendir("/proc/self/fd");
-        while (readdir(d))
-            ++*n;
+        while (readdir(d)) ++*n;
         closedir(d);
     }
     CHECK_EQ(before, after);
