@@ -52,7 +52,7 @@ typedef struct leave_stub {
 typedef struct side_stub {
     uint8_t *jump;
     const jit_op *op;
-    bool mem;
+    bool mem, image;
     int recipe;
 } side_stub;
 
@@ -62,6 +62,7 @@ typedef struct emitter {
     jit_writer *w;
     jit_block *block;
     bool host, mem;                       /* where the flags are now */
+    bool image;                           /* `mem` is known to be an image, not a recipe */
     int recipe;                           /* instruction that can be done again, or -1 */
     unsigned nslow, nleave, nside, nlink;
     side_stub side[JIT_MAX_SIDES];
@@ -216,7 +217,7 @@ static bool recoverable(const emitter *e) { return e->mem || e->recipe >= 0; }
 static void before_clobber(emitter *e) {
     if (!recoverable(e) && e->host) {
         emit_save(e->w);
-        e->mem = true;
+        e->mem = e->image = true;
     }
 }
 
@@ -225,8 +226,10 @@ static void need_host(emitter *e) {
         return;
     if (e->recipe >= 0)
         emit_regen(e, e->recipe);
-    else
+    else if (e->image)
         emit_restore(e->w);
+    else
+        e_call_to(e->w, e->j->flags);     /* left by another block, either way */
     e->host = true;
 }
 
@@ -237,6 +240,7 @@ static void need_mem(emitter *e) {
         emit_lazy(e, e->recipe);
     else
         emit_save(e->w);
+    e->image = e->recipe < 0;
     e->mem = true;
 }
 
@@ -753,8 +757,8 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     jit_unit *u = e->u;
     unsigned count = u->count ? i + 1 : 0;
     jit_writer *w = e->w;
-    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = same_page || (u->key & JIT_KEY_CHAIN);
-    bool host = e->host, is_live = same_page && (need & JIT_NEED_HOST), counted = true;
+    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
+    bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true;
     if (is_live && target > u->insn_rip[i]) {
         counted = false;
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
@@ -834,10 +838,7 @@ static void prepare_edges(emitter *e, unsigned need, bool is_live) {
         need_mem(e);
     if (is_live && !e->host)
         need_host(e);
-    if (!recoverable(e) && e->host) {
-        emit_save(e->w);
-        e->mem = true;
-    }
+    before_clobber(e);
 }
 
 static void emit_jcc(emitter *e, const jit_op *o) {
@@ -855,7 +856,7 @@ static void emit_jcc(emitter *e, const jit_op *o) {
 
 static void emit_side(emitter *e, const jit_op *o) {
     need_host(e);
-    e->side[e->nside++] = (side_stub){ .jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .recipe = e->recipe };
+    e->side[e->nside++] = (side_stub){ .jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .image = e->image, .recipe = e->recipe };
 }
 
 static void emit_side_stub(emitter *e, const side_stub *s) {
@@ -863,6 +864,7 @@ static void emit_side_stub(emitter *e, const side_stub *s) {
     e_patch(s->jump, e->w->p);
     e->host = true;
     e->mem = s->mem;
+    e->image = s->image;
     e->recipe = s->recipe;
     prepare_edges(e, need, false);
     emit_edge(e, s->op->insn, s->op->target, need);
@@ -875,7 +877,7 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     e_mov_imm(w, T1, new_site(e, o->insn, NULL, true));
     e_call_to(w, e->j->fallback[vec]);
     e->host = false;
-    e->mem = true;
+    e->mem = e->image = true;
     e->recipe = -1;
     if (o->op == IR_FALLBACK_END) {
         leave_stub *s = new_leave(e, JIT_LEAVE_LOOKUP, NULL);
@@ -987,6 +989,7 @@ static void emit_block(emitter *e) {
     b->entry = e->w->p;
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
+    e->image = false;
     e->recipe = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++)
         emit_op(e, k);
@@ -1200,17 +1203,19 @@ static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size) {
     }
 }
 
-/* The flags in memory, image or recipe, become the host's. */
+/* The flags in memory, image or recipe, become the host's. Keeps T0. */
 static uint8_t *emit_flags_thunk(jit *j) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_gs_load(w, 4, T1, JIT_SLOT(JIT_SLOT_FLAGS));
     e_rr(w, 1, 0x84, T1, T1);                                               /* test r13b, r13b: the immediate's bit is the sign */
     uint8_t *no_imm = e_jcc(w, CC_NS);
+    emit_push_pop(w, T0, true);
     e_mov(w, 4, T0, T1);
     e_shift_imm(w, 4, 7, T0, 16);
     e_rr(w, 8, 0x63, T0, T0);                                               /* movsxd */
     e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_FLAG_B));
+    emit_push_pop(w, T0, false);
     e_patch(no_imm, w->p);
     e_alu_imm(w, 4, 4, T1, 0xff7f);
     for (unsigned kind = JIT_RECIPE_CMP; kind <= JIT_RECIPE_LOGIC; kind++)

@@ -108,8 +108,8 @@ static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
 
 /* ---- blocks: finding, linking, dropping ---- */
 
-static unsigned hash_block(uint64_t rip) { return (unsigned)((rip ^ rip >> 13 ^ rip >> 26) & (JIT_HASH - 1)); }
-static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 26) & (JIT_HASH - 1)); }
+static unsigned hash_block(uint64_t rip) { return (unsigned)(rip * UINT64_C(0x9e3779b97f4a7c15) >> 48); }
+static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 26) & (JIT_PAGES - 1)); }
 
 bool jit_is_stop(const jit *j, uint64_t rip) {
     for (unsigned i = 0; i < j->stop_count; i++)
@@ -124,13 +124,21 @@ static void clear_table(jit *j, unsigned t) {
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
     memset(jumps->rip, 0, sizeof jumps->rip);
     jumps->rip[0] = ~UINT64_C(0);
-    j->table_used[t] = false;
+    j->table_used[t] = j->table_local[t] = false;
 }
 
 static void clear_tables(jit *j) {
     for (unsigned t = 0; t < JIT_TABLES; t++)
         if (j->table_used[t])
             clear_table(j, t);
+}
+
+/* Addresses in the gigabyte around la (a large page may have gone) have come to mean something else. */
+static void drop_from_table(jit *j, unsigned t, uint64_t la) {
+    x86_jumps *jumps = &j->vcpu->x86.jump[t];
+    for (unsigned i = 0; i < X86_JUMP_ENTRIES; i++)
+        if (!((jumps->rip[i] ^ la) >> 30))
+            jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
 static void use_table(jit *j, uint32_t key) {
@@ -153,7 +161,7 @@ static void unlink_in(jit_link *l) {
 }
 
 static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
-    if (l->to || l->from->is_dead || to->is_dead || jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
+    if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) || jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
         return;
     e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
     l->to = to;
@@ -170,6 +178,8 @@ static void remove_from(jit_block **p, jit_block *b, bool is_page) {
 
 static void kill_block(jit *j, jit_block *b) {
     b->is_dead = true;
+    if (b->twin && !b->twin->is_dead)
+        kill_block(j, b->twin);
     remove_from(&j->hash[hash_block(b->rip)], b, false);
     remove_from(&j->pages[hash_page(b->gpa)], b, true);
     while (b->in) {
@@ -240,36 +250,39 @@ static void add_stop(jit *j, uint64_t rip) {
     j->stop_next = (j->stop_next + 1) % JIT_STOPS;
     if (j->stop_count < JIT_STOPS)
         j->stop_count++;
-    for (unsigned h = 0; h < JIT_HASH; h++) {
-        jit_block *next;
-        for (jit_block *b = j->hash[h]; b; b = next) {
-            next = b->hash_next;
-            if (!((b->rip ^ rip) & X86_PAGE_MASK) && block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
-                kill_block(j, b);
-        }
-    }
+    for (jit_block *b = j->all; b; b = b->all_next)
+        if (!b->is_dead && !((b->rip ^ rip) & X86_PAGE_MASK) && block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
+            kill_block(j, b);
 }
 
 /* ---- translation ---- */
 
 static void note_code_page(jit *j, uint64_t gpa);
 
-/* Guest-physical address of the code at rip; raises the fetch's faults. */
-static uint64_t fetch_gpa(x86_cpu *cpu) {
-    unsigned i = X86_TLB_INDEX(cpu->rip);
+/* Guest-physical address of code at la; raises the fetch's faults. */
+static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
+    unsigned i = X86_TLB_INDEX(la);
     const x86_tlb *t = &cpu->tlb[cpu->ctx];
-    if (((cpu->rip ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
-        return (t->meta[i] & X86_PAGE_MASK) | (cpu->rip & 0xfff);
+    if (((la ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
+        return (t->meta[i] & X86_PAGE_MASK) | (la & 0xfff);
     uint64_t gpa;
-    if (cpu->code_size == 8 && !x86_canonical(cpu->rip))
+    if (cpu->code_size == 8 && !x86_canonical(la))
         x86_raise_error(cpu, X86_GP, 0);
-    if (!cpu->env->fill(cpu, cpu->rip, X86_EXEC, cpu->ctx, &gpa))
+    if (!cpu->env->fill(cpu, la, X86_EXEC, cpu->ctx, &gpa))
         x86_raise_fault(cpu, &cpu->fault);
     return gpa;
 }
 
+/* The page after rip's, as code: its gpa, for instructions that end there. */
+static uint64_t next_page_gpa(x86_cpu *cpu) {
+    uint64_t la = (cpu->rip & X86_PAGE_MASK) + 4096;
+    return fetch_gpa(cpu, cpu->code_size == 8 ? la : (uint32_t)la);
+}
+
 static void publish(jit *j, jit_block *b) {
     unsigned h = hash_block(b->rip), p = hash_page(b->gpa);
+    b->all_next = j->all;
+    j->all = b;
     b->hash_next = j->hash[h];
     j->hash[h] = b;
     b->page_next = j->pages[p];
@@ -278,24 +291,15 @@ static void publish(jit *j, jit_block *b) {
 }
 
 static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
-    if (!jit_lift(u, JIT_MAX_INSNS))
+    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS))
         return NULL;
     jit_optimise(u);
     return jit_emit(u, failed);
 }
 
-/* NULL: this instruction is the interpreter's (not RAM, or it crosses the page). */
-static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
+/* `page` is where the bytes of the block's page are (of a crossing instruction: its own). */
+static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8_t *page) {
     x86_cpu *cpu = &j->vcpu->x86;
-    unsigned prot = 0;
-    cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
-    if (key & JIT_KEY_WINDOW)
-        note_code_page(j, gpa & X86_PAGE_MASK);
-    if (j->must_flush)
-        flush_all(j);
-    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
-    if (!page || !(prot & X86_EXEC))
-        return NULL;
     jit_unit *u = j->unit;
     u->j = j;
     u->cpu = cpu;
@@ -325,13 +329,68 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     return NULL;
 }
 
+/* NULL: this instruction is the interpreter's (not RAM), or it crosses the page. */
+static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    unsigned prot = 0;
+    cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+    if (key & JIT_KEY_WINDOW)
+        note_code_page(j, gpa & X86_PAGE_MASK);
+    if (j->must_flush)
+        flush_all(j);
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    if (!page || !(prot & X86_EXEC))
+        return NULL;
+    return translate_unit(j, gpa, key, page);
+}
+
+/* The one instruction at rip that ends on the next page: translated from a copy of its bytes, watched on both pages. */
+static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    jit_unit *u = j->unit;
+    unsigned first = 4096 - (gpa & 0xfff), prot[2] = { 0 };
+    uint64_t gpa2 = next_page_gpa(cpu);
+    cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+    cpu->env->code_page(cpu, gpa2);
+    const uint8_t *a = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot[0]), *b = cpu->env->page(cpu, gpa2, &prot[1]);
+    if (!a || !b || !(prot[0] & prot[1] & X86_EXEC) || first >= 15)
+        return NULL;
+    if (key & JIT_KEY_WINDOW) {
+        note_code_page(j, gpa & X86_PAGE_MASK);
+        note_code_page(j, gpa2);
+    }
+    if (j->must_flush)
+        flush_all(j);
+    memcpy(u->bytes, a + (gpa & 0xfff), first);
+    memcpy(u->bytes + first, b, 15 - first);
+    u->crosses = true;
+    jit_block *main = translate_unit(j, gpa, key, u->bytes);
+    u->crosses = false;
+    if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64)
+        return NULL;
+    jit_block *twin = (jit_block *)(j->arena + j->arena_used);
+    j->arena_used += (sizeof *twin + sizeof(jit_extent) + 31) & ~(size_t)15;
+    memset(twin, 0, sizeof *twin);
+    twin->gpa = gpa2;
+    twin->extents = (jit_extent *)(twin + 1);
+    twin->extents[0] = (jit_extent){ 0, 15 };
+    twin->nextents = 1;
+    twin->twin = main;
+    main->twin = twin;
+    main->crosses = true;
+    twin->page_next = j->pages[hash_page(gpa2)];
+    j->pages[hash_page(gpa2)] = twin;
+    return main;
+}
+
 static jit_block *find_block(jit *j, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
-    uint64_t gpa = fetch_gpa(cpu);
+    uint64_t gpa = fetch_gpa(cpu, cpu->rip);
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
-        if (b->rip == cpu->rip && b->gpa == gpa && b->key == key)
+        if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
-    return translate(j, gpa, key);
+    jit_block *b = translate(j, gpa, key);
+    return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }
 
 /* ---- helpers called by emitted code ---- */
@@ -556,14 +615,19 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     store_flags(cpu);
     if (key & JIT_KEY_X87)
         keep_x87_pointers(j, cpu);
-    write_gs((uint64_t)(uintptr_t)cpu);
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
-    write_gs(j->host_gs);
     if (key & JIT_KEY_X87)
         load_x87_pointers(j, cpu);
     count_retired(j, cpu, 0);
     load_flags(cpu);
     return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
+}
+
+/* Is the page of code at la known to be global? */
+static bool is_global(const x86_cpu *cpu, uint64_t la) {
+    unsigned i = X86_TLB_INDEX(la);
+    const x86_tlb *t = &cpu->tlb[cpu->ctx];
+    return !((la ^ t->e[i].tag_x) & X86_PAGE_MASK) && (t->meta[i] & X86_TLBM_GLOBAL);
 }
 
 static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link) {
@@ -581,6 +645,8 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     if (!jit_is_stop(j, b->rip)) {
         jumps->rip[i] = b->rip;
         jumps->code[i] = code;
+        if (!is_global(cpu, b->rip))
+            j->table_local[jit_table_index(key)] = true;
         if (link && flushes == j->flushes)
             link_blocks(j, link, b);
     }
@@ -716,7 +782,6 @@ static bool jit_start(jit *j);
 
 /* Back from a longjmp: an exit, or a fault to deliver. */
 static x86_stop caught(jit *j, x86_cpu *cpu) {
-    write_gs(j->host_gs);
     j->rest = 0;
     if (cpu->stop == X86_STOP_NONE)
         return x86_deliver_fault(cpu);
@@ -736,7 +801,8 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
         return vm_backend_interp.run(vcpu);
     if (cpu->has_until)
         add_stop(j, cpu->until);
-    j->host_gs = read_gs();
+    const uint64_t host_gs = read_gs();
+    write_gs((uint64_t)(uintptr_t)cpu);   /* C code on Linux has no use for GS: it stays for the whole run */
     jmp_buf door, *saved = cpu->fault_jmp;
     volatile unsigned faults = 0;
     volatile uint64_t retired = cpu->retired;
@@ -756,6 +822,7 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
                 stop = X86_STOP_ATTENTION;
         }
     } while (stop == X86_STOP_NONE);
+    write_gs(host_gs);
     cpu->fault_jmp = saved;
     cpu->io_pos = 0;
     return stop;
@@ -877,6 +944,19 @@ static void jit_tlb_flushed(vm_vcpu *cpu) {
         vm_backend_interp.tlb_flushed(cpu);
 }
 
+static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global) {
+    jit *j = cpu->x86.jit;
+    for (unsigned t = 0; j && t < JIT_TABLES; t++) {
+        if (!j->table_used[t] || (keep_global && !bytes && !j->table_local[t]))
+            continue;
+        if (!bytes || ((la ^ (la + bytes - 1)) >> 30))
+            clear_table(j, t);
+        else
+            drop_from_table(j, t, la);
+    }
+    vm_backend_interp.tlb_flushed(cpu);
+}
+
 static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; }    /* FSGSBASE for user code */
 
 static int jit_query(const char *capability, uint64_t *value) {
@@ -903,4 +983,5 @@ const vm_backend_ops vm_backend_jit = {
     .code_changed = jit_code_changed_both,
     .flush_code = jit_flush_code,
     .tlb_flushed = jit_tlb_flushed,
+    .tlb_dropped = jit_tlb_dropped,
 };

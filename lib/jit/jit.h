@@ -16,7 +16,8 @@
 #define JIT_MAX_SIDES 8                   /* conditional exits from a block before its end */
 #define JIT_MAX_EXTENTS 24
 #define JIT_BLOCK_BYTES 32768             /* code one block may need, stubs included */
-#define JIT_HASH 16384
+#define JIT_HASH 65536
+#define JIT_PAGES 16384
 #define JIT_STOPS 8
 
 /* Everything that emitted code assumes beyond the bytes it was made from. */
@@ -66,11 +67,12 @@ struct jit_block {
     uint64_t rip, gpa;
     uint32_t key;
     uint16_t count;                       /* instructions */
-    bool is_dead;
+    bool is_dead, crosses;                /* crosses: one instruction, its end on the next page (`twin` keeps watch there) */
     uint8_t bails;                        /* times a group could not be looked up whole */
     uint8_t *entry;                       /* writable view: flags as `need` says */
     uint8_t *entry_mem;                   /* flags in memory: from the dispatcher, indirect jumps, other pages */
-    jit_block *hash_next, *page_next;
+    jit_block *hash_next, *page_next, *all_next;
+    jit_block *twin;
     jit_link *in;
     uint8_t nlinks, nextents;
     jit_link *links;
@@ -120,6 +122,7 @@ typedef struct jit_unit {                 /* one block being translated */
     uint64_t rip, gpa;
     uint32_t key;
     const uint8_t *page;                  /* host bytes of the code page */
+    uint8_t bytes[15];                    /* of a crossing instruction */
     unsigned count;
     x86_insn insn[JIT_MAX_INSNS];
     uint64_t insn_rip[JIT_MAX_INSNS];
@@ -132,6 +135,7 @@ typedef struct jit_unit {                 /* one block being translated */
     jit_extent extents[JIT_MAX_EXTENTS];
     uint64_t forced;                      /* instructions that must fall back */
     bool no_groups;
+    bool crosses;                         /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
 typedef struct jit {
@@ -143,12 +147,12 @@ typedef struct jit {
     jit_writer w;
     uint8_t *arena;                       /* blocks and sites */
     size_t arena_bytes, arena_used;
-    jit_block *hash[JIT_HASH], *pages[JIT_HASH];
+    jit_block *hash[JIT_HASH], *pages[JIT_PAGES], *all;
     uint32_t table_key[JIT_TABLES];
     bool table_used[JIT_TABLES];
+    bool table_local[JIT_TABLES];         /* holds addresses of pages that are not global */
     uint64_t stops[JIT_STOPS]; unsigned stop_count, stop_next;   /* addresses that no block contains or is linked to */
     int64_t r15_start;                    /* value r15 had when instructions were last counted */
-    uint64_t host_gs;
     uint64_t bounce_la;
     bool bounce_active;
     bool step_one;                        /* next instruction by the interpreter */
@@ -198,6 +202,7 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent);   /* JIT_
 void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact);
 void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
+bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */

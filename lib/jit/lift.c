@@ -245,6 +245,22 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
     f->exact_at = *exact = f->can_leave ? X86_FL_ARITH : *exact & through;
 }
 
+/* Decode what lies at page offset `at`. */
+static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
+    unsigned avail = 4096 - at, size = u->key & JIT_KEY_64 ? 8 : 4;
+    if (u->crosses ? at != (u->rip & 0xfff) || x86_decode(u->bytes, 15, size, in)
+                   : !avail || x86_decode(u->page + at, avail < 15 ? avail : 15, size, in))
+        return false;
+    x86_offer(u->cpu, in);
+    return true;
+}
+
+/* Does the instruction at rip, on the block's page, end on the next? */
+bool jit_crosses_page(const jit_unit *u, uint64_t rip) {
+    x86_insn in;
+    return (rip & 0xfff) > 4096 - 15 && !((rip ^ u->rip) & X86_PAGE_MASK) && !decode_at(u, rip & 0xfff, &in);
+}
+
 enum { LOOK_AHEAD = 8 };
 
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
@@ -258,8 +274,7 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
     if (JIT_MAX_INSNS < LOOK_AHEAD)       /* blocks may end before what is seen here */
         return JIT_NEED_HOST | JIT_NEED_MEM;
     while (n < LOOK_AHEAD && offset < 4096) {
-        unsigned avail = 4096 - offset;
-        if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, &in[n]) < 0)
+        if (!decode_at(u, offset, &in[n]))
             break;
         jit_info *f = &info[n];
         jit_classify_flags(&in[n], f);
@@ -507,7 +522,7 @@ static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
 static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
-    if (JIT_MAX_INSNS < 8 || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES)
+    if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES)
         return false;
     if (may_repeat(u, t, target)) {
         if (class == C_JCC)
@@ -531,11 +546,11 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
 
 /* One instruction. False: it is not part of this block. */
 static bool lift_next(jit_unit *u, trace *t) {
-    unsigned i = u->count, offset = t->rip & 0xfff, avail = 4096 - offset;
+    unsigned i = u->count, offset = t->rip & 0xfff;
     x86_insn *in = &u->insn[i];
     if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
         return false;
-    if (x86_decode(u->page + offset, avail < 15 ? avail : 15, u->key & JIT_KEY_64 ? 8 : 4, in) < 0)
+    if (!decode_at(u, offset, in))
         return false;
     if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {       /* starts a block of its own, entered with the vector registers loaded */
         if (!i) {

@@ -88,10 +88,12 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
     return true;
 }
 
-static void flushed(vm_vcpu *cpu)
+static void flushed(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global)
 {
     cpu->x86.stat[X86_STAT_FLUSHES]++;
-    if (cpu->machine->backend->tlb_flushed)
+    if (cpu->machine->backend->tlb_dropped)
+        cpu->machine->backend->tlb_dropped(cpu, la, bytes, keep_global);
+    else if (cpu->machine->backend->tlb_flushed)
         cpu->machine->backend->tlb_flushed(cpu);
 }
 
@@ -106,7 +108,7 @@ void vm_mmu_root_changed(x86_cpu *x, bool keep_global)
         x86_tlb_clear_nonglobal(x);
     else
         x86_tlb_clear(x);
-    flushed(cpu);
+    flushed(cpu, 0, 0, keep_global);
 }
 
 void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
@@ -125,7 +127,7 @@ void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
                 break;
         }
     }
-    flushed(cpu);
+    flushed(cpu, la, bytes > 64 * 4096 ? 0 : bytes, false);
 }
 
 bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa)

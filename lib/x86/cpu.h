@@ -144,7 +144,7 @@ typedef struct x86_tlb {
 
 /* The JIT's jump caches: linear addresses of code and their translations, indexed by the address's low bits. An entry's rip is
  * 0 in zeroed memory, so index 0 never holds rip 0. */
-#define X86_JUMP_ENTRIES 1024u
+#define X86_JUMP_ENTRIES 4096u
 typedef struct x86_jumps { uint64_t rip[X86_JUMP_ENTRIES]; const uint8_t *code[X86_JUMP_ENTRIES]; } x86_jumps;
 
 /* Access kinds; the values of vm_prot. */
@@ -296,6 +296,8 @@ struct x86_cpu {
     x86_stop stop;                     /* set with x86_leave(): the reason semantics left the loop */
     x86_io_access io;                  /* the access behind X86_STOP_IO */
     x86_io_access io_log[X86_IO_LOG];
+    bool has_deadline;                 /* the run loop wants to look at the clock now and then, even if nothing retires */
+    uint8_t visits;                    /* to unfinished repeats */
     unsigned io_count, io_pos;         /* entries logged; entries taken by this attempt */
     uint64_t exception_exits;          /* vectors reported instead of delivered */
     bool has_until;
