@@ -13,7 +13,7 @@
 #include <time.h>
 
 enum source { SRC_PIT, SRC_HPET, SRC_RTC, SRC_KBD, SRC_AUX, SRC_UART, SRC_SCI = SRC_UART + VM_PC_UARTS, SRC_FPU, SRC_API };
-enum { LINES = 24, SCI_IRQ = 9, RSDP_AT = 0, TABLES_AT = 0x40, MP_AT = 0x10000 };
+enum { LINES = 24, SCI_IRQ = 9, RSDP_AT = 0, TABLES_AT = 0x40, MP_AT = 0x10000, SMBIOS_AT = 0x18000 };
 
 struct vm_platform_pc {
     vm_machine *machine;
@@ -168,6 +168,7 @@ static int build_tables(struct vm_platform_pc *pc) {
     uint32_t id[4];
     x86_cpuid(&m->vcpus[0]->x86, 1, 0, id);
     pc->info.cpus = m->vcpu_count;
+    pc->info.ram_bytes = m->options.ram_bytes;
     pc->info.cpu_signature = id[0];
     pc->info.cpu_features = id[3];
     return vm_tables_build(&pc->info, &pc->tables);
@@ -176,6 +177,20 @@ static int build_tables(struct vm_platform_pc *pc) {
 uint64_t vm_pc_rsdp(vm_machine *m) {
     (void)m;
     return VM_PC_TABLES + RSDP_AT;
+}
+
+static int install_smbios(struct vm_platform_pc *pc) {
+    uint8_t anchor[32] = { 0 }, *table;
+    size_t bytes;
+    uint64_t at = VM_PC_TABLES + SMBIOS_AT;
+    int status = vm_tables_smbios(&pc->info, at + sizeof anchor, anchor, &table, &bytes);
+    if (status)
+        return status;
+    status = vm_memory_copy(pc->machine, at, anchor, sizeof anchor, true);
+    if (!status)
+        status = vm_memory_copy(pc->machine, at + sizeof anchor, table, bytes, true);
+    free(table);
+    return status;
 }
 
 int vm_pc_install_tables(vm_machine *m) {
@@ -189,12 +204,12 @@ int vm_pc_install_tables(vm_machine *m) {
     uint64_t base = VM_PC_TABLES + TABLES_AT;
     vm_tables_rsdp(base + pc->tables.rsdt, base + pc->tables.xsdt, true, area + RSDP_AT);
     vm_tables_place(&pc->tables, base, area + TABLES_AT);
-    size_t mp = vm_tables_mp(&pc->info, VM_PC_TABLES + MP_AT, area + MP_AT, room - MP_AT);
+    size_t mp = vm_tables_mp(&pc->info, VM_PC_TABLES + MP_AT, area + MP_AT, SMBIOS_AT - MP_AT);
     int status = vm_memory_copy(m, VM_PC_TABLES, area, TABLES_AT + pc->tables.bytes, true);
     if (!status)
         status = vm_memory_copy(m, VM_PC_TABLES + MP_AT, area + MP_AT, mp, true);
     free(area);
-    return status;
+    return status ? status : install_smbios(pc);
 }
 
 typedef struct __attribute__((packed)) e820_record { uint64_t base, bytes; uint32_t type; } e820_record;
@@ -222,6 +237,19 @@ static int fwcfg_tables(struct vm_platform_pc *pc) {
     return status;
 }
 
+static int fwcfg_smbios(struct vm_platform_pc *pc) {
+    uint8_t anchor[VM_SMBIOS_ANCHOR], *table;
+    size_t bytes;
+    int status = vm_tables_smbios(&pc->info, 0, anchor, &table, &bytes);
+    if (status)
+        return status;
+    status = vm_fwcfg_file(pc->fwcfg, "etc/smbios/smbios-anchor", anchor, sizeof anchor);
+    if (!status)
+        status = vm_fwcfg_file(pc->fwcfg, "etc/smbios/smbios-tables", table, bytes);
+    free(table);
+    return status;
+}
+
 static int fill_fwcfg(struct vm_platform_pc *pc) {
     vm_machine *m = pc->machine;
     static const uint8_t zeros[16];
@@ -246,6 +274,8 @@ static int fill_fwcfg(struct vm_platform_pc *pc) {
         status = vm_fwcfg_file(pc->fwcfg, "etc/system-states", sleep_states, sizeof sleep_states);
     if (!status)
         status = fwcfg_e820(pc);
+    if (!status)
+        status = fwcfg_smbios(pc);
     return status ? status : fwcfg_tables(pc);
 }
 

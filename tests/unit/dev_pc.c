@@ -135,6 +135,36 @@ TEST(pc_mp_tables)
     rig_free(&r);
 }
 
+TEST(pc_smbios_tables)
+{
+    rig r;
+    pc_new(&r, 4, UINT64_C(5) << 30);
+    OK(vm_read(r.m, 0xe0000, area, sizeof area));
+    const uint8_t *anchor = NULL;
+    for (unsigned i = 0x10000; i < sizeof area && !anchor; i += 16)
+        if (!memcmp(area + i, "_SM_", 4))
+            anchor = area + i;
+    CHECK(anchor != NULL);
+    CHECK_EQ(sum(anchor, anchor[5]), 0);
+    CHECK_EQ(sum(anchor + 16, 15), 0);
+    unsigned length = anchor[22] | (unsigned)anchor[23] << 8, count = anchor[28] | (unsigned)anchor[29] << 8, seen = 0;
+    const uint8_t *p = at(u32(anchor + 24)), *end = p + length;
+    while (p < end) {
+        CHECK(p[1] >= 4);
+        if (p[0] == 4)
+            CHECK_EQ(p[0x23], 4);                /* cores */
+        if (p[0] == 17)
+            CHECK_EQ(p[12] | p[13] << 8, 5 << 10);
+        seen++;
+        for (p += p[1]; p[0] || p[1]; p++)
+            CHECK(p < end);
+        p += 2;
+    }
+    CHECK(p == end);
+    CHECK_EQ(seen, count);
+    rig_free(&r);
+}
+
 static unsigned cell(rig *r, uint8_t index)
 {
     outb(r, 0x70, index);
