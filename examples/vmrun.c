@@ -46,20 +46,21 @@ typedef struct vmrun {
     _Atomic bool stopping;              /* vCPU threads leave */
 } vmrun;
 
+static struct termios saved_terminal;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* A message on a line of its own; a raw terminal needs its carriage returns. */
 static int complain(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fputs("vmrun: ", stderr);
+    fputs(terminal_is_raw ? "\r\nvmrun: " : "vmrun: ", stderr);
     vfprintf(stderr, format, args);
-    fputs("\n", stderr);
+    fputs(terminal_is_raw ? "\r\n" : "\n", stderr);
     va_end(args);
     return EXIT_BAD_INPUT;
 }
 
 /* ---- the terminal ---- */
-
-static struct termios saved_terminal;
-static volatile sig_atomic_t terminal_is_raw;
 
 static void restore_terminal(void) {
     if (terminal_is_raw) tcsetattr(STDIN_FILENO, TCSAFLUSH, &saved_terminal);
@@ -79,7 +80,6 @@ static void make_terminal_raw(void) {
     atexit(restore_terminal);
     struct termios raw = saved_terminal;
     cfmakeraw(&raw);
-    raw.c_oflag |= OPOST;               /* our own messages keep their line ends; the guest sends CR LF itself */
     terminal_is_raw = 1;
     tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
 }
@@ -99,7 +99,7 @@ static void decide(vmrun *r, verdict v, int status) {
 static void report_death(vm_vcpu *cpu, const vm_exit *exit) {
     char line[256];
     vm_exit_format(exit, line, sizeof line);
-    fprintf(stderr, "\nvmrun: vCPU %u stopped: %s\n", vm_vcpu_index(cpu), line);
+    complain("vCPU %u stopped: %s", vm_vcpu_index(cpu), line);
 }
 
 /* True while the vCPU should run on. */
