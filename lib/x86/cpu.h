@@ -193,7 +193,7 @@ typedef struct x86_io_access {
     uint8_t width;
     bool is_port, is_write, is_fetch, is_unmapped, done;
 } x86_io_access;
-#define X86_IO_LOG 32
+#define X86_IO_LOG 128    /* XSAVE (832 bytes in pieces of 8) of an instruction fetched byte by byte */
 
 enum { X86_IO_DONE = 0, X86_IO_EXIT = 1 };
 

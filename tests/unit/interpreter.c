@@ -260,3 +260,25 @@ TEST(instructions_of_the_model)
         bare_free(b);
     }
 }
+
+/* The instruction with the most accesses: each leaves once, then it is done. */
+TEST(xsave_to_mmio)
+{
+    bare *b = start();
+    CODE(b, "\x0f\xae\x24\x25\x00\x00\x80\x00\xf4");         /* xsave [0x800000] */
+    b->exits = true;
+    b->cpu->cr4 |= X86_CR4_OSXSAVE | X86_CR4_OSFXSR;
+    b->cpu->xcr0 = 7;
+    b->cpu->gpr[X86_RAX] = 7;
+    unsigned exits = 0;
+    x86_stop stop;
+    while ((stop = bare_run(b, 10)) == X86_STOP_IO && exits++ < 200) {
+        b->cpu->io.data = b->cpu->io.is_write ? b->cpu->io.data : 0;
+        b->cpu->io.done = true;
+        if (b->cpu->io_count < X86_IO_LOG)
+            b->cpu->io_log[b->cpu->io_count++] = b->cpu->io;
+    }
+    CHECK_EQ(stop, X86_STOP_HALT);
+    CHECK(exits > 60 && exits <= X86_IO_LOG);
+    bare_free(b);
+}
