@@ -9,9 +9,13 @@
 #include "../test.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -1014,6 +1018,74 @@ TEST(stolen_descriptor) {
     REFUSED(vm_vcpu_run(g.cpu, NULL, &e), VM_E_HOST);
     vm_destroy(g.m);
     close(other);
+}
+
+/* This one comes before the C library's: the fail_at-th call fails. */
+static _Atomic unsigned ioctl_calls;
+static unsigned fail_at;
+int ioctl(int fd, unsigned long request, ...) {
+    va_list args;
+    va_start(args, request);
+    void *argument = va_arg(args, void *);
+    va_end(args);
+    if (++ioctl_calls == fail_at) {
+        errno = EIO;
+        return -1;
+    }
+    return (int)syscall(SYS_ioctl, fd, request, argument);
+}
+
+static unsigned open_files(void) {
+    unsigned n = 0;
+    DIR *d = opendir("/proc/self/fd");
+    while (readdir(d)) n++;
+    closedir(d);
+    return n;
+}
+
+/* A short life that uses most of the backend; any call may fail, none may crash. */
+static void life_with_a_failure(void) {
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m;
+    vm_region *r;
+    vm_exit e = VM_EXIT_INIT;
+    vm_sregs s = VM_SREGS_INIT;
+    vm_fpu f = VM_FPU_INIT;
+    uint64_t bits[8];
+    vm_run_options ro = VM_RUN_OPTIONS_INIT;
+    ro.deadline_ns = 50000000;
+    o.backend = VM_BACKEND_KVM;
+    if (vm_create(&o, &m) != VM_OK) return;
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    (void)vm_map_ram(m, 0, RAM_BYTES, VM_PROT_RWX, &r);
+    (void)vm_write(m, 0, (const uint8_t[]){0xec, 0xee, 0x27, 0x8a, 0x07, 0xf4}, 6);
+    (void)vm_dirty_log(m, true);
+    (void)vm_vcpu_set_mode(cpu, VM_MODE_FLAT32);
+    for (unsigned i = 0; i < 6; i++) (void)vm_vcpu_run(cpu, &ro, &e);
+    (void)vm_vcpu_get_sregs(cpu, &s);
+    (void)vm_vcpu_get_fpu(cpu, &f);
+    (void)vm_dirty_fetch(m, 0, RAM_BYTES, bits);
+    (void)vm_vcpu_set_mode(cpu, VM_MODE_FLAT64);
+    (void)vm_vcpu_run(cpu, &ro, &e);
+    (void)vm_protect(m, 0x1000, 0x1000, VM_PROT_R);
+    if (vm_backend_select(m, VM_BACKEND_INTERP) == VM_OK) (void)vm_backend_select(m, VM_BACKEND_KVM);
+    (void)vm_vcpu_run(cpu, &ro, &e);
+    vm_destroy(m);
+}
+
+TEST_LIMIT(every_ioctl_fails_once, 120) {
+    need_kvm();
+    ioctl_calls = fail_at = 0;
+    life_with_a_failure();
+    unsigned calls = ioctl_calls, files = open_files();
+    CHECK(calls > 40);
+    for (unsigned n = 1; n <= calls; n++) {
+        ioctl_calls = 0;
+        fail_at = n;
+        life_with_a_failure();
+        if (open_files() != files) FAIL("call %u failed: %u files are open, not %u", n, open_files(), files);
+    }
+    fail_at = 0;
 }
 
 TEST(create_and_destroy_leaves_nothing) {
