@@ -299,6 +299,7 @@ static void begin(vm_vcpu *cpu, run *r)
     x->exception_exits = o->exception_exits;
     cpu->has_budget = o->max_instructions != 0;
     cpu->deadline = r->deadline;
+    x->has_deadline = o->deadline_ns != 0;
 }
 
 static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)

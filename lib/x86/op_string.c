@@ -5,6 +5,7 @@
  * registers change only after its accesses succeeded, and its logged I/O is retired with it.
  */
 #include "x86/access.h"
+#include <stdatomic.h>
 #include "x86/alu.h"
 #include "x86/ops.h"
 
@@ -59,14 +60,19 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
         } else {
             more = step(cpu, in, &s);
             done = 1;
-            work--;
+            work -= cpu->io_count ? 64 : 1;              /* devices take their time */
         }
         count -= done;
         advance(cpu, X86_RCX, &s, -(int64_t)done);
         x86_io_retire(cpu);
+        if (X86_UNLIKELY(atomic_load_explicit(&cpu->attention, memory_order_relaxed)))
+            break;
     }
-    if (count && more)
+    if (count && more) {
         cpu->next_rip = cpu->rip;
+        if (cpu->has_deadline && ++cpu->visits % 8 == 0)
+            atomic_fetch_or(&cpu->attention, X86_ATT_REQUEST);
+    }
 }
 
 /* How many ascending elements from register `reg` stay in one page, below the offset mask and within the segment. */
