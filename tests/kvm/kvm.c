@@ -1023,7 +1023,7 @@ TEST(stolen_descriptor) {
 /* This one comes before the C library's: the fail_at-th call fails. */
 static _Atomic unsigned ioctl_calls;
 static unsigned fail_at;
-int ioctl(int fd, unsigned long request, ...) {
+__attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, ...) {
     va_list args;
     va_start(args, request);
     void *argument = va_arg(args, void *);
