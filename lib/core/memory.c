@@ -516,14 +516,19 @@ void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t of
     }
 }
 
-/* SMP: a write tag for the page was found in another vCPU's TLB and taken away; a store through it may be under way. */
+/* SMP: take the page's write tags from the other vCPUs. True if a store to the page may still be under way: one of them
+ * executes, and may hold the page's host address for the rest of its block, with or without a tag by now. */
 static bool take_write_tags(vm_machine *m, vm_vcpu *self, uint64_t gpa)
 {
-    bool found = false;
-    for (unsigned i = 0; i < m->vcpu_count; i++)
-        if (m->vcpus[i] && m->vcpus[i] != self)
-            found |= vm_mmu_protect_page(m->vcpus[i], gpa);
-    return found;
+    bool may_store = false;
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        vm_vcpu *cpu = m->vcpus[i];
+        if (!cpu || cpu == self)
+            continue;
+        vm_mmu_protect_page(cpu, gpa);
+        may_store |= (atomic_load(&cpu->state) & ~VM_WAITED) == VM_GUEST;
+    }
+    return may_store;
 }
 
 void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
