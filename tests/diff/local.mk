@@ -11,3 +11,17 @@ check_PROGRAMS += tests/diff/system
 tests_diff_system_SOURCES = tests/diff/system.c
 tests_diff_system_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_diff_system_LDFLAGS = -static
+check_PROGRAMS += tests/diff/programs
+tests_diff_programs_SOURCES = tests/diff/programs.c
+tests_diff_programs_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+tests_diff_programs_LDFLAGS = -static
+check_PROGRAMS += tests/diff/diff
+tests_diff_diff_SOURCES = tests/diff/backends.c tests/diff/native.c tests/diff/native.h
+tests_diff_diff_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+
+# Longer: make diff CASES=1000000 SEED=7
+CASES = 200000
+SEED = 1
+diff: tests/diff/diff
+	CASES=$(CASES) SEED=$(SEED) tests/diff/diff
+.PHONY: diff
