@@ -23,3 +23,6 @@ tests_api_api_mmu_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_pc
 tests_api_api_pc_SOURCES = tests/api/pc.c
 tests_api_api_pc_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_hostile
+tests_api_api_hostile_SOURCES = tests/api/hostile.c
+tests_api_api_hostile_LDADD = $(TEST_LIBS)

@@ -540,6 +540,10 @@ static void random_sequences(vm_backend backend)
         test_skip("the window at %#" PRIx64 " cannot be mapped in this process", N_CODE);
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     guest_open(&g, backend);
+    vm_sregs sregs = VM_SREGS_INIT;
+    OK(vm_vcpu_get_sregs(g.cpu, &sregs));
+    if (!(sregs.xcr0 & 4))
+        test_skip("backend %s has no AVX on this host", vm_backend_name(backend));
     for (uint64_t done = 0; done < cases && bad < 10; done += NATIVE_BATCH) {
         b->count = NATIVE_BATCH;
         for (unsigned i = 0; i < NATIVE_BATCH; i++) {

@@ -36,7 +36,7 @@ static uint8_t image[WINDOW];
 static struct { uint32_t at, length; } units[MAX_UNITS];
 static struct { uint32_t at, block; } fixups[MAX_UNITS];
 static uint32_t nunits, nfixups, nblocks, blocks[MAX_BLOCKS], pc;
-static bool has_64;
+static bool has_64, has_patches;
 
 static bool is_paged(enum mode m) { return m >= KERNEL; }
 static void byte(uint32_t b) { image[pc++] = (uint8_t)b; }
@@ -333,7 +333,7 @@ static void one(void)
     case 19: case 20: case 21: vector(); break;
     case 22: x87(); break;
     case 23: below(2) ? string() : pointer_change(); break;
-    case 24: below(4) ? move() : patch(); break;
+    case 24: has_patches ? patch() : move(); break;
     default: alu(); break;
     }
 }
@@ -460,8 +460,11 @@ static uint64_t random_pointer(enum mode m)
     uint32_t page = DATA + PAGE * below(DATA_PAGES);
     switch (below(24)) {
     case 0: return is_paged(m) ? DEVICE_VA + below(0x200) : DEVICE + below(0x200);
-    case 1: return BASE + CODE + PAGE + below(PAGE) - 0x100;
-    case 2: return is_paged(m) ? ALIAS + below(STACK) : BASE + RAM - below(0x80);
+    case 1:
+        if (has_patches)
+            return BASE + CODE + PAGE + below(PAGE) - 0x100;
+        return BASE + STACK + below(2 * PAGE);
+    case 2: return is_paged(m) ? ALIAS + (has_patches ? below(STACK) : DATA + below(STACK - DATA)) : BASE + RAM - below(0x80);
     case 3: return below(2) ? BASE + RAM + below(0x80) : 0x8000 + below(100);
     case 4: return has_64 && below(2) ? UINT64_C(0x800000000000) - below(100) : BASE - below(16);
     case 5: case 6: case 7: case 8: case 9: return BASE + page + PAGE - below(0x48);
@@ -504,6 +507,7 @@ typedef struct column {
     uint64_t retired, device_calls, device_hash;
 } column;
 static column interp, jit;
+static uint64_t stops[32], runs, retired, jit_blocks, jit_decoded;
 
 static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *v)
 {
@@ -556,6 +560,23 @@ static void column_prepare(column *c, enum mode m)
         s.ds = s.es = s.ss;
     }
     OK(vm_vcpu_set_sregs(c->cpu, &s));
+}
+
+/* New machines, lest code that was often written makes the JIT leave its pages to the interpreter for many cases. */
+static void columns_renew(void)
+{
+    uint64_t n;
+    if (interp.m) {
+        retired += vm_vcpu_retired(interp.cpu);
+        OK(vm_stats(jit.m, "blocks", &n));
+        jit_blocks += n;
+        OK(vm_stats(jit.m, "decoded", &n));
+        jit_decoded += n;
+        vm_destroy(interp.m);
+        vm_destroy(jit.m);
+    }
+    column_open(&interp, VM_BACKEND_INTERP);
+    column_open(&jit, VM_BACKEND_JIT);
 }
 
 /* Memory as the case wants it; code that is as it should be is left alone, so that its translations stay. */
@@ -639,7 +660,6 @@ static const char *difference(void)
     return NULL;
 }
 
-static uint64_t stops[32], runs;
 
 /* Registers, then runs with random limits; NULL or what differs. */
 static const char *run_once(enum mode m)
@@ -653,13 +673,19 @@ static const char *run_once(enum mode m)
     make_registers(m, &r);
     for (uint32_t n = 1 + below(6); n--;) {
         vm_run_options o = VM_RUN_OPTIONS_INIT;
-        o.max_instructions = below(3) ? 1500 : 1 + below(80);
+        /* A budget near its end makes the JIT step with the interpreter: most must be large, and none where the
+         * interpreter shows that the program stops by itself. */
+        o.max_instructions = below(8) ? 4000 + below(1000) : 2390 + below(100);
         o.exception_exits = UINT32_MAX;
         o.has_until = below(5) == 0;
         o.until = BASE + (below(2) ? blocks[below(nblocks)] : units[below(nunits)].at);
         OK(vm_vcpu_set_regs(interp.cpu, &r));
         OK(vm_vcpu_set_regs(jit.cpu, &r));
         column_run(&interp, &o);
+        if (interp.exit.reason != VM_EXIT_BUDGET) {
+            o.max_instructions = 0;
+            o.deadline_ns = UINT64_C(3000000000);
+        }
         column_run(&jit, &o);
         const char *what = difference();
         if (what)
@@ -680,9 +706,11 @@ static const char *run_once(enum mode m)
 static const char *run_case(enum mode m, uint64_t seed, const bool *is_nop)
 {
     const char *what = NULL;
+    columns_renew();
     has_64 = m != FLAT32;
     state = seed * UINT64_C(0x9e3779b97f4a7c15) + (uint64_t)m;
     rnd();
+    has_patches = below(5) == 0;
     make_program();
     for (uint32_t u = 0; is_nop && u < nunits; u++)
         if (is_nop[u])
@@ -716,7 +744,8 @@ static _Noreturn void report(enum mode m, uint64_t seed, const char *first)
             printf("%02x ", image[at + i]);
         printf(" %s\n", d.text);
     }
-    printf("    rip %#" PRIx64 "\n", interp.regs.rip);
+    printf("    rip %#" PRIx64 ", jit %#" PRIx64 ", exit %s\n", interp.regs.rip, jit.regs.rip, vm_exit_name(interp.exit.reason));
+    fflush(stdout);
     FAIL("case %" PRIu64 " (TEST_SEED=%" PRIu64 " TEST_COUNT=1): %s; shrunk: %s", seed, seed, was, what ? what : "nothing");
 }
 
@@ -732,20 +761,20 @@ static void compare_mode(const void *arg)
     uint64_t first = from_environment("TEST_SEED", 1), count = from_environment("TEST_COUNT", 2000), there = 0;
     if (vm_query(VM_BACKEND_JIT, "available", &there) != VM_OK || !there)
         test_skip("no JIT in this build");
-    column_open(&interp, VM_BACKEND_INTERP);
-    column_open(&jit, VM_BACKEND_JIT);
     for (uint64_t i = first; i < first + count; i++) {
         const char *what = run_case(m, i, NULL);
         if (what)
             report(m, i, what);
     }
-    printf("    %" PRIu64 " programs, %" PRIu64 " runs, %" PRIu64 " instructions;", count, runs, interp.retired);
+    columns_renew();
+    printf("    %" PRIu64 " programs, %" PRIu64 " runs, %" PRIu64 " instructions, %" PRIu64 " blocks, %" PRIu64 " decoded;",
+           count, runs, retired, jit_blocks, jit_decoded);
     for (int i = 0; i < 32; i++)
         if (stops[i])
             printf(" %s %" PRIu64, vm_exit_name(i), stops[i]);
     printf("\n");
     if (count > 100)                   /* the programs still lead somewhere */
-        CHECK(stops[VM_EXIT_BUDGET] > runs / 10 && stops[VM_EXIT_UNTIL] && stops[VM_EXIT_EXCEPTION] && interp.retired > 50 * runs);
+        CHECK(stops[VM_EXIT_BUDGET] > runs / 10 && stops[VM_EXIT_UNTIL] && stops[VM_EXIT_EXCEPTION] && retired > 50 * runs && jit_blocks > 5 * count);
     vm_destroy(interp.m);
     vm_destroy(jit.m);
 }
