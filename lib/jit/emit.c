@@ -56,6 +56,12 @@ typedef struct side_stub {
     int recipe;
 } side_stub;
 
+/* A division that may fault. */
+typedef struct div_stub {
+    uint8_t *jump[2], *resume;
+    unsigned insn;
+} div_stub;
+
 typedef struct emitter {
     jit_unit *u;
     jit *j;
@@ -66,6 +72,8 @@ typedef struct emitter {
     int recipe;                           /* instruction that can be done again, or -1 */
     unsigned nslow, nleave, nside, nlink;
     side_stub side[JIT_MAX_SIDES];
+    unsigned ndiv;
+    div_stub div[JIT_MAX_INSNS];
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;                           /* instruction that could not be spelled, or -1 */
@@ -893,6 +901,57 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     s->index = (uint8_t)(o->insn + 1);
 }
 
+/* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below the
+ * divisor, IDIV unless the dividend is one half sign-extended and the divisor neither 0 nor -1. */
+static void emit_div(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    const x86_insn *in = &e->u->insn[o->insn];
+    unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = IN_MEMORY(reg) ? T0 : home[reg];
+    bool is_signed = jit_insn_is_idiv(in);
+    need_mem(e);                          /* the slow way needs them there; afterwards they are undefined */
+    if (divisor == T0)
+        e_gs_load(w, 8, T0, GPR(reg));
+    div_stub *s = &e->div[e->ndiv++];
+    *s = (div_stub){ .insn = o->insn };
+    if (is_signed) {
+        e_mov(w, size, T1, RAX);
+        e_shift_imm(w, size, 7, T1, size * 8 - 1);
+        e_rr(w, size, 0x39, T1, RDX);                                       /* cmp rdx, sign */
+        s->jump[0] = e_jcc(w, CC_NE);
+        e_lea(w, size, T1, divisor, 0xff, 1, 1);
+        e_alu_imm(w, size, 7, T1, 1);
+        s->jump[1] = e_jcc(w, CC_BE);
+    } else {
+        e_rr(w, size, 0x39, divisor, RDX);                                  /* cmp rdx, divisor */
+        s->jump[0] = e_jcc(w, CC_AE);
+    }
+    e_rex(w, size, 0, 0, divisor);
+    e8(w, 0xf7), e8(w, (is_signed ? 0xf8u : 0xf0u) | (divisor & 7));
+    s->resume = w->p;
+    e->host = true;
+    e->mem = e->image = false;
+    e->recipe = -1;
+}
+
+static void emit_div_stub(emitter *e, const div_stub *s) {
+    jit_writer *w = e->w;
+    unsigned level = jit_level(e->u->key);
+    for (unsigned k = 0; k < 2; k++)
+        if (s->jump[k])
+            e_patch(s->jump[k], w->p);
+    e_mov_imm(w, T1, new_site(e, s->insn, NULL, true));
+    e_call_to(w, e->j->fallback[level]);
+    e_rr(w, 8, 0x85, T0, T0);
+    uint8_t *stay = e_jcc(w, CC_E);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->insn + 1));
+    e_gs_load(w, 8, T0, JIT_OFF(rip));
+    e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
+    e_jmp_to(w, e->j->leave[level]);
+    e_patch(stay, w->p);
+    emit_restore(w);
+    e_jmp_to(w, s->resume);
+}
+
 static void emit_move_tmp(emitter *e, const jit_op *o) {
     bool is_wide = o->size == (e->u->key & JIT_KEY_64 ? 8 : 4) && o->size == 8;
     if (is_wide && !IN_MEMORY(o->reg) && tmp_can_stay(e, (unsigned)(o - e->u->ops))) {
@@ -937,6 +996,7 @@ static void emit_op(emitter *e, unsigned k) {
         after_insn(e, o->insn);
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
+    case IR_DIV: emit_div(e, o); break;
     case IR_EA:
         if (needs_address(o))
             emit_ea(e, o);
@@ -995,6 +1055,8 @@ static void emit_block(emitter *e) {
         emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++)
         emit_side_stub(e, &e->side[k]);
+    for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++)
+        emit_div_stub(e, &e->div[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++)
         emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++)

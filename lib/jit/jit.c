@@ -202,6 +202,7 @@ static void flush_all(jit *j) {
         memset(j->hash, 0, sizeof j->hash);
         memset(j->pages, 0, sizeof j->pages);
     }
+    j->all = NULL;
     clear_tables(j);
     j->w.p = j->code_start;
     j->arena_used = 16;
@@ -219,6 +220,24 @@ static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
     return false;
 }
 
+/* Code that writes beside itself again and again: translating it each time costs far more than interpreting it. A page
+ * whose blocks die several times within few instructions is the interpreter's for a while. */
+enum { HEAT_WINDOW = 1000, HEAT_LIMIT = 6, HEAT_TIME = 30000 };
+
+static void note_heat(jit *j, uint64_t gpa) {
+    unsigned h = hash_page(gpa) & 255;
+    uint64_t now = j->vcpu->x86.retired;
+    if (now - j->heat[h].last > HEAT_WINDOW)
+        j->heat[h].kills = 0;
+    j->heat[h].last = now;
+    if (++j->heat[h].kills >= HEAT_LIMIT)
+        j->heat[h].until = now + HEAT_TIME;
+}
+
+static bool is_hot(const jit *j, uint64_t gpa) {
+    return j->vcpu->x86.retired < j->heat[hash_page(gpa) & 255].until;
+}
+
 static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
     jit *j = cpu->x86.jit;
     if (!j || !j->write_base)
@@ -232,11 +251,16 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
         if (n > bytes)
             n = bytes;
         jit_block *next;
+        bool any = false;
         for (jit_block *b = j->pages[hash_page(gpa)]; b; b = next) {
             next = b->page_next;
-            if (block_overlaps(b, gpa, n))
+            if (block_overlaps(b, gpa, n)) {
                 kill_block(j, b);
+                any = true;
+            }
         }
+        if (any)
+            note_heat(j, gpa);
         gpa += n;
         bytes -= n;
     }
@@ -389,6 +413,8 @@ static jit_block *find_block(jit *j, uint32_t key) {
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
+    if (is_hot(j, gpa))
+        return NULL;
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }

@@ -169,6 +169,7 @@ typedef struct jit {
     uint64_t window_gpa[2];               /* for reads, for writes; in emitted code as constants: where it begins, and */
     int32_t window_delta[2];              /* how far its host memory is from the x86_cpu */
     uint64_t flushes;
+    struct { uint64_t last, until; uint32_t kills; } heat[256];     /* by code page: see note_heat() */
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[3];                    /* by jit_level() */
@@ -204,6 +205,7 @@ void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
+bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */
 enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };

@@ -11,7 +11,7 @@
 #include "x86/native.h"
 
 enum insn_class { C_FALLBACK, C_MOVE /* memory destination is only written */, C_ALU /* read-modify-write */, C_TEST /* reads only */,
-                  C_LEA, C_NOP, C_PUSH, C_POP, C_CALL, C_RET, C_JMP, C_JCC, C_LEAVE };
+                  C_LEA, C_NOP, C_PUSH, C_POP, C_CALL, C_RET, C_JMP, C_JCC, C_LEAVE, C_DIV };
 
 #define M(name, class) [ZYDIS_MNEMONIC_##name] = class
 static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
@@ -19,7 +19,7 @@ static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
     M(ADD, C_ALU), M(ADC, C_ALU), M(SUB, C_ALU), M(SBB, C_ALU), M(AND, C_ALU), M(OR, C_ALU), M(XOR, C_ALU),
     M(CMP, C_TEST), M(TEST, C_TEST), M(INC, C_ALU), M(DEC, C_ALU), M(NEG, C_ALU), M(NOT, C_ALU),
     M(SHL, C_ALU), M(SHR, C_ALU), M(SAR, C_ALU), M(ROL, C_ALU), M(ROR, C_ALU), M(RCL, C_ALU), M(RCR, C_ALU),
-    M(SHLD, C_ALU), M(SHRD, C_ALU), M(IMUL, C_TEST), M(MUL, C_TEST),
+    M(SHLD, C_ALU), M(SHRD, C_ALU), M(IMUL, C_TEST), M(MUL, C_TEST), M(DIV, C_DIV), M(IDIV, C_DIV),
     M(BT, C_TEST), M(BTS, C_ALU), M(BTR, C_ALU), M(BTC, C_ALU),
     M(BSF, C_TEST), M(BSR, C_TEST), M(TZCNT, C_TEST), M(LZCNT, C_TEST), M(POPCNT, C_TEST), M(CRC32, C_TEST),
     M(BSWAP, C_ALU), M(XCHG, C_ALU), M(XADD, C_ALU), M(CMPXCHG, C_ALU), M(CMPXCHG8B, C_ALU), M(CMPXCHG16B, C_ALU),
@@ -146,6 +146,8 @@ static bool is_bit_string(const x86_insn *in) {
 /* x87 instructions that may run natively: all that only compute. Control instructions and MMX go to the semantic functions. */
 bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
 
+bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
+
 static bool is_x87_store(const x86_insn *in) {
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_FST: case ZYDIS_MNEMONIC_FSTP: case ZYDIS_MNEMONIC_FIST: case ZYDIS_MNEMONIC_FISTP:
@@ -198,6 +200,8 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
         return c;
     case C_JCC:
         return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
+    case C_DIV:
+        return in->op[0].kind == X86_OP_GPR && in->op[0].size >= 4 && in->op[0].reg != X86_RAX && in->op[0].reg != X86_RDX ? c : C_FALLBACK;
     case C_LEA:
         return in->asz == 2 || in->osz == 2 ? C_FALLBACK : c;
     case C_NOP:
@@ -220,7 +224,7 @@ void jit_classify_flags(const x86_insn *in, jit_info *info) {
 
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
     switch (class_of(u, in)) {
-    case C_FALLBACK: case C_PUSH: case C_POP: case C_CALL: case C_RET: case C_LEAVE:
+    case C_FALLBACK: case C_PUSH: case C_POP: case C_CALL: case C_RET: case C_LEAVE: case C_DIV:
         return true;
     case C_LEA: case C_NOP: case C_JCC:
         return false;
@@ -329,7 +333,7 @@ unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm) {
 
 static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
     switch (mnemonic) {
-    case ZYDIS_MNEMONIC_MUL: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_MUL: case ZYDIS_MNEMONIC_DIV: case ZYDIS_MNEMONIC_IDIV: return 1u << X86_RAX | 1u << X86_RDX;
     case ZYDIS_MNEMONIC_IMUL: return nops == 1 ? 1u << X86_RAX | 1u << X86_RDX : 0;
     case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO: return 1u << X86_RDX;
     case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE: case ZYDIS_MNEMONIC_LAHF:
@@ -346,7 +350,8 @@ static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
 uint16_t jit_changed_regs(const x86_insn *in) {
     uint16_t changed = implicit_changes(in->mnemonic, in->nops);
     bool reads_first = in->mnemonic == ZYDIS_MNEMONIC_CMP || in->mnemonic == ZYDIS_MNEMONIC_TEST || in->mnemonic == ZYDIS_MNEMONIC_BT ||
-                       in->mnemonic == ZYDIS_MNEMONIC_PUSH || in->mnemonic == ZYDIS_MNEMONIC_CALL || in->mnemonic == ZYDIS_MNEMONIC_JMP;
+                       in->mnemonic == ZYDIS_MNEMONIC_PUSH || in->mnemonic == ZYDIS_MNEMONIC_DIV || in->mnemonic == ZYDIS_MNEMONIC_IDIV ||
+                       in->mnemonic == ZYDIS_MNEMONIC_CALL || in->mnemonic == ZYDIS_MNEMONIC_JMP;
     bool writes_second = in->mnemonic == ZYDIS_MNEMONIC_XCHG || in->mnemonic == ZYDIS_MNEMONIC_XADD || in->mnemonic == ZYDIS_MNEMONIC_MULX;
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_GPR && ((i == 0 && !reads_first) || (i == 1 && writes_second)))
@@ -462,6 +467,7 @@ static void lift_insn(jit_unit *u, unsigned i) {
         add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i);
         break;
     case C_LEA: add_op(u, IR_LEA, i); break;
+    case C_DIV: add_op(u, IR_DIV, i); break;
     case C_NOP: break;
     case C_PUSH: lift_push(u, i, in); break;
     case C_POP: lift_pop(u, i, in); break;

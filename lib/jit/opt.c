@@ -175,7 +175,7 @@ static void follow_insn(group_pass *g, unsigned i) {
 static void follow(group_pass *g, unsigned k) {
     const jit_op *o = &g->u->ops[k];
     switch (o->op) {
-    case IR_NATIVE: case IR_LEA: case IR_ACCESS: follow_insn(g, o->insn); break;
+    case IR_NATIVE: case IR_LEA: case IR_ACCESS: case IR_DIV: follow_insn(g, o->insn); break;
     case IR_CHECK: place_check(g, k); break;
     case IR_ADD_SP: g->reg[X86_RSP].offset += o->imm; break;
     case IR_POP_REG: fresh(g, o->reg); break;
