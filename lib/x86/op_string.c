@@ -182,10 +182,11 @@ static bool is_repeated(const x86_cpu *cpu, const x86_insn *in)
     return !(cpu->rflags & X86_FL_ZF) == !!(in->flags & X86_IF_REPNE);
 }
 
+/* The second operand is read first, as the silicon shows when both would fault. */
 static bool cmps_step(x86_cpu *cpu, const x86_insn *in, const string_state *s)
 {
-    uint64_t a = x86_load(cpu, source(cpu, in, s), s->n);
     uint64_t b = x86_load(cpu, destination(cpu, s, X86_READ), s->n);
+    uint64_t a = x86_load(cpu, source(cpu, in, s), s->n);
     compare[X86_SIZE_INDEX(s->n)](&cpu->rflags, a, b);
     advance(cpu, X86_RSI, s, s->delta);
     advance(cpu, X86_RDI, s, s->delta);
