@@ -13,3 +13,6 @@ tests_insn_vectors286_CPPFLAGS = $(AM_CPPFLAGS) -DVECTORS_SRCDIR='"$(top_srcdir)
 tests_insn_vectors286_LDADD = $(TEST_LIBS)
 tests_insn_vectors286_LDFLAGS = -static
 EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcodes.json
+check_PROGRAMS += tests/insn/scenes
+tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/world.h tests/insn/world.def
+tests_insn_scenes_LDADD = $(TEST_LIBS)
