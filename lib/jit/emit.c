@@ -969,12 +969,15 @@ static void note_x87(emitter *e, unsigned i) {
     jit_writer *w = e->w;
     if (!jit_insn_is_x87(in))
         return;
-    if (in->flags & X86_IF_MEM) {
-        e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_LA));
-    }
+    uint32_t site = new_site(e, i, NULL, true);
     e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_X87_LAST));
-    e32(w, new_site(e, i, NULL, true));
+    e32(w, site);
+    if (!(in->flags & X86_IF_MEM))
+        return;
+    e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
+    e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_LA));
+    e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_X87_LAST_MEM));
+    e32(w, site);
 }
 
 /* Members of a group have their address from its slot, or spell it in the access. */

@@ -474,22 +474,21 @@ static void count_retired(jit *j, x86_cpu *cpu, unsigned index) {
 /* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
 static void load_x87_pointers(jit *j, x86_cpu *cpu) {
     memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
-    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST];
-    if (!last)
-        return;
-    const jit_site *s = (const jit_site *)(j->arena + last);
-    bool is_64 = s->in.mode == 8;
-    cpu->jit_scratch[JIT_SLOT_X87_LAST] = 0;
-    X86_FPU_FOP(cpu) = (uint16_t)((s->in.opcode & 7) << 8 | s->in.modrm);
-    X86_FPU_FIP(cpu) = is_64 ? s->rip : (uint32_t)s->rip;
-    X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
-    if (!(s->in.flags & X86_IF_MEM))
-        return;
-    uint64_t la = cpu->jit_scratch[JIT_SLOT_X87_LA];
-    bool has_base = !is_64 || s->in.seg == X86_FS || s->in.seg == X86_GS;
-    uint64_t offset = la - (has_base ? cpu->seg[s->in.seg].base : 0);
-    X86_FPU_FDP(cpu) = is_64 ? offset : (uint32_t)offset;
-    X86_FPU_FDS(cpu) = cpu->seg[s->in.seg].sel;
+    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST], last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
+    cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = 0;
+    if (last) {
+        const jit_site *s = (const jit_site *)(j->arena + last);
+        X86_FPU_FOP(cpu) = (uint16_t)((s->in.opcode & 7) << 8 | s->in.modrm);
+        X86_FPU_FIP(cpu) = s->in.mode == 8 ? s->rip : (uint32_t)s->rip;
+        X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
+    }
+    if (last_mem) {
+        const x86_insn *in = &((const jit_site *)(j->arena + last_mem))->in;
+        bool has_base = in->mode != 8 || in->seg == X86_FS || in->seg == X86_GS;
+        uint64_t offset = cpu->jit_scratch[JIT_SLOT_X87_LA] - (has_base ? cpu->seg[in->seg].base : 0);
+        X86_FPU_FDP(cpu) = in->mode == 8 ? offset : (uint32_t)offset;
+        X86_FPU_FDS(cpu) = cpu->seg[in->seg].sel;
+    }
 }
 static void keep_x87_pointers(jit *j, const x86_cpu *cpu) { memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers); }
 

@@ -176,12 +176,13 @@ typedef struct jit {
     uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags;      /* writable view, for e_call_to */
 } jit;
 
-#define JIT_GROUPS 14                     /* slots JIT_SLOT_GROUP.. */
+#define JIT_GROUPS 13                     /* slots JIT_SLOT_GROUP.. */
 /* Slots of x86_cpu.jit_scratch that emitted code uses. */
 enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
        JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */, JIT_SLOT_WRITE_LIMIT, JIT_SLOT_FLAG_A, JIT_SLOT_FLAG_B,
        JIT_SLOT_LEAVE /* a callback asked for the run loop */,
-       JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */, JIT_SLOT_X87_LA, JIT_SLOT_X87_NEXT_LA,
+       JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
+       JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */, JIT_SLOT_X87_LA, JIT_SLOT_X87_NEXT_LA,
        JIT_SLOT_GROUP };
 /* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result), FLAG_B its second. */
 #define JIT_LAZY_FLAGS(kind, size) ((kind) + 1u + ((size) << 8))

@@ -70,7 +70,7 @@ unsigned jit_insn_access(const x86_insn *in) {
         return 0;
     bool first = in->op[0].kind == X86_OP_MEM || in->op[0].kind == X86_OP_MOFFS;
     if (jit_insn_is_x87(in))
-        return is_x87_store(in) ? X86_WRITE : X86_READ;
+        return is_x87_store(in) ? X86_READ | X86_WRITE : X86_READ;     /* a store may pop: it must not be made twice */
     if (in->flags & X86_IF_VEC)
         return first ? X86_WRITE : X86_READ;
     switch (classes[in->mnemonic]) {
