@@ -3,7 +3,7 @@
 # A test program is a line in check_PROGRAMS with its sources, linked with $(TEST_LIBS): the harness (tests/test.h), whose main()
 # it uses, and the library, statically, so that hidden symbols can be reached too. Scripts that print the same lines go into
 # script_tests.
-EXTRA_DIST += tests/run-all
+EXTRA_DIST += tests/run-all tests/coverage
 script_tests =
 check_LIBRARIES = tests/libtest.a
 tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
@@ -20,6 +20,10 @@ include $(srcdir)/tests/fuzz/local.mk
 check-local: $(check_PROGRAMS) $(check_LIBRARIES) $(noinst_PROGRAMS)
 	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' CC='$(CC)' CXX='$(CXX)' \
 	  sh $(srcdir)/tests/run-all $(check_PROGRAMS) $(script_tests:%=$(srcdir)/%)
+coverage:
+	-$(MAKE) check
+	sh $(srcdir)/tests/coverage
+.PHONY: coverage
 clean-local:
 	rm -rf tests/logs
 .PHONY: clean-local
