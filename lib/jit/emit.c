@@ -908,7 +908,7 @@ static void emit_div(emitter *e, const jit_op *o) {
     const x86_insn *in = &e->u->insn[o->insn];
     unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = IN_MEMORY(reg) ? T0 : home[reg];
     bool is_signed = jit_insn_is_idiv(in);
-    need_mem(e);                          /* the slow way needs them there; afterwards they are undefined */
+    need_mem(e);
     if (divisor == T0)
         e_gs_load(w, 8, T0, GPR(reg));
     div_stub *s = &e->div[e->ndiv++];
@@ -928,8 +928,7 @@ static void emit_div(emitter *e, const jit_op *o) {
     e_rex(w, size, 0, 0, divisor);
     e8(w, 0xf7), e8(w, (is_signed ? 0xf8u : 0xf0u) | (divisor & 7));
     s->resume = w->p;
-    e->host = true;
-    e->mem = e->image = false;
+    e->host = e->image = false;           /* undefined: as they were, which is what the semantic function leaves */
     e->recipe = -1;
 }
 
@@ -948,7 +947,6 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
     e_jmp_to(w, e->j->leave[level]);
     e_patch(stay, w->p);
-    emit_restore(w);
     e_jmp_to(w, s->resume);
 }
 
