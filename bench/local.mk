@@ -1,23 +1,41 @@
 # bench: `make bench`. Ratios against peers measured in the same run, and JSON beside the build; never part of `make check`.
 # Unicorn is a peer of the kernels' benchmark when its header is there.
-EXTRA_DIST += bench/boot bench/kernels.c bench/kernels.ld
+EXTRA_DIST += bench/boot bench/guest bench/guest_main.c bench/kernels.c bench/kernels.ld
 EXTRA_PROGRAMS += bench/bench_kernels
 bench_bench_kernels_SOURCES = bench/bench_kernels.c
 bench_bench_kernels_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_kernels_LDADD = libvm.la $(UNICORN_LIBS) -lm
 bench/kernels.elf: bench/kernels.c bench/kernels.ld
 	@$(MKDIR_P) bench
-	$(AM_V_CC)$(CC) -O2 -mavx2 -mfma -maes -msse4.2 -ffreestanding -fno-pic -mcmodel=large -fno-stack-protector -nostdlib -static \
+	$(AM_V_CC)$(CC) -O2 -ffreestanding -fno-pic -mcmodel=large -fno-stack-protector -fno-tree-loop-distribute-patterns -mno-red-zone -nostdlib -static \
 	  -Wl,--build-id=none -Wl,-T,$(srcdir)/bench/kernels.ld -o $@ $(srcdir)/bench/kernels.c
-CLEANFILES += bench/kernels.elf bench/kernels.json boot.json
+# The same kernels as a program for the guest; the 32-bit build needs gcc's multilib and is left out without it.
+GUEST_CFLAGS = -O2 -fno-stack-protector -fno-tree-loop-distribute-patterns -static -fno-pie -no-pie
+bench/guest64: bench/guest_main.c bench/kernels.c
+	@$(MKDIR_P) bench
+	$(AM_V_CC)$(CC) $(GUEST_CFLAGS) -o $@ $(srcdir)/bench/guest_main.c
+bench/guest32: bench/guest_main.c bench/kernels.c
+	@$(MKDIR_P) bench
+	$(AM_V_CC)$(CC) -m32 $(GUEST_CFLAGS) -o $@ $(srcdir)/bench/guest_main.c 2>/dev/null || \
+	  { rm -f $@; echo "no 32-bit compiler (gcc-multilib): 32-bit kernels left out"; }
+
+EXTRA_PROGRAMS += bench/bench_calls
+bench_bench_calls_SOURCES = bench/bench_calls.c
+bench_bench_calls_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
+bench_bench_calls_LDADD = libvm.la $(UNICORN_LIBS)
+CLEANFILES += bench/kernels.elf bench/guest64 bench/guest32 bench/kernels.json bench/calls.json guest.json boot.json
 
 BENCH_COLUMNS = jit,flat,interp,unicorn
-bench: bench-kernels bench-boot $(bench_kvm_target)
+bench: bench-kernels bench-calls bench-guest bench-boot $(bench_kvm_target)
 bench-kernels: bench/bench_kernels bench/kernels.elf
 	bench/bench_kernels bench/kernels.elf --json bench/kernels.json --columns $(BENCH_COLUMNS)
+bench-calls: bench/bench_calls
+	bench/bench_calls --json bench/calls.json
+bench-guest: examples/vmrun bench/guest64 bench/guest32
+	VMRUN=examples/vmrun BENCH_JSON=guest.json $(srcdir)/bench/guest bench/guest64 bench/guest32
 bench-boot: examples/vmrun
 	VMRUN=examples/vmrun BENCH_JSON=boot.json $(srcdir)/bench/boot
-.PHONY: bench bench-kernels bench-boot bench-kvm
+.PHONY: bench bench-kernels bench-calls bench-guest bench-boot bench-kvm
 
 # KVM: exits, creation, ring 3, against raw ioctls. Says so and ends where there is no usable KVM.
 if BUILD_KVM
