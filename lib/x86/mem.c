@@ -62,6 +62,8 @@ static uint8_t *resolve(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, 
             return e->host + offset;
         if (pass)
             break;
+        if ((cpu->tlb[ctx].meta[X86_TLB_INDEX(la)] & X86_TLBM_IO) && x86_tlb_known(cpu, ctx, la, access, gpa))
+            return NULL;                                     /* a device that has been met before: no RAM to look for */
         if (!cpu->env->fill(cpu, la, access, ctx, gpa))
             x86_raise_fault(cpu, &cpu->fault);
     }
@@ -77,7 +79,17 @@ static x86_io_access *replay(x86_cpu *cpu)
     return &cpu->io_log[cpu->io_pos++];
 }
 
-static void log_done(x86_cpu *cpu, const x86_io_access *a)
+static void log_done(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value, bool is_write, bool is_fetch)
+{
+    if (cpu->io_count < X86_IO_LOG) {
+        x86_io_access *a = &cpu->io_log[cpu->io_count];
+        *a = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_write = is_write,
+                              .is_fetch = is_fetch, .done = true };
+        cpu->io_pos = ++cpu->io_count;
+    }
+}
+
+static void log_port(x86_cpu *cpu, const x86_io_access *a)
 {
     if (cpu->io_count < X86_IO_LOG) {
         cpu->io_log[cpu->io_count] = *a;
@@ -91,27 +103,26 @@ static uint64_t io_read(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uns
     const x86_io_access *old = replay(cpu);
     if (old)
         return old->data;
-    x86_io_access a = { .gpa = gpa, .gva = la, .width = (uint8_t)n, .is_fetch = access == X86_EXEC };
+    uint64_t value = 0;
     cpu->stat[X86_STAT_MMIO]++;
-    if (cpu->env->phys_read(cpu, gpa, la, n, access, &a.data) == X86_IO_EXIT) {
-        cpu->io = a;
+    if (cpu->env->phys_read(cpu, gpa, la, n, access, &value) == X86_IO_EXIT) {
+        cpu->io = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_fetch = access == X86_EXEC };
         x86_leave(cpu, X86_STOP_IO);
     }
-    log_done(cpu, &a);
-    return a.data;
+    log_done(cpu, gpa, la, n, value, false, access == X86_EXEC);
+    return value;
 }
 
 static void io_write(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value)
 {
     if (replay(cpu))
         return;
-    x86_io_access a = { .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_write = true };
     cpu->stat[X86_STAT_MMIO]++;
     if (cpu->env->phys_write(cpu, gpa, la, n, value) == X86_IO_EXIT) {
-        cpu->io = a;
+        cpu->io = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_write = true };
         x86_leave(cpu, X86_STOP_IO);
     }
-    log_done(cpu, &a);
+    log_done(cpu, gpa, la, n, value, true, false);
 }
 
 static unsigned io_piece(unsigned n)
@@ -389,7 +400,7 @@ uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n)
         cpu->io = a;
         x86_leave(cpu, X86_STOP_IO);
     }
-    log_done(cpu, &a);
+    log_port(cpu, &a);
     return a.data;
 }
 
@@ -403,5 +414,5 @@ void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value)
         cpu->io = a;
         x86_leave(cpu, X86_STOP_IO);
     }
-    log_done(cpu, &a);
+    log_port(cpu, &a);
 }
