@@ -984,6 +984,20 @@ static bool needs_address(const jit_op *ea) {
     return check->role != JIT_CHECK_MEMBER || (check->window && !check->is_direct);
 }
 
+static void emit_canon(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    before_clobber(e);
+    e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+    e_mov(w, 8, T1, T0);
+    e_shift_imm(w, 8, 4, T1, 16);
+    e_shift_imm(w, 8, 7, T1, 16);                                           /* sar */
+    e_rr(w, 8, 0x39, T0, T1);
+    leave_stub *s = new_leave(e, JIT_LEAVE_STEP, e_jcc(w, CC_NE));
+    s->rip = e->u->insn_rip[o->insn];
+    s->index = (uint8_t)o->insn;
+    e->host = false;
+}
+
 static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
@@ -1022,6 +1036,7 @@ static void emit_op(emitter *e, unsigned k) {
         break;
     case IR_ADD_SP: e_lea(e->w, sp_size, R12, R12, 0xff, 1, (int32_t)o->imm); break;
     case IR_MOVE_TMP: emit_move_tmp(e, o); break;
+    case IR_CANON: emit_canon(e, o); break;
     case IR_FALLBACK: case IR_FALLBACK_END: emit_fallback(e, o); break;
     case IR_JUMP:
         prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);

@@ -451,6 +451,8 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
             o->size = (uint8_t)n;
         }
     }
+    if (class == C_CALL && !is_direct && (u->key & JIT_KEY_64))
+        add_op(u, IR_CANON, i);
     if (class == C_CALL)
         lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
     jit_op *o = add_op(u, is_direct ? (class == C_JCC ? IR_JCC : IR_JUMP) : IR_JUMP_TMP, i);
