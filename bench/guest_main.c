@@ -1,4 +1,5 @@
-/* guest_main.c - the kernels as a Linux program: runs each, or the named ones, and prints "bench NAME N MICROSECONDS RESULT".
+/* guest_main.c - the kernels as a Linux program: runs each, or the named ones, and prints "bench NAME N MICROSECONDS RESULT", and
+ * "begin NAME" and "end" around each round for who measures from outside.
  * Static, for an initramfs; native, in libvm and in a peer's guest the very same file is run. Besides the kernels: a loop of
  * system calls, one of page faults, one of fork and exec of busybox. Built for 64 and for 32 bits (the integer kernels only).
  *
@@ -84,12 +85,16 @@ static void run_job(unsigned i)
         return;
 #endif
     for (int round = 0; round < 2; round++) {
+        printf("begin %s\n", jobs[i].name);
+        fflush(stdout);
         clockid_t clock = jobs[i].run == run_forkexec ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID;
         u64 t = now(clock);
         result = jobs[i].run(jobs[i].n);
         t = now(clock) - t;
         if (t < best)
             best = t;
+        printf("end\n");
+        fflush(stdout);
     }
     printf("bench %s%s %llu %llu %llx\n", jobs[i].name, sizeof(void *) == 4 ? "-32" : "", (unsigned long long)jobs[i].n,
            (unsigned long long)best, (unsigned long long)result);

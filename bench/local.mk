@@ -19,7 +19,9 @@ bench/guest32: bench/guest_main.c bench/kernels.c
 	$(AM_V_CC)$(CC) -m32 $(GUEST_CFLAGS) -o $@ $(srcdir)/bench/guest_main.c 2>/dev/null || \
 	  { rm -f $@; echo "no 32-bit compiler (gcc-multilib): 32-bit kernels left out"; }
 
-EXTRA_PROGRAMS += bench/bench_calls
+EXTRA_PROGRAMS += bench/bench_calls bench/cputime
+bench_cputime_SOURCES = bench/cputime.c
+bench_cputime_LDADD =
 bench_bench_calls_SOURCES = bench/bench_calls.c
 bench_bench_calls_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_calls_LDADD = libvm.la $(UNICORN_LIBS)
@@ -31,8 +33,8 @@ bench-kernels: bench/bench_kernels bench/kernels.elf
 	bench/bench_kernels bench/kernels.elf --json bench/kernels.json --columns $(BENCH_COLUMNS)
 bench-calls: bench/bench_calls
 	bench/bench_calls --json bench/calls.json
-bench-guest: examples/vmrun bench/guest64 bench/guest32
-	VMRUN=examples/vmrun BENCH_JSON=guest.json $(srcdir)/bench/guest bench/guest64 bench/guest32
+bench-guest: examples/vmrun bench/cputime bench/guest64 bench/guest32
+	VMRUN=examples/vmrun BENCH_JSON=guest.json $(srcdir)/bench/guest bench/cputime bench/guest64 bench/guest32
 bench-boot: examples/vmrun
 	VMRUN=examples/vmrun BENCH_JSON=boot.json $(srcdir)/bench/boot
 .PHONY: bench bench-kernels bench-calls bench-guest bench-boot bench-kvm
