@@ -185,7 +185,7 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     case C_PUSH:
         if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG)
             return C_FALLBACK;
-        return in->flags & X86_IF_MEM ? (address_form(u, in) ? c : C_FALLBACK) : c;
+        return in->flags & X86_IF_MEM ? C_FALLBACK : c;        /* two accesses: a device must not be read again for the second */
     case C_POP:
         return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
     case C_LEAVE: case C_RET: case C_CALL: case C_JMP:
