@@ -373,11 +373,14 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     unsigned first = 4096 - (gpa & 0xfff), prot[2] = { 0 };
-    uint64_t gpa2 = next_page_gpa(cpu);
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
+    const uint8_t *a = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot[0]);
+    if (!a || !(prot[0] & X86_EXEC) || first >= 15)        /* what the first page does comes before the second's faults */
+        return NULL;
+    uint64_t gpa2 = next_page_gpa(cpu);
     cpu->env->code_page(cpu, gpa2);
-    const uint8_t *a = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot[0]), *b = cpu->env->page(cpu, gpa2, &prot[1]);
-    if (!a || !b || !(prot[0] & prot[1] & X86_EXEC) || first >= 15)
+    const uint8_t *b = cpu->env->page(cpu, gpa2, &prot[1]);
+    if (!b || !(prot[1] & X86_EXEC))
         return NULL;
     if (key & JIT_KEY_WINDOW) {
         note_code_page(j, gpa & X86_PAGE_MASK);
