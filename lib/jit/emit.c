@@ -639,6 +639,21 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
         emit_restore(w);
 }
 
+/* The store has killed this very block. A single access is done: go on after it, for it may have rewritten itself. One that
+ * is part of an instruction (PUSH, CALL) is made again by the interpreter. */
+static void emit_leave_dead(emitter *e, const slow_stub *s) {
+    jit_writer *w = e->w;
+    unsigned i = s->check->insn;
+    bool is_done = s->access->op == IR_ACCESS;
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + is_done));
+    if (is_done)
+        e_gs_load(w, 8, T0, JIT_OFF(next_rip));
+    else
+        e_mov_imm(w, T0, e->u->insn_rip[i]);
+    e_mov_imm(w, T1, is_done ? JIT_LEAVE_LOOKUP : JIT_LEAVE_STEP);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
+}
+
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
@@ -678,10 +693,7 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         e_call_to(w, j->commit[vec]);
         e_rr(w, 8, 0x85, T0, T0);
         uint8_t *fine = e_jcc(w, CC_E);
-        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->check->insn);
-        e_mov_imm(w, T0, e->u->insn_rip[s->check->insn]);
-        e_mov_imm(w, T1, JIT_LEAVE_STEP);
-        e_jmp_to(w, j->leave[vec]);
+        emit_leave_dead(e, s);
         e_patch(fine, w->p);
         if (s->restore)
             emit_restore(w);
