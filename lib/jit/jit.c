@@ -822,11 +822,32 @@ static x86_stop caught(jit *j, x86_cpu *cpu) {
 
 enum { FAULTS_IN_A_ROW = 256 };           /* then the run loop looks at its deadline: nothing retires, no slice ends */
 
+enum { COLD_INSTRUCTIONS = 2000 };
+
+/* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm now. */
+static x86_stop run_cold(jit *j, x86_cpu *cpu) {
+    int64_t budget = cpu->budget, cold = COLD_INSTRUCTIONS - j->cold_done;
+    if (cold <= 0)
+        return X86_STOP_NONE;
+    cpu->budget = budget < cold ? budget : cold;
+    int64_t given = cpu->budget;
+    x86_stop stop = vm_backend_interp.run(j->vcpu);
+    int64_t done = given - cpu->budget;
+    j->cold_done += done > 0 ? done : 1;
+    cpu->budget = budget - done;
+    return stop == X86_STOP_SLICE && cpu->budget > 0 ? X86_STOP_NONE : stop;
+}
+
 static x86_stop jit_run(vm_vcpu *vcpu) {
     x86_cpu *cpu = &vcpu->x86;
     jit *j = cpu->jit;
-    if (!j->write_base && !jit_start(j))
-        return vm_backend_interp.run(vcpu);
+    if (!j->write_base) {
+        x86_stop stop = run_cold(j, cpu);
+        if (stop != X86_STOP_NONE)
+            return stop;
+        if (!jit_start(j))
+            return vm_backend_interp.run(vcpu);
+    }
     if (cpu->has_until)
         add_stop(j, cpu->until);
     const uint64_t host_gs = read_gs();
