@@ -1,7 +1,7 @@
 /* asm.h - the few x86-64 encodings the emitter writes itself. Guest instructions are spelled by x86_reencode().
  *
- * A writer never checks space per byte: the emitter guarantees JIT_BLOCK_MAX bytes before it starts a block, and w->p is
- * compared with w->end once a guest instruction.
+ * A writer never checks space per byte: the emitter guarantees JIT_BLOCK_MAX bytes before it starts a block, and w->p
+ * is compared with w->end once a guest instruction.
  */
 #ifndef LIBVM_JIT_ASM_H
 #define LIBVM_JIT_ASM_H
@@ -15,26 +15,37 @@ enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, 
 enum { CC_O, CC_NO, CC_B, CC_AE, CC_E, CC_NE, CC_BE, CC_A, CC_S, CC_NS, CC_P, CC_NP, CC_L, CC_GE, CC_LE, CC_G };
 
 typedef struct jit_writer {
-    uint8_t *p, *end;          /* in the writable view */
-    ptrdiff_t to_exec;         /* add: address in the executable view */
+    uint8_t *p, *end;  /* in the writable view */
+    ptrdiff_t to_exec; /* add: address in the executable view */
 } jit_writer;
 
 static inline void e8(jit_writer *w, unsigned v) { *w->p++ = (uint8_t)v; }
-static inline void e16(jit_writer *w, unsigned v) { uint16_t x = (uint16_t)v; memcpy(w->p, &x, 2); w->p += 2; }
-static inline void e32(jit_writer *w, uint32_t v) { memcpy(w->p, &v, 4); w->p += 4; }
-static inline void e64(jit_writer *w, uint64_t v) { memcpy(w->p, &v, 8); w->p += 8; }
-static inline void ebytes(jit_writer *w, const void *b, unsigned n) { memcpy(w->p, b, n); w->p += n; }
+static inline void e16(jit_writer *w, unsigned v) {
+    uint16_t x = (uint16_t)v;
+    memcpy(w->p, &x, 2);
+    w->p += 2;
+}
+static inline void e32(jit_writer *w, uint32_t v) {
+    memcpy(w->p, &v, 4);
+    w->p += 4;
+}
+static inline void e64(jit_writer *w, uint64_t v) {
+    memcpy(w->p, &v, 8);
+    w->p += 8;
+}
+static inline void ebytes(jit_writer *w, const void *b, unsigned n) {
+    memcpy(w->p, b, n);
+    w->p += n;
+}
 
 static inline void e_rex(jit_writer *w, unsigned size, unsigned reg, unsigned index, unsigned base) {
     unsigned rex = 0x40u | (size == 8 ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 | (base >> 3 & 1);
-    if (rex != 0x40u)
-        e8(w, rex);
+    if (rex != 0x40u) e8(w, rex);
 }
 
 /* op reg, rm (registers) */
 static inline void e_rr(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned rm) {
-    if (size == 2)
-        e8(w, 0x66);
+    if (size == 2) e8(w, 0x66);
     e_rex(w, size, reg, 0, rm);
     e8(w, op);
     e8(w, 0xc0u | (reg & 7) << 3 | (rm & 7));
@@ -42,11 +53,9 @@ static inline void e_rr(jit_writer *w, unsigned size, unsigned op, unsigned reg,
 /* op reg, gs:[disp32] */
 static inline void e_r_gs(jit_writer *w, unsigned size, unsigned op, unsigned reg, int32_t disp) {
     e8(w, 0x65);
-    if (size == 2)
-        e8(w, 0x66);
+    if (size == 2) e8(w, 0x66);
     e_rex(w, size, reg, 0, 0);
-    if (op > 0xff)
-        e8(w, op >> 8);
+    if (op > 0xff) e8(w, op >> 8);
     e8(w, op & 0xff);
     e8(w, (reg & 7) << 3 | 4);
     e8(w, 0x25);
@@ -72,20 +81,22 @@ static inline void e_r_gs8(jit_writer *w, unsigned size, unsigned op, unsigned r
 /* op reg, [base + disp32] */
 static inline void e_r_mem(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned base, int32_t disp) {
     e_rex(w, size, reg, 0, base);
-    if (op > 0xff)
-        e8(w, op >> 8);
+    if (op > 0xff) e8(w, op >> 8);
     e8(w, op & 0xff);
     unsigned mod = disp == 0 && (base & 7) != 5 ? 0 : disp == (int8_t)disp ? 0x40 : 0x80;
     e8(w, mod | (reg & 7) << 3 | (base & 7));
-    if ((base & 7) == 4)
-        e8(w, 0x24);
+    if ((base & 7) == 4) e8(w, 0x24);
     if (mod == 0x40)
         e8(w, (uint8_t)disp);
     else if (mod == 0x80)
         e32(w, (uint32_t)disp);
 }
-static inline void e_gs_load(jit_writer *w, unsigned size, unsigned reg, int32_t disp) { e_r_gs(w, size, 0x8b, reg, disp); }
-static inline void e_gs_store(jit_writer *w, unsigned size, unsigned reg, int32_t disp) { e_r_gs(w, size, 0x89, reg, disp); }
+static inline void e_gs_load(jit_writer *w, unsigned size, unsigned reg, int32_t disp) {
+    e_r_gs(w, size, 0x8b, reg, disp);
+}
+static inline void e_gs_store(jit_writer *w, unsigned size, unsigned reg, int32_t disp) {
+    e_r_gs(w, size, 0x89, reg, disp);
+}
 static inline void e_mov(jit_writer *w, unsigned size, unsigned dst, unsigned src) { e_rr(w, size, 0x89, src, dst); }
 
 static inline void e_mov_imm(jit_writer *w, unsigned reg, uint64_t v) {
@@ -105,7 +116,8 @@ static inline void e_mov_imm(jit_writer *w, unsigned reg, uint64_t v) {
     }
 }
 /* lea reg, [base + index * scale + disp]; base, index may be 0xff (none); index not RSP */
-static inline void e_lea(jit_writer *w, unsigned size, unsigned reg, unsigned base, unsigned index, unsigned scale, int32_t disp) {
+static inline void e_lea(jit_writer *w, unsigned size, unsigned reg, unsigned base, unsigned index, unsigned scale,
+                         int32_t disp) {
     unsigned ss = scale == 8 ? 3 : scale == 4 ? 2 : scale == 2 ? 1 : 0;
     e_rex(w, size, reg, index == 0xff ? 0 : index, base == 0xff ? 0 : base);
     e8(w, 0x8d);
@@ -146,13 +158,26 @@ static inline void e_shift_imm(jit_writer *w, unsigned size, unsigned n, unsigne
     e8(w, count);
 }
 /* Jumps return where their rel32 lies, for e_patch(). */
-static inline uint8_t *e_jcc(jit_writer *w, unsigned cc) { e8(w, 0x0f); e8(w, 0x80u | cc); e32(w, 0); return w->p - 4; }
-static inline uint8_t *e_jmp(jit_writer *w) { e8(w, 0xe9); e32(w, 0); return w->p - 4; }
+static inline uint8_t *e_jcc(jit_writer *w, unsigned cc) {
+    e8(w, 0x0f);
+    e8(w, 0x80u | cc);
+    e32(w, 0);
+    return w->p - 4;
+}
+static inline uint8_t *e_jmp(jit_writer *w) {
+    e8(w, 0xe9);
+    e32(w, 0);
+    return w->p - 4;
+}
 static inline void e_patch(uint8_t *rel, const uint8_t *target) {
     int32_t d = (int32_t)(target - (rel + 4));
     memcpy(rel, &d, 4);
 }
 static inline void e_jmp_to(jit_writer *w, const uint8_t *target) { e_patch(e_jmp(w), target); }
-static inline void e_call_to(jit_writer *w, const uint8_t *target) { e8(w, 0xe8); e32(w, 0); e_patch(w->p - 4, target); }
+static inline void e_call_to(jit_writer *w, const uint8_t *target) {
+    e8(w, 0xe8);
+    e32(w, 0);
+    e_patch(w->p - 4, target);
+}
 
 #endif

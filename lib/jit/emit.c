@@ -1,38 +1,39 @@
 /* emit.c - IR to x86-64 code.
  *
- * Register plan. GS base points at the x86_cpu, so its fields need no register. Guest RAX RCX RDX RBX RBP RSI RDI R8-R11 live in
- * the host registers of the same name and guest RSP in host R12, across blocks; guest R12-R15 stay in memory. Host R13
- * and R14 are scratch (R14 the address), R15 counts instructions down, RSP is the host's stack. Guest XMM/YMM registers and
- * MXCSR are the host's in blocks with JIT_KEY_VEC.
+ * Register plan. GS base points at the x86_cpu, so its fields need no register. Guest RAX RCX RDX RBX RBP RSI RDI
+ * R8-R11 live in the host registers of the same name and guest RSP in host R12, across blocks; guest R12-R15 stay in
+ * memory. Host R13 and R14 are scratch (R14 the address), R15 counts instructions down, RSP is the host's stack. Guest
+ * XMM/YMM registers and MXCSR are the host's in blocks with JIT_KEY_VEC.
  *
- * Flags. The guest's arithmetic flags are the host's flags wherever an instruction needs them. An address check destroys them,
- * and whoever looks at the CPU (a fault, a callback, the run loop) wants them exact, so at each point the emitter knows up
- * to three sources: the host's flags (`host`), a saved image in JIT_SLOT_FLAGS (`mem`), or a recipe: the last instruction that
- * wrote them can be done again on registers nobody has changed since (CMP and TEST as they are, ADD and SUB by
- * inverting, logic from its result). A recipe costs nothing on the fast path: it is carried out in the stubs.
+ * Flags. The guest's arithmetic flags are the host's flags wherever an instruction needs them. An address check
+ * destroys them, and whoever looks at the CPU (a fault, a callback, the run loop) wants them exact, so at each point
+ * the emitter knows up to three sources: the host's flags (`host`), a saved image in JIT_SLOT_FLAGS (`mem`), or a
+ * recipe: the last instruction that wrote them can be done again on registers nobody has changed since (CMP and TEST as
+ * they are, ADD and SUB by inverting, logic from its result). A recipe costs nothing on the fast path: it is carried
+ * out in the stubs.
  *
- * Checks. `mov r13d, r14d; shr; and; xor r14, tag; cmp r14, 4096 - size; ja slow; add r14, host`: see cpu.h. A slow stub asks
- * C for a host pointer (RAM after a TLB fill, or a bounce buffer), makes the access again from its own copy, and
- * lets C store a bounced write. A read-modify-write that cannot have a direct pointer is done whole by C.
+ * Checks. `mov r13d, r14d; shr; and; xor r14, tag; cmp r14, 4096 - size; ja slow; add r14, host`: see cpu.h. A slow
+ * stub asks C for a host pointer (RAM after a TLB fill, or a bounce buffer), makes the access again from its own copy,
+ * and lets C store a bounced write. A read-modify-write that cannot have a direct pointer is done whole by C.
  */
 #include "jit/jit.h"
 #include "x86/native.h"
 
-#define T0 R14
-#define T1 R13
-#define CNT R15
+#define T0             R14
+#define T1             R13
+#define CNT            R15
 #define IN_MEMORY(reg) ((reg) >= X86_R12)
-#define GPR(n) ((int32_t)(offsetof(x86_cpu, gpr) + 8 * (n)))
+#define GPR(n)         ((int32_t)(offsetof(x86_cpu, gpr) + 8 * (n)))
 
-static const uint8_t home[16] = { RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9, R10, R11, 0xff, 0xff, 0xff, 0xff };
+static const uint8_t home[16] = {RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9, R10, R11, 0xff, 0xff, 0xff, 0xff};
 
 typedef struct slow_stub {
-    uint8_t *jump[2];                     /* the fast path's jumps here: miss, misaligned */
-    uint8_t *resume;                      /* after the access (a group's: after its lookup) */
-    uint8_t *hit;                         /* windows: after the check */
+    uint8_t *jump[2]; /* the fast path's jumps here: miss, misaligned */
+    uint8_t *resume;  /* after the access (a group's: after its lookup) */
+    uint8_t *hit;     /* windows: after the check */
     const jit_op *check, *access;
     uint32_t site;
-    bool save, regen, restore;            /* flags: as the fast path had them */
+    bool save, regen, restore; /* flags: as the fast path had them */
     int recipe;
 } slow_stub;
 
@@ -44,7 +45,7 @@ typedef struct leave_stub {
     uint8_t reason, index;
     bool rip_in_memory, rip_in_tmp, save, regen;
     uint8_t tmp_reg;
-    uint64_t branch_rip;                  /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
+    uint64_t branch_rip; /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
     int32_t sp_delta;
 } leave_stub;
 
@@ -67,25 +68,25 @@ typedef struct emitter {
     jit *j;
     jit_writer *w;
     jit_block *block;
-    bool host, mem;                       /* where the flags are now */
-    bool image;                           /* `mem` is known to be an image, not a recipe */
-    int recipe;                           /* instruction that can be done again, or -1 */
+    bool host, mem; /* where the flags are now */
+    bool image;     /* `mem` is known to be an image, not a recipe */
+    int recipe;     /* instruction that can be done again, or -1 */
     unsigned nslow, nleave, nside, nlink;
     side_stub side[JIT_MAX_SIDES];
     unsigned ndiv;
     div_stub div[JIT_MAX_INSNS];
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
-    int failed;                           /* instruction that could not be spelled, or -1 */
-    unsigned tmp_reg;                     /* host register that holds the temporary, or RSP: it is in its slot */
+    int failed;       /* instruction that could not be spelled, or -1 */
+    unsigned tmp_reg; /* host register that holds the temporary, or RSP: it is in its slot */
 } emitter;
 
 /* ---- flags ---- */
 
 static void emit_save(jit_writer *w) {
     e_mov(w, 8, T1, RAX);
-    e8(w, 0x9f);                                        /* lahf */
-    e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0);              /* seto al */
+    e8(w, 0x9f);                           /* lahf */
+    e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
     e_gs_store(w, 2, RAX, JIT_SLOT(JIT_SLOT_FLAGS));
     e_mov(w, 8, RAX, T1);
 }
@@ -93,8 +94,8 @@ static void emit_save(jit_writer *w) {
 static void emit_restore(jit_writer *w) {
     e_mov(w, 8, T1, RAX);
     e_r_gs(w, 4, 0x0fb7, RAX, JIT_SLOT(JIT_SLOT_FLAGS)); /* movzx eax, word */
-    e8(w, 0x04), e8(w, 0x7f);                           /* add al, 127: OF */
-    e8(w, 0x9e);                                        /* sahf */
+    e8(w, 0x04), e8(w, 0x7f);                            /* add al, 127: OF */
+    e8(w, 0x9e);                                         /* sahf */
     e_mov(w, 8, RAX, T1);
 }
 
@@ -103,7 +104,8 @@ static bool recipe_uses_t1(const jit_unit *u, int i) {
     return IN_MEMORY(op[0].reg) || (op[1].kind == X86_OP_GPR && IN_MEMORY(op[1].reg));
 }
 
-/* The flags as a recipe in memory: kind and width in JIT_SLOT_FLAGS, operands beside it. C evaluates it if anybody asks. */
+/* The flags as a recipe in memory: kind and width in JIT_SLOT_FLAGS, operands beside it. C evaluates it if anybody
+ * asks. */
 static void emit_lazy(emitter *e, int i) {
     const x86_insn *in = &e->u->insn[i];
     const x86_operand *a = &in->op[0], *b = &in->op[1];
@@ -136,40 +138,32 @@ static void emit_lazy(emitter *e, int i) {
 /* Can the flags of instruction i be made again from registers? Which registers must stay. */
 static bool recipe_regs(const x86_insn *in, uint16_t *regs) {
     *regs = 0;
-    if (in->flags & (X86_IF_MEM | X86_IF_VEC) || in->nops != 2 || in->op[0].kind != X86_OP_GPR)
-        return false;
+    if (in->flags & (X86_IF_MEM | X86_IF_VEC) || in->nops != 2 || in->op[0].kind != X86_OP_GPR) return false;
     const x86_operand *a = &in->op[0], *b = &in->op[1];
-    if (a->size < 4 || (b->kind != X86_OP_GPR && b->kind != X86_OP_IMM))
-        return false;
+    if (a->size < 4 || (b->kind != X86_OP_GPR && b->kind != X86_OP_IMM)) return false;
     *regs = (uint16_t)(1u << a->reg);
     switch (jit_recipe_kind(in)) {
-    case JIT_RECIPE_ADD: case JIT_RECIPE_SUB:
-        if (b->kind == X86_OP_GPR && b->reg == a->reg)
-            return false;
+    case JIT_RECIPE_ADD:
+    case JIT_RECIPE_SUB:
+        if (b->kind == X86_OP_GPR && b->reg == a->reg) return false;
         /* fallthrough */
-    case JIT_RECIPE_CMP: case JIT_RECIPE_TEST:
-        if (b->kind == X86_OP_GPR)
-            *regs |= (uint16_t)(1u << b->reg);
+    case JIT_RECIPE_CMP:
+    case JIT_RECIPE_TEST:
+        if (b->kind == X86_OP_GPR) *regs |= (uint16_t)(1u << b->reg);
         return true;
-    case JIT_RECIPE_LOGIC:
-        return true;
-    default:
-        return false;
+    case JIT_RECIPE_LOGIC: return true;
+    default: return false;
     }
 }
 
 /* Recipe i holds as long as anybody may want its flags. */
 static bool recipe_holds(const jit_unit *u, unsigned i) {
     uint16_t regs, changed = 0;
-    if (u->info[i].written != X86_FL_ARITH || !recipe_regs(&u->insn[i], &regs))
-        return false;
+    if (u->info[i].written != X86_FL_ARITH || !recipe_regs(&u->insn[i], &regs)) return false;
     for (unsigned k = i + 1; k < u->count; k++) {
-        if ((u->info[k].can_leave || u->info[k].host_at) && (changed & regs))
-            return false;
-        if (u->info[k].falls_back)
-            return true;
-        if (u->info[k].written)
-            return u->info[k].written == X86_FL_ARITH || !u->info[k].host_at;
+        if ((u->info[k].can_leave || u->info[k].host_at) && (changed & regs)) return false;
+        if (u->info[k].falls_back) return true;
+        if (u->info[k].written) return u->info[k].written == X86_FL_ARITH || !u->info[k].host_at;
         changed |= jit_changed_regs(&u->insn[k]);
     }
     return !(changed & regs);
@@ -230,20 +224,18 @@ static void before_clobber(emitter *e) {
 }
 
 static void need_host(emitter *e) {
-    if (e->host)
-        return;
+    if (e->host) return;
     if (e->recipe >= 0)
         emit_regen(e, e->recipe);
     else if (e->image)
         emit_restore(e->w);
     else
-        e_call_to(e->w, e->j->flags);     /* left by another block, either way */
+        e_call_to(e->w, e->j->flags); /* left by another block, either way */
     e->host = true;
 }
 
 static void need_mem(emitter *e) {
-    if (e->mem)
-        return;
+    if (e->mem) return;
     if (e->recipe >= 0)
         emit_lazy(e, e->recipe);
     else
@@ -255,8 +247,7 @@ static void need_mem(emitter *e) {
 /* Instruction i has executed natively. */
 static void after_insn(emitter *e, unsigned i) {
     const jit_info *f = &e->u->info[i];
-    if (!f->written && !(e->u->insn[i].flags_maybe & X86_FL_ARITH))
-        return;
+    if (!f->written && !(e->u->insn[i].flags_maybe & X86_FL_ARITH)) return;
     e->host = true;
     e->mem = false;
     e->recipe = recipe_holds(e->u, i) ? (int)i : -1;
@@ -273,28 +264,25 @@ static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned 
 
 /* Where an access finds its operand: [T0 + disp], gs:[T0 + distance of the window], or gs:[guest register + ...]. */
 static unsigned access_base(const emitter *e, const jit_op *o) {
-    if (!o->is_direct)
-        return T0;
+    if (!o->is_direct) return T0;
     const jit_op *ea = o - 2;
     return ea->op == IR_EA ? home[e->u->insn[o->insn].base] : ea->op == IR_EA_SP ? R12 : RBP;
 }
 static int32_t access_disp(const emitter *e, const jit_op *o) {
-    if (!o->window)
-        return o->disp;
+    if (!o->window) return o->disp;
     int32_t delta = e->j->window_delta[o->window - 1];
-    if (!o->is_direct)
-        return o->disp + delta;
+    if (!o->is_direct) return o->disp + delta;
     const jit_op *ea = o - 2;
     int64_t disp = ea->op == IR_EA ? e->u->insn[o->insn].disp : ea->op == IR_EA_SP ? ea->imm : 0;
     return (int32_t)(disp + delta - (int64_t)e->j->window_gpa[o->window - 1]);
 }
 
-/* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored back.
- * `o` is the access with its memory operand, or NULL. */
+/* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
+ * back. `o` is the access with its memory operand, or NULL. */
 static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     const x86_insn *in = &e->u->insn[i];
     x86_rename map;
-    uint8_t spare[2] = { T1, T0 }, used[2] = { 0 };
+    uint8_t spare[2] = {T1, T0}, used[2] = {0};
     unsigned nused = 0, nspare = in->flags & X86_IF_MEM ? 1 : 2;
     x86_rename_init(&map);
     map.gpr[X86_RSP] = R12;
@@ -308,11 +296,9 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     map.mem_index = X86_NOREG;
     for (unsigned k = 0; k < in->nops; k++) {
         const x86_operand *o = &in->op[k];
-        if (o->kind != X86_OP_GPR || o->reg >= 16 || !IN_MEMORY(o->reg))
-            continue;
+        if (o->kind != X86_OP_GPR || o->reg >= 16 || !IN_MEMORY(o->reg)) continue;
         bool is_known = (nused > 0 && used[0] == o->reg) || (nused > 1 && used[1] == o->reg);
-        if (is_known)
-            continue;
+        if (is_known) continue;
         if (nused == nspare) {
             e->failed = (int)i;
             return;
@@ -322,8 +308,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
         e_gs_load(e->w, 8, spare[nused], GPR(o->reg));
         nused++;
     }
-    if (in->flags & X86_IF_LOCK)
-        e8(e->w, 0xf0);
+    if (in->flags & X86_IF_LOCK) e8(e->w, 0xf0);
     unsigned n = x86_reencode(in, &map, e->w->p);
     if (!n) {
         e->failed = (int)i;
@@ -332,8 +317,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     e->w->p += n;
     uint16_t changed = jit_changed_regs(in);
     for (unsigned k = 0; k < nused; k++)
-        if (changed >> used[k] & 1)
-            e_gs_store(e->w, 8, spare[k], GPR(used[k]));
+        if (changed >> used[k] & 1) e_gs_store(e->w, 8, spare[k], GPR(used[k]));
 }
 
 static void emit_lea(emitter *e, unsigned i) {
@@ -348,14 +332,11 @@ static void emit_lea(emitter *e, unsigned i) {
     else {
         unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
         unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
-        if (base == T0)
-            e_gs_load(e->w, 8, T0, GPR(in->base));
-        if (index == T1)
-            e_gs_load(e->w, 8, T1, GPR(in->index));
+        if (base == T0) e_gs_load(e->w, 8, T0, GPR(in->base));
+        if (index == T1) e_gs_load(e->w, 8, T1, GPR(in->index));
         e_lea(e->w, size, reg, base, index, in->scale, (int32_t)in->disp);
     }
-    if (reg == T0)
-        e_gs_store(e->w, 8, T0, GPR(dst));
+    if (reg == T0) e_gs_store(e->w, 8, T0, GPR(dst));
 }
 
 /* T0 = linear address of instruction i's memory operand; flags untouched. */
@@ -366,29 +347,26 @@ static void emit_ea(emitter *e, const jit_op *o) {
     bool is_64 = e->u->key & JIT_KEY_64;
     if (in->base == X86_REG_RIP || (in->base == X86_NOREG && in->index == X86_NOREG)) {
         uint64_t v = (uint64_t)in->disp;
-        if (in->base == X86_REG_RIP)
-            v += e->u->insn_rip[i] + in->length;
+        if (in->base == X86_REG_RIP) v += e->u->insn_rip[i] + in->length;
         v += (uint64_t)(int64_t)o->adjust;
         e_mov_imm(e->w, T0, size == 8 ? v : (uint32_t)v);
     } else {
         unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
         unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
-        if (base == T0)
-            e_gs_load(e->w, 8, T0, GPR(in->base));
-        if (index == T1)
-            e_gs_load(e->w, 8, T1, GPR(in->index));
+        if (base == T0) e_gs_load(e->w, 8, T0, GPR(in->base));
+        if (index == T1) e_gs_load(e->w, 8, T1, GPR(in->index));
         e_lea(e->w, size, T0, base, index, in->scale, (int32_t)(in->disp + o->adjust));
     }
     if (in->seg == X86_FS || in->seg == X86_GS) {
-        e_gs_load(e->w, is_64 ? 8 : 4, T1, (int32_t)(offsetof(x86_cpu, seg) + in->seg * sizeof(x86_seg) + offsetof(x86_seg, base)));
+        e_gs_load(e->w, is_64 ? 8 : 4, T1,
+                  (int32_t)(offsetof(x86_cpu, seg) + in->seg * sizeof(x86_seg) + offsetof(x86_seg, base)));
         e_lea(e->w, is_64 ? 8 : 4, T0, T0, T1, 1, 0);
     }
 }
 
 /* op reg, operand of the access */
 static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg) {
-    if (o->window)
-        e8(e->w, 0x65);
+    if (o->window) e8(e->w, 0x65);
     e_r_mem(e->w, o->size, op, reg, access_base(e, o), access_disp(e, o));
 }
 
@@ -397,9 +375,7 @@ static void emit_access(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
 
     switch (o->op) {
-    case IR_ACCESS:
-        emit_renamed(e, o->insn, o);
-        break;
+    case IR_ACCESS: emit_renamed(e, o->insn, o); break;
     case IR_PUSH_REG:
         if (IN_MEMORY(o->reg)) {
             e_gs_load(w, 8, T1, GPR(o->reg));
@@ -429,8 +405,7 @@ static void emit_access(emitter *e, const jit_op *o) {
         break;
     case IR_LOAD_TMP:
         emit_mem(e, o, 0x8b, T1);
-        if (!o->reg)
-            e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        if (!o->reg) e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
         break;
     case IR_LEAVE_SP:
         e_mov(w, o->size, T1, RBP);
@@ -499,7 +474,7 @@ static void emit_window_lookup(emitter *e, slow_stub *s) {
 static void emit_tlb_index(emitter *e) {
     jit_writer *w = e->w;
     if (e->j->has_bmi2)
-        ebytes(w, "\xc4\x43\xfb\xf0\xee\x07", 6);                      /* rorx r13, r14, 7 */
+        ebytes(w, "\xc4\x43\xfb\xf0\xee\x07", 6); /* rorx r13, r14, 7 */
     else {
         e_mov(w, 4, T1, T0);
         e_shift_imm(w, 4, 5, T1, 7);
@@ -517,7 +492,7 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) 
     }
     if (align > 1) {
         e_rex(w, 1, 0, 0, T0);
-        e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u);             /* test r14b, align - 1 */
+        e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u); /* test r14b, align - 1 */
         s->jump[1] = e_jcc(w, CC_NE);
     }
     emit_tlb_index(e);
@@ -538,8 +513,7 @@ static bool tmp_can_stay(const emitter *e, unsigned k) {
 
 /* LOAD_TMP: `reg` set if the temporary need not go to its slot. */
 static void keep_tmp(emitter *e, const jit_op *access) {
-    if (access->op == IR_LOAD_TMP)
-        e->u->ops[access - e->u->ops].reg = tmp_can_stay(e, (unsigned)(access - e->u->ops));
+    if (access->op == IR_LOAD_TMP) e->u->ops[access - e->u->ops].reg = tmp_can_stay(e, (unsigned)(access - e->u->ops));
 }
 
 static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
@@ -547,10 +521,8 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     const jit_info *f = &e->u->info[check->insn];
     bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
     if (check->role == JIT_CHECK_MEMBER) {
-        if (!check->window)
-            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
-        if (live)
-            need_host(e);
+        if (!check->window) e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (live) need_host(e);
         keep_tmp(e, access);
         emit_access(e, access);
         return;
@@ -563,11 +535,11 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     s->recipe = e->recipe;
     s->regen = s->save = !e->mem && e->recipe >= 0;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
-    emit_lookup(e, s, is_leader ? check->span : check->size, (is_leader ? check->span_access : check->access) & X86_WRITE);
+    emit_lookup(e, s, is_leader ? check->span : check->size,
+                (is_leader ? check->span_access : check->access) & X86_WRITE);
     if (is_leader) {
         s->resume = w->p;
-        if (!check->window)
-            e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (!check->window) e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
     }
     e->host = false;
     if (live) {
@@ -576,8 +548,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     }
     keep_tmp(e, access);
     emit_access(e, access);
-    if (!is_leader)
-        s->resume = w->p;
+    if (!is_leader) s->resume = w->p;
 }
 
 /* A group's span was not in the TLB: C finds it whole, or the rest of the block is interpreted. */
@@ -603,15 +574,14 @@ static void emit_host_to_offset(emitter *e, const slow_stub *s) {
     e_alu_imm(w, 8, 5, T0, e->j->window_delta[s->check->window - 1]);
 }
 
-/* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A group outside
- * is given up: its members rely on the window. */
+/* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A
+ * group outside is given up: its members rely on the window. */
 static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
     jit_writer *w = e->w;
     e_lea(w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
     emit_tlb_index(e);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-    if (s->check->role == JIT_CHECK_LEADER)
-        return;
+    if (s->check->role == JIT_CHECK_LEADER) return;
     e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - s->check->size));
     uint8_t *miss = e_jcc(w, CC_A);
     e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
@@ -625,9 +595,8 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     jit_writer *w = e->w;
     unsigned i = s->check->insn;
     bool in_host = s->restore || e->u->info[i].written || (e->u->insn[i].flags_maybe & X86_FL_ARITH);
-    if (in_host)
-        emit_save(w);
-    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE));                        /* cmp dword, 0 */
+    if (in_host) emit_save(w);
+    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
     e8(w, 0);
     uint8_t *stay = e_jcc(w, CC_E);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
@@ -635,12 +604,11 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
     e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
     e_patch(stay, w->p);
-    if (in_host)
-        emit_restore(w);
+    if (in_host) emit_restore(w);
 }
 
-/* The store has killed this very block. A single access is done: go on after it, for it may have rewritten itself. One that
- * is part of an instruction (PUSH, CALL) is made again by the interpreter. */
+/* The store has killed this very block. A single access is done: go on after it, for it may have rewritten itself. One
+ * that is part of an instruction (PUSH, CALL) is made again by the interpreter. */
 static void emit_leave_dead(emitter *e, const slow_stub *s) {
     jit_writer *w = e->w;
     unsigned i = s->check->insn;
@@ -662,15 +630,11 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     unsigned access = is_leader ? s->check->span_access : s->check->access;
     bool is_write = access & X86_WRITE, is_read = access & X86_READ;
     e_patch(s->jump[0], w->p);
-    if (s->check->window)
-        emit_outside(e, s, is_write);
+    if (s->check->window) emit_outside(e, s, is_write);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-    if (s->jump[1])
-        e_patch(s->jump[1], w->p);
-    if (s->regen)
-        emit_regen(e, s->recipe);
-    if (s->save)
-        emit_save(w);
+    if (s->jump[1]) e_patch(s->jump[1], w->p);
+    if (s->regen) emit_regen(e, s->recipe);
+    if (s->save) emit_save(w);
     if (is_leader) {
         emit_leader_stub(e, s);
         return;
@@ -683,10 +647,8 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         handled = e_jcc(w, CC_B);
         leave = e_jcc(w, CC_E);
     }
-    if (s->check->window)
-        emit_host_to_offset(e, s);
-    if (s->restore)
-        emit_restore(w);
+    if (s->check->window) emit_host_to_offset(e, s);
+    if (s->restore) emit_restore(w);
     emit_access(e, s->access);
     if (is_write && !is_read) {
         e_mov_imm(w, T1, s->site);
@@ -695,11 +657,9 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         uint8_t *fine = e_jcc(w, CC_E);
         emit_leave_dead(e, s);
         e_patch(fine, w->p);
-        if (s->restore)
-            emit_restore(w);
+        if (s->restore) emit_restore(w);
     }
-    if (s->access->op == IR_ACCESS)
-        emit_leave_check(e, s);
+    if (s->access->op == IR_ACCESS) emit_leave_check(e, s);
     e_jmp_to(w, s->resume);
     if (handled) {
         e_patch(handled, w->p);
@@ -713,16 +673,16 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     }
 }
 
-/* A branch to a non-canonical address faults itself: take its stack movement back and let the interpreter do it again. */
+/* A branch to a non-canonical address faults itself: take its stack movement back and let the interpreter do it again.
+ */
 static void emit_canonical_test(emitter *e, const leave_stub *s) {
     jit_writer *w = e->w;
     e_mov(w, 8, T1, T0);
     e_shift_imm(w, 8, 4, T1, 16);
-    e_shift_imm(w, 8, 7, T1, 16);                                           /* sar */
+    e_shift_imm(w, 8, 7, T1, 16); /* sar */
     e_rr(w, 8, 0x39, T0, T1);
     uint8_t *fine = e_jcc(w, CC_E);
-    if (s->sp_delta)
-        e_lea(w, 8, R12, R12, 0xff, 1, -s->sp_delta);
+    if (s->sp_delta) e_lea(w, 8, R12, R12, 0xff, 1, -s->sp_delta);
     e_lea(w, 8, CNT, CNT, 0xff, 1, 1);
     e_mov_imm(w, T0, s->branch_rip);
     e_mov_imm(w, T1, JIT_LEAVE_STEP);
@@ -732,25 +692,19 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
 
 static void emit_leave_stub(emitter *e, leave_stub *s) {
     jit_writer *w = e->w;
-    if (s->jump)
-        e_patch(s->jump, w->p);
-    if (s->link)
-        s->link->stub = w->p;
+    if (s->jump) e_patch(s->jump, w->p);
+    if (s->link) s->link->stub = w->p;
     if (s->rip_in_tmp) {
         if (s->tmp_reg == RSP)
             e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
         else if (s->tmp_reg != T0)
             e_mov(w, 8, T0, s->tmp_reg);
         e_gs_store(w, 8, T0, JIT_OFF(rip));
-        if (e->u->key & JIT_KEY_64)
-            emit_canonical_test(e, s);
+        if (e->u->key & JIT_KEY_64) emit_canonical_test(e, s);
     }
-    if (s->regen)
-        emit_regen(e, s->recipe);
-    if (s->save)
-        emit_save(w);
-    if (s->index)
-        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->index);
+    if (s->regen) emit_regen(e, s->recipe);
+    if (s->save) emit_save(w);
+    if (s->index) e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->index);
     if (s->rip_in_memory || s->rip_in_tmp)
         e_gs_load(w, 8, T0, JIT_OFF(rip));
     else
@@ -777,18 +731,17 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     jit_unit *u = e->u;
     unsigned count = u->count ? i + 1 : 0;
     jit_writer *w = e->w;
-    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK), is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
+    bool same_page = !((target ^ u->rip) & X86_PAGE_MASK),
+         is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
     bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true;
     if (is_live && target > u->insn_rip[i]) {
         counted = false;
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
     } else {
         emit_count(e, count);
-        if (is_live || !is_chained)
-            new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
+        if (is_live || !is_chained) new_leave(e, JIT_LEAVE_SLICE, e_jcc(w, CC_S))->rip = target;
         e->host = false;
-        if (is_live)
-            need_host(e);
+        if (is_live) need_host(e);
     }
     if (is_chained) {
         jit_link *l = &e->block->links[e->nlink++];
@@ -800,16 +753,14 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
         leave_stub *s = new_leave(e, JIT_LEAVE_LINK, l->jump);
         s->rip = target;
         s->link = l;
-        if (e->host)
-            s->regen = false;
-        if (counted && !is_live)
-            new_leave(e, JIT_LEAVE_SLICE, e_jmp(w))->rip = target;
+        if (e->host) s->regen = false;
+        if (counted && !is_live) new_leave(e, JIT_LEAVE_SLICE, e_jmp(w))->rip = target;
     } else {
         int32_t at = (int32_t)((target & (X86_JUMP_ENTRIES - 1)) << 3);
         e_mov_imm(w, T0, target);
         e_r_gs(w, 8, 0x3b, T0, jump_offset(u, false) + at);
         new_leave(e, JIT_LEAVE_INDIRECT, e_jcc(w, CC_NE))->rip = target;
-        e8(w, 0x65), e8(w, 0xff), e8(w, 0x24), e8(w, 0x25);                 /* jmp gs:[disp32] */
+        e8(w, 0x65), e8(w, 0xff), e8(w, 0x24), e8(w, 0x25); /* jmp gs:[disp32] */
         e32(w, (uint32_t)(jump_offset(u, true) + at));
     }
     e->host = host;
@@ -819,8 +770,7 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
 static int32_t last_sp_delta(const jit_unit *u) {
     int32_t delta = 0;
     for (unsigned k = u->nops; k-- > 0 && u->ops[k].insn == u->count - 1;)
-        if (u->ops[k].op == IR_ADD_SP)
-            delta += (int32_t)u->ops[k].imm;
+        if (u->ops[k].op == IR_ADD_SP) delta += (int32_t)u->ops[k].imm;
     return delta;
 }
 
@@ -844,26 +794,23 @@ static void emit_indirect(emitter *e) {
             e_mov(w, 8, T0, T1);
         e->tmp_reg = T0;
     }
-    if (e->tmp_reg != T1)
-        e_mov(w, 4, T1, e->tmp_reg);
+    if (e->tmp_reg != T1) e_mov(w, 4, T1, e->tmp_reg);
     e_alu_imm(w, 4, 4, T1, (int32_t)(X86_JUMP_ENTRIES - 1));
     e_r_gs8(w, 8, 0x3b, e->tmp_reg, T1, jump_offset(e->u, false));
     new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
-    e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true));                    /* jmp gs:[r13 * 8 + disp32] */
+    e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true)); /* jmp gs:[r13 * 8 + disp32] */
 }
 
 /* The flags that edges want, before the branch itself (nothing of this changes the host's flags). */
 static void prepare_edges(emitter *e, unsigned need, bool is_live) {
-    if (need & JIT_NEED_MEM)
-        need_mem(e);
-    if (is_live && !e->host)
-        need_host(e);
+    if (need & JIT_NEED_MEM) need_mem(e);
+    if (is_live && !e->host) need_host(e);
     before_clobber(e);
 }
 
 static void emit_jcc(emitter *e, const jit_op *o) {
     prepare_edges(e, e->u->edge_need[0] | e->u->edge_need[1], true);
-    bool is_loop = o->target <= e->u->insn_rip[o->insn];                    /* then the jump back is the straight way */
+    bool is_loop = o->target <= e->u->insn_rip[o->insn]; /* then the jump back is the straight way */
     unsigned first = is_loop ? 0 : 1;
     uint8_t *other = e_jcc(e->w, is_loop ? o->cc ^ 1u : o->cc);
     bool host = e->host, mem = e->mem;
@@ -876,7 +823,8 @@ static void emit_jcc(emitter *e, const jit_op *o) {
 
 static void emit_side(emitter *e, const jit_op *o) {
     need_host(e);
-    e->side[e->nside++] = (side_stub){ .jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .image = e->image, .recipe = e->recipe };
+    e->side[e->nside++] =
+        (side_stub){.jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .image = e->image, .recipe = e->recipe};
 }
 
 static void emit_side_stub(emitter *e, const side_stub *s) {
@@ -913,34 +861,33 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     s->index = (uint8_t)(o->insn + 1);
 }
 
-/* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below the
- * divisor, IDIV unless the dividend is one half sign-extended and the divisor neither 0 nor -1. */
+/* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below
+ * the divisor, IDIV unless the dividend is one half sign-extended and the divisor neither 0 nor -1. */
 static void emit_div(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     const x86_insn *in = &e->u->insn[o->insn];
     unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = IN_MEMORY(reg) ? T0 : home[reg];
     bool is_signed = jit_insn_is_idiv(in);
     need_mem(e);
-    if (divisor == T0)
-        e_gs_load(w, 8, T0, GPR(reg));
+    if (divisor == T0) e_gs_load(w, 8, T0, GPR(reg));
     div_stub *s = &e->div[e->ndiv++];
-    *s = (div_stub){ .insn = o->insn };
+    *s = (div_stub){.insn = o->insn};
     if (is_signed) {
         e_mov(w, size, T1, RAX);
         e_shift_imm(w, size, 7, T1, size * 8 - 1);
-        e_rr(w, size, 0x39, T1, RDX);                                       /* cmp rdx, sign */
+        e_rr(w, size, 0x39, T1, RDX); /* cmp rdx, sign */
         s->jump[0] = e_jcc(w, CC_NE);
         e_lea(w, size, T1, divisor, 0xff, 1, 1);
         e_alu_imm(w, size, 7, T1, 1);
         s->jump[1] = e_jcc(w, CC_BE);
     } else {
-        e_rr(w, size, 0x39, divisor, RDX);                                  /* cmp rdx, divisor */
+        e_rr(w, size, 0x39, divisor, RDX); /* cmp rdx, divisor */
         s->jump[0] = e_jcc(w, CC_AE);
     }
     e_rex(w, size, 0, 0, divisor);
     e8(w, 0xf7), e8(w, (is_signed ? 0xf8u : 0xf0u) | (divisor & 7));
     s->resume = w->p;
-    e->host = e->image = false;           /* undefined: as they were, which is what the semantic function leaves */
+    e->host = e->image = false; /* undefined: as they were, which is what the semantic function leaves */
     e->recipe = -1;
 }
 
@@ -948,8 +895,7 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
     jit_writer *w = e->w;
     unsigned level = jit_level(e->u->key);
     for (unsigned k = 0; k < 2; k++)
-        if (s->jump[k])
-            e_patch(s->jump[k], w->p);
+        if (s->jump[k]) e_patch(s->jump[k], w->p);
     e_mov_imm(w, T1, new_site(e, s->insn, NULL, true));
     e_call_to(w, e->j->fallback[level]);
     e_rr(w, 8, 0x85, T0, T0);
@@ -977,13 +923,11 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
 static void note_x87(emitter *e, unsigned i) {
     const x86_insn *in = &e->u->insn[i];
     jit_writer *w = e->w;
-    if (!jit_insn_is_x87(in))
-        return;
+    if (!jit_insn_is_x87(in)) return;
     uint32_t site = new_site(e, i, NULL, true);
     e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_X87_LAST));
     e32(w, site);
-    if (!(in->flags & X86_IF_MEM))
-        return;
+    if (!(in->flags & X86_IF_MEM)) return;
     e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
     e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_X87_LA));
     e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_X87_LAST_MEM));
@@ -1002,7 +946,7 @@ static void emit_canon(emitter *e, const jit_op *o) {
     e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
     e_mov(w, 8, T1, T0);
     e_shift_imm(w, 8, 4, T1, 16);
-    e_shift_imm(w, 8, 7, T1, 16);                                           /* sar */
+    e_shift_imm(w, 8, 7, T1, 16); /* sar */
     e_rr(w, 8, 0x39, T0, T1);
     leave_stub *s = new_leave(e, JIT_LEAVE_STEP, e_jcc(w, CC_NE));
     s->rip = e->u->insn_rip[o->insn];
@@ -1016,8 +960,7 @@ static void emit_op(emitter *e, unsigned k) {
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
     switch (o->op) {
     case IR_NATIVE:
-        if (u->info[o->insn].host_at)
-            need_host(e);
+        if (u->info[o->insn].host_at) need_host(e);
         emit_renamed(e, o->insn, NULL);
         note_x87(e, o->insn);
         after_insn(e, o->insn);
@@ -1025,31 +968,26 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_LEA: emit_lea(e, o->insn); break;
     case IR_DIV: emit_div(e, o); break;
     case IR_EA:
-        if (needs_address(o))
-            emit_ea(e, o);
-        if (jit_insn_is_x87(&u->insn[o->insn]))
-            e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
+        if (needs_address(o)) emit_ea(e, o);
+        if (jit_insn_is_x87(&u->insn[o->insn])) e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
         break;
     case IR_EA_SP:
-        if (needs_address(o))
-            e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
+        if (needs_address(o)) e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
         break;
     case IR_EA_BP:
-        if (needs_address(o))
-            e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
+        if (needs_address(o)) e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
         break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
-        if (o[1].op == IR_LOAD_TMP)
-            e->tmp_reg = o[1].reg ? T1 : RSP;
+        if (o[1].op == IR_LOAD_TMP) e->tmp_reg = o[1].reg ? T1 : RSP;
         note_x87(e, o->insn);
-        if (o[1].op == IR_ACCESS)
-            after_insn(e, o->insn);
+        if (o[1].op == IR_ACCESS) after_insn(e, o->insn);
         break;
     case IR_ADD_SP: e_lea(e->w, sp_size, R12, R12, 0xff, 1, (int32_t)o->imm); break;
     case IR_MOVE_TMP: emit_move_tmp(e, o); break;
     case IR_CANON: emit_canon(e, o); break;
-    case IR_FALLBACK: case IR_FALLBACK_END: emit_fallback(e, o); break;
+    case IR_FALLBACK:
+    case IR_FALLBACK_END: emit_fallback(e, o); break;
     case IR_JUMP:
         prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);
         emit_edge(e, o->insn, o->target, u->edge_need[0]);
@@ -1057,14 +995,15 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_JCC: emit_jcc(e, o); break;
     case IR_SIDE: emit_side(e, o); break;
     case IR_JUMP_TMP: emit_indirect(e); break;
-    case IR_NEED_VEC: case IR_NEED_X87: {
+    case IR_NEED_VEC:
+    case IR_NEED_X87: {
         leave_stub *s = new_leave(e, o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC, NULL);
         s->rip = u->rip;
         emit_leave_stub(e, s);
         e->nleave--;
         break;
     }
-    default: break;                       /* the accesses: done with their CHECK */
+    default: break; /* the accesses: done with their CHECK */
     }
 }
 
@@ -1072,23 +1011,17 @@ static void emit_block(emitter *e) {
     jit_unit *u = e->u;
     jit_block *b = e->block;
     b->entry_mem = e->w->p;
-    if (u->entry_need & JIT_NEED_HOST)
-        e_call_to(e->w, e->j->flags);
+    if (u->entry_need & JIT_NEED_HOST) e_call_to(e->w, e->j->flags);
     b->entry = e->w->p;
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
     e->recipe = -1;
-    for (unsigned k = 0; k < u->nops && e->failed < 0; k++)
-        emit_op(e, k);
-    for (unsigned k = 0; k < e->nside && e->failed < 0; k++)
-        emit_side_stub(e, &e->side[k]);
-    for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++)
-        emit_div_stub(e, &e->div[k]);
-    for (unsigned k = 0; k < e->nslow && e->failed < 0; k++)
-        emit_slow_stub(e, &e->slow[k]);
-    for (unsigned k = 0; k < e->nleave && e->failed < 0; k++)
-        emit_leave_stub(e, &e->leaves[k]);
+    for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
+    for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
+    for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
+    for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
+    for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
 }
 
 static void *arena_take(jit *j, size_t bytes) {
@@ -1109,9 +1042,10 @@ static void place_lists(emitter *e) {
 
 jit_block *jit_emit(jit_unit *u, int *failed) {
     jit *j = u->j;
-    emitter e = { .u = u, .j = j, .w = &j->w, .failed = -1 };
+    emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
     *failed = -1;
-    if (j->w.end - j->w.p < JIT_BLOCK_BYTES || j->arena_bytes - j->arena_used < sizeof(jit_block) + 2048 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
+    if (j->w.end - j->w.p < JIT_BLOCK_BYTES ||
+        j->arena_bytes - j->arena_used < sizeof(jit_block) + 2048 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
@@ -1135,16 +1069,14 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
 /* ---- thunks ---- */
 
 static void emit_spill(jit_writer *w) {
-    for (unsigned g = 0; g < 12; g++)
-        e_gs_store(w, 8, home[g], GPR(g));
+    for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
 }
 static void emit_reload(jit_writer *w) {
-    for (unsigned g = 0; g < 12; g++)
-        e_gs_load(w, 8, home[g], GPR(g));
+    for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
 }
 
 #define FPU(n) ((int32_t)(offsetof(x86_cpu, fpu) + (n)))
-static void emit_mxcsr(jit_writer *w, unsigned op, int32_t disp) {          /* /2 ldmxcsr, /3 stmxcsr gs:[disp] */
+static void emit_mxcsr(jit_writer *w, unsigned op, int32_t disp) { /* /2 ldmxcsr, /3 stmxcsr gs:[disp] */
     e8(w, 0x65), e8(w, 0x0f), e8(w, 0xae), e8(w, op << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)disp);
 }
 /* Register n from or to the XSAVE image. */
@@ -1152,64 +1084,57 @@ enum { VEC_STORE, VEC_LOAD_128, VEC_LOAD_256 };
 static void emit_vec(jit *j, unsigned n, unsigned how) {
     jit_writer *w = &j->w;
     e8(w, 0x65);
-    if (how == VEC_LOAD_256)                                                /* vmovups xmm, m128 */
+    if (how == VEC_LOAD_256) /* vmovups xmm, m128 */
         e8(w, 0xc5), e8(w, n >= 8 ? 0x78 : 0xf8), e8(w, 0x10);
-    else {                                                                  /* movups */
-        if (n >= 8)
-            e8(w, 0x44);
+    else { /* movups */
+        if (n >= 8) e8(w, 0x44);
         e8(w, 0x0f), e8(w, how == VEC_STORE ? 0x11 : 0x10);
     }
     e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(160 + 16 * n));
-    if (!j->has_avx || how == VEC_LOAD_128)
-        return;
+    if (!j->has_avx || how == VEC_LOAD_128) return;
     e8(w, 0x65), e8(w, 0xc4), e8(w, n >= 8 ? 0x63 : 0xe3);
-    if (how == VEC_STORE)                                                   /* vextractf128 m128, ymm, 1 */
+    if (how == VEC_STORE) /* vextractf128 m128, ymm, 1 */
         e8(w, 0x7d), e8(w, 0x19);
-    else                                                                    /* vinsertf128 ymm, ymm, m128, 1 */
+    else /* vinsertf128 ymm, ymm, m128, 1 */
         e8(w, ((~n & 15) << 3) | 5), e8(w, 0x18);
     e8(w, (n & 7) << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(576 + 16 * n)), e8(w, 1);
 }
-static void emit_fx(jit_writer *w, unsigned n) {                            /* /0 fxsave64, /1 fxrstor64 */
+static void emit_fx(jit_writer *w, unsigned n) { /* /0 fxsave64, /1 fxrstor64 */
     e8(w, 0x65), e8(w, 0x48), e8(w, 0x0f), e8(w, 0xae), e8(w, n << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(0));
 }
 static void emit_vec_spill(jit *j, unsigned level) {
     if (level == 2) {
         emit_fx(&j->w, 0);
-        e8(&j->w, 0xdb), e8(&j->w, 0xe3);                                   /* fninit: C expects an empty stack */
+        e8(&j->w, 0xdb), e8(&j->w, 0xe3); /* fninit: C expects an empty stack */
     }
     emit_mxcsr(&j->w, 3, FPU(24));
     emit_mxcsr(&j->w, 2, JIT_SLOT(JIT_SLOT_MXCSR));
-    for (unsigned n = 0; n < 16; n++)
-        emit_vec(j, n, VEC_STORE);
+    for (unsigned n = 0; n < 16; n++) emit_vec(j, n, VEC_STORE);
 }
-/* Upper halves that are zero are made so with VZEROUPPER: loaded as zeros they would count as in use, and each legacy SSE
- * instruction would have to merge with (and wait for) the register's old value. */
+/* Upper halves that are zero are made so with VZEROUPPER: loaded as zeros they would count as in use, and each legacy
+ * SSE instruction would have to merge with (and wait for) the register's old value. */
 static void emit_vec_reload(jit *j, unsigned level) {
     jit_writer *w = &j->w;
-    if (level == 2)
-        emit_fx(w, 1);
+    if (level == 2) emit_fx(w, 1);
     uint8_t *clean = NULL, *done = NULL;
     if (j->has_avx) {
-        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
-        for (unsigned n = 0; n < 16; n++) {                                 /* movdqa/por xmm0, gs:[upper n] */
+        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
+        for (unsigned n = 0; n < 16; n++) {    /* movdqa/por xmm0, gs:[upper n] */
             e8(w, 0x65), e8(w, 0x66), e8(w, 0x0f), e8(w, n ? 0xeb : 0x6f), e8(w, 0x04), e8(w, 0x25);
             e32(w, (uint32_t)FPU(576 + 16 * n));
         }
-        ebytes(w, "\x66\x0f\x38\x17\xc0", 5);                               /* ptest xmm0, xmm0 */
+        ebytes(w, "\x66\x0f\x38\x17\xc0", 5); /* ptest xmm0, xmm0 */
         clean = e_jcc(w, CC_E);
-        for (unsigned n = 0; n < 16; n++)
-            emit_vec(j, n, VEC_LOAD_256);
+        for (unsigned n = 0; n < 16; n++) emit_vec(j, n, VEC_LOAD_256);
         done = e_jmp(w);
         e_patch(clean, w->p);
     }
-    for (unsigned n = 0; n < 16; n++)
-        emit_vec(j, n, VEC_LOAD_128);
-    if (done)
-        e_patch(done, w->p);
+    for (unsigned n = 0; n < 16; n++) emit_vec(j, n, VEC_LOAD_128);
+    if (done) e_patch(done, w->p);
     emit_mxcsr(&j->w, 2, FPU(24));
 }
 
-static const uint8_t saved[] = { RBX, RBP, R12, R13, R14, R15 };
+static const uint8_t saved[] = {RBX, RBP, R12, R13, R14, R15};
 static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
     e_rex(w, 4, 0, 0, reg);
     e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
@@ -1219,8 +1144,7 @@ static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
 static uint8_t *emit_enter(jit *j, unsigned vec) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
-    for (unsigned i = 0; i < sizeof saved; i++)
-        emit_push_pop(w, saved[i], true);
+    for (unsigned i = 0; i < sizeof saved; i++) emit_push_pop(w, saved[i], true);
     e_alu_imm(w, 8, 5, RSP, 8);
     e_mov(w, 8, T0, RDI);
     if (vec) {
@@ -1230,7 +1154,7 @@ static uint8_t *emit_enter(jit *j, unsigned vec) {
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_reload(w);
     e_rex(w, 4, 0, 0, T0);
-    e8(w, 0xff), e8(w, 0xe0u | (T0 & 7));                                   /* jmp r14 */
+    e8(w, 0xff), e8(w, 0xe0u | (T0 & 7)); /* jmp r14 */
     return start;
 }
 
@@ -1242,13 +1166,10 @@ static uint8_t *emit_leave(jit *j, unsigned vec) {
     e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_REASON));
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_spill(w);
-    if (vec)
-        emit_vec_spill(j, vec);
+    if (vec) emit_vec_spill(j, vec);
     e_alu_imm(w, 8, 0, RSP, 8);
-    for (unsigned i = sizeof saved; i-- > 0;)
-        emit_push_pop(w, saved[i], false);
-    if (vec && j->has_avx)
-        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
+    for (unsigned i = sizeof saved; i-- > 0;) emit_push_pop(w, saved[i], false);
+    if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
     e8(w, 0xc3);
     return start;
 }
@@ -1258,22 +1179,18 @@ static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     emit_spill(w);
-    if (vec)
-        emit_vec_spill(j, vec);
-    if (vec && j->has_avx)
-        e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77);                              /* vzeroupper */
+    if (vec) emit_vec_spill(j, vec);
+    if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     e_alu_imm(w, 8, 5, RSP, 8);
     e_gs_load(w, 8, RDI, JIT_SLOT(JIT_SLOT_SELF));
-    if (has_address)
-        e_mov(w, 8, RSI, T0);
+    if (has_address) e_mov(w, 8, RSI, T0);
     e_mov(w, 4, has_address ? RDX : RSI, T1);
     e_mov_imm(w, RAX, (uint64_t)(uintptr_t)function);
-    e8(w, 0xff), e8(w, 0xd0);                                               /* call rax */
+    e8(w, 0xff), e8(w, 0xd0); /* call rax */
     e_alu_imm(w, 8, 0, RSP, 8);
     e_mov(w, 8, T0, RAX);
-    if (vec)
-        emit_vec_reload(j, vec);
+    if (vec) emit_vec_reload(j, vec);
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_reload(w);
     e8(w, 0xc3);
@@ -1298,12 +1215,12 @@ static uint8_t *emit_flags_thunk(jit *j) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_gs_load(w, 4, T1, JIT_SLOT(JIT_SLOT_FLAGS));
-    e_rr(w, 1, 0x84, T1, T1);                                               /* test r13b, r13b: the immediate's bit is the sign */
+    e_rr(w, 1, 0x84, T1, T1); /* test r13b, r13b: the immediate's bit is the sign */
     uint8_t *no_imm = e_jcc(w, CC_NS);
     emit_push_pop(w, T0, true);
     e_mov(w, 4, T0, T1);
     e_shift_imm(w, 4, 7, T0, 16);
-    e_rr(w, 8, 0x63, T0, T0);                                               /* movsxd */
+    e_rr(w, 8, 0x63, T0, T0); /* movsxd */
     e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_FLAG_B));
     emit_push_pop(w, T0, false);
     e_patch(no_imm, w->p);

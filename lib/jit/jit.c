@@ -1,25 +1,26 @@
 /* jit.c - guest code as host code.
  *
- * Guest and host are both x86-64, so most guest instructions run as they are with their operands renamed (emit.c has the
- * register plan). What must differ is memory addresses (the inline TLB), control flow (blocks, links, a jump cache) and
- * whatever is privileged or odd: that calls the interpreter's semantic function on the spilled CPU. So the JIT is complete from
- * the first day, and each instruction has one meaning.
+ * Guest and host are both x86-64, so most guest instructions run as they are with their operands renamed (emit.c has
+ * the register plan). What must differ is memory addresses (the inline TLB), control flow (blocks, links, a jump cache)
+ * and whatever is privileged or odd: that calls the interpreter's semantic function on the spilled CPU. So the JIT is
+ * complete from the first day, and each instruction has one meaning.
  *
- * Blocks. Code is translated a block at a time, keyed by linear address, guest-physical address and jit_key(): what else the
- * code depends on. Each vCPU has a cache of its own, mapped twice (one view writable, the other executable), so that
- * translation needs no lock and no block is ever changed under another thread. Direct jumps within a page (anywhere while
- * paging is off) are linked; the rest go through a jump cache that is emptied whenever a linear address may have come to
- * mean something else. When the cache is full it is emptied whole.
+ * Blocks. Code is translated a block at a time, keyed by linear address, guest-physical address and jit_key(): what
+ * else the code depends on. Each vCPU has a cache of its own, mapped twice (one view writable, the other executable),
+ * so that translation needs no lock and no block is ever changed under another thread. Direct jumps within a page
+ * (anywhere while paging is off) are linked; the rest go through a jump cache that is emptied whenever a linear address
+ * may have come to mean something else. When the cache is full it is emptied whole.
  *
- * Time. R15 counts instructions down; each edge subtracts its block's count and leaves when it turns negative, so the run
- * loop's `attention` is looked at every SLICE instructions at the latest. A budget that must be exact runs all but its
- * last EXACT_TAIL instructions here and those in the interpreter.
+ * Time. R15 counts instructions down; each edge subtracts its block's count and leaves when it turns negative, so the
+ * run loop's `attention` is looked at every SLICE instructions at the latest. A budget that must be exact runs all but
+ * its last EXACT_TAIL instructions here and those in the interpreter.
  *
- * State. rip is an immediate in each stub that may call C; flags are exact by emit.c's rules; general and vector registers are
- * spilled around each call. A fault longjmps from a helper straight to jit_run().
+ * State. rip is an immediate in each stub that may call C; flags are exact by emit.c's rules; general and vector
+ * registers are spilled around each call. A fault longjmps from a helper straight to jit_run().
  *
- * Writes to translated code arrive through jit_code_changed(). A block that dies while it executes (its own store hit it) is
- * left before the next instruction, and that store is done again by the interpreter: it was plain RAM, so nothing is lost.
+ * Writes to translated code arrive through jit_code_changed(). A block that dies while it executes (its own store hit
+ * it) is left before the next instruction, and that store is done again by the interpreter: it was plain RAM, so
+ * nothing is lost.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
@@ -35,30 +36,36 @@
 #include "mmu/mmu.h"
 #include "x86/simd.h"
 
-#define SLICE 16384
-#define EXACT_TAIL 2400                   /* more than a page of one-byte blocks with live flags can overshoot */
+#define SLICE      16384
+#define EXACT_TAIL 2400 /* more than a page of one-byte blocks with live flags can overshoot */
 #ifdef VM_TINY_CACHE
 #define DEFAULT_CODE (64u << 10)
-#define MIN_CODE (64u << 10)
+#define MIN_CODE     (64u << 10)
 #else
 #define DEFAULT_CODE (32u << 20)
-#define MIN_CODE (256u << 10)
+#define MIN_CODE     (256u << 10)
 #endif
 
-static inline uint64_t read_gs(void) { uint64_t v; __asm__ volatile("rdgsbase %0" : "=r"(v)); return v; }
+static inline uint64_t read_gs(void) {
+    uint64_t v;
+    __asm__ volatile("rdgsbase %0" : "=r"(v));
+    return v;
+}
 static inline void write_gs(uint64_t v) { __asm__ volatile("wrgsbase %0" : : "r"(v)); }
 
 /* ---- what translated code depends on ---- */
 
 static bool is_flat_data(const x86_seg *s) {
-    return !s->base && s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
+    return !s->base && s->limit == 0xffffffffu &&
+           (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
 }
 static bool is_whole_data(const x86_seg *s) {
     return s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
 }
 
 static bool vec_allowed(const x86_cpu *cpu) {
-    return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) && (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
+    return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) &&
+           (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
 }
 
 /* Strategies under which an address without paging is physical. */
@@ -76,32 +83,26 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
         const x86_seg *s = cpu->seg;
         if (is_flat_data(&s[X86_ES]) && is_flat_data(&s[X86_SS]) && is_flat_data(&s[X86_DS]) && cpu->stack_size == 4)
             key |= JIT_KEY_FLAT;
-        if (is_whole_data(&s[X86_FS]))
-            key |= JIT_KEY_FS;
-        if (is_whole_data(&s[X86_GS]))
-            key |= JIT_KEY_GS;
+        if (is_whole_data(&s[X86_FS])) key |= JIT_KEY_FS;
+        if (is_whole_data(&s[X86_GS])) key |= JIT_KEY_GS;
     }
-    if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
-        key |= JIT_KEY_CHAIN;
+    if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat) key |= JIT_KEY_CHAIN;
     if ((key & JIT_KEY_CHAIN) && is_plain_mmu(j->vcpu->machine) && cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT])
         key |= JIT_KEY_WINDOW;
-    if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC))
-        key |= JIT_KEY_AC;
-    if (j->has_vec && j->vec_ctx != cpu->ctx)
-        j->has_vec = j->has_x87 = false;
+    if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC)) key |= JIT_KEY_AC;
+    if (j->has_vec && j->vec_ctx != cpu->ctx) j->has_vec = j->has_x87 = false;
     if (j->has_vec && vec_allowed(cpu)) {
         key |= JIT_KEY_VEC;
-        if (j->has_x87 && x87_allowed(cpu))
-            key |= JIT_KEY_X87;
-        if ((cpu->cr4 & X86_CR4_OSXSAVE) && (cpu->xcr0 & 6) == 6 && j->has_avx)
-            key |= JIT_KEY_AVX;
+        if (j->has_x87 && x87_allowed(cpu)) key |= JIT_KEY_X87;
+        if ((cpu->cr4 & X86_CR4_OSXSAVE) && (cpu->xcr0 & 6) == 6 && j->has_avx) key |= JIT_KEY_AVX;
     }
     return key;
 }
 
 /* Modes and moments that the interpreter handles. */
 static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
-    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || j->rest || (cpu->rflags & X86_FL_RF))
+    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || j->rest ||
+        (cpu->rflags & X86_FL_RF))
         return true;
     return cpu->code_size == 4 && (cpu->seg[X86_CS].base || cpu->seg[X86_CS].limit != 0xffffffffu);
 }
@@ -113,8 +114,7 @@ static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 
 
 bool jit_is_stop(const jit *j, uint64_t rip) {
     for (unsigned i = 0; i < j->stop_count; i++)
-        if (j->stops[i] == rip)
-            return true;
+        if (j->stops[i] == rip) return true;
     return false;
 }
 
@@ -129,39 +129,34 @@ static void clear_table(jit *j, unsigned t) {
 
 static void clear_tables(jit *j) {
     for (unsigned t = 0; t < JIT_TABLES; t++)
-        if (j->table_used[t])
-            clear_table(j, t);
+        if (j->table_used[t]) clear_table(j, t);
 }
 
 /* Addresses in the gigabyte around la (a large page may have gone) have come to mean something else. */
 static void drop_from_table(jit *j, unsigned t, uint64_t la) {
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
     for (unsigned i = 0; i < X86_JUMP_ENTRIES; i++)
-        if (!((jumps->rip[i] ^ la) >> 30))
-            jumps->rip[i] = i ? 0 : ~UINT64_C(0);
+        if (!((jumps->rip[i] ^ la) >> 30)) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
 static void use_table(jit *j, uint32_t key) {
     unsigned t = jit_table_index(key);
-    if (j->table_key[t] != key && j->table_used[t])
-        clear_table(j, t);
-    if (!j->table_used[t])
-        j->vcpu->x86.jump[t].rip[0] = ~UINT64_C(0);
+    if (j->table_key[t] != key && j->table_used[t]) clear_table(j, t);
+    if (!j->table_used[t]) j->vcpu->x86.jump[t].rip[0] = ~UINT64_C(0);
     j->table_key[t] = key;
     j->table_used[t] = true;
 }
 
 static void unlink_in(jit_link *l) {
     jit_link **p = &l->to->in;
-    while (*p && *p != l)
-        p = &(*p)->next_in;
-    if (*p)
-        *p = l->next_in;
+    while (*p && *p != l) p = &(*p)->next_in;
+    if (*p) *p = l->next_in;
     l->to = NULL;
 }
 
 static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
-    if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) || jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
+    if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) ||
+        jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
         return;
     e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
     l->to = to;
@@ -170,16 +165,13 @@ static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
 }
 
 static void remove_from(jit_block **p, jit_block *b, bool is_page) {
-    while (*p && *p != b)
-        p = is_page ? &(*p)->page_next : &(*p)->hash_next;
-    if (*p)
-        *p = is_page ? b->page_next : b->hash_next;
+    while (*p && *p != b) p = is_page ? &(*p)->page_next : &(*p)->hash_next;
+    if (*p) *p = is_page ? b->page_next : b->hash_next;
 }
 
 static void kill_block(jit *j, jit_block *b) {
     b->is_dead = true;
-    if (b->twin && !b->twin->is_dead)
-        kill_block(j, b->twin);
+    if (b->twin && !b->twin->is_dead) kill_block(j, b->twin);
     remove_from(&j->hash[hash_block(b->rip)], b, false);
     remove_from(&j->pages[hash_page(b->gpa)], b, true);
     while (b->in) {
@@ -189,16 +181,14 @@ static void kill_block(jit *j, jit_block *b) {
         l->to = NULL;
     }
     for (unsigned i = 0; i < b->nlinks; i++)
-        if (b->links[i].to)
-            unlink_in(&b->links[i]);
+        if (b->links[i].to) unlink_in(&b->links[i]);
     unsigned i = b->rip & (X86_JUMP_ENTRIES - 1);
     x86_jumps *jumps = jumps_of(&j->vcpu->x86, b->key);
-    if (jumps->rip[i] == b->rip)
-        jumps->rip[i] = i ? 0 : ~UINT64_C(0);
+    if (jumps->rip[i] == b->rip) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
 static void flush_all(jit *j) {
-    if (j->arena_used > 16) {          /* blocks live in the arena: without any the tables are still untouched zero pages */
+    if (j->arena_used > 16) { /* blocks live in the arena: without any the tables are still untouched zero pages */
         memset(j->hash, 0, sizeof j->hash);
         memset(j->pages, 0, sizeof j->pages);
     }
@@ -211,12 +201,10 @@ static void flush_all(jit *j) {
 }
 
 static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
-    if ((b->gpa ^ gpa) & X86_PAGE_MASK)
-        return false;
+    if ((b->gpa ^ gpa) & X86_PAGE_MASK) return false;
     uint64_t begin = gpa & 0xfff, end = begin + bytes;
     for (unsigned i = 0; i < b->nextents; i++)
-        if (b->extents[i].begin < end && begin < b->extents[i].end)
-            return true;
+        if (b->extents[i].begin < end && begin < b->extents[i].end) return true;
     return false;
 }
 
@@ -227,29 +215,23 @@ enum { HEAT_WINDOW = 1000, HEAT_LIMIT = 6, HEAT_TIME = 30000 };
 static void note_heat(jit *j, uint64_t gpa) {
     unsigned h = hash_page(gpa) & 255;
     uint64_t now = j->vcpu->x86.retired;
-    if (now - j->heat[h].last > HEAT_WINDOW)
-        j->heat[h].kills = 0;
+    if (now - j->heat[h].last > HEAT_WINDOW) j->heat[h].kills = 0;
     j->heat[h].last = now;
-    if (++j->heat[h].kills >= HEAT_LIMIT)
-        j->heat[h].until = now + HEAT_TIME;
+    if (++j->heat[h].kills >= HEAT_LIMIT) j->heat[h].until = now + HEAT_TIME;
 }
 
-static bool is_hot(const jit *j, uint64_t gpa) {
-    return j->vcpu->x86.retired < j->heat[hash_page(gpa) & 255].until;
-}
+static bool is_hot(const jit *j, uint64_t gpa) { return j->vcpu->x86.retired < j->heat[hash_page(gpa) & 255].until; }
 
 static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
     jit *j = cpu->x86.jit;
-    if (!j || !j->write_base)
-        return;
+    if (!j || !j->write_base) return;
     if (bytes > (256u << 12)) {
         j->must_flush = true;
         return;
     }
     while (bytes) {
         uint64_t n = 4096 - (gpa & 0xfff);
-        if (n > bytes)
-            n = bytes;
+        if (n > bytes) n = bytes;
         jit_block *next;
         bool any = false;
         for (jit_block *b = j->pages[hash_page(gpa)]; b; b = next) {
@@ -259,8 +241,7 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
                 any = true;
             }
         }
-        if (any)
-            note_heat(j, gpa);
+        if (any) note_heat(j, gpa);
         gpa += n;
         bytes -= n;
     }
@@ -268,14 +249,13 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
 
 /* An address becomes a place where execution must come back to C. */
 static void add_stop(jit *j, uint64_t rip) {
-    if (jit_is_stop(j, rip))
-        return;
+    if (jit_is_stop(j, rip)) return;
     j->stops[j->stop_next] = rip;
     j->stop_next = (j->stop_next + 1) % JIT_STOPS;
-    if (j->stop_count < JIT_STOPS)
-        j->stop_count++;
+    if (j->stop_count < JIT_STOPS) j->stop_count++;
     for (jit_block *b = j->all; b; b = b->all_next)
-        if (!b->is_dead && !((b->rip ^ rip) & X86_PAGE_MASK) && block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
+        if (!b->is_dead && !((b->rip ^ rip) & X86_PAGE_MASK) &&
+            block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
             kill_block(j, b);
 }
 
@@ -290,10 +270,8 @@ static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
     if (((la ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
         return (t->meta[i] & X86_PAGE_MASK) | (la & 0xfff);
     uint64_t gpa;
-    if (cpu->code_size == 8 && !x86_canonical(la))
-        x86_raise_error(cpu, X86_GP, 0);
-    if (!cpu->env->fill(cpu, la, X86_EXEC, cpu->ctx, &gpa))
-        x86_raise_fault(cpu, &cpu->fault);
+    if (cpu->code_size == 8 && !x86_canonical(la)) x86_raise_error(cpu, X86_GP, 0);
+    if (!cpu->env->fill(cpu, la, X86_EXEC, cpu->ctx, &gpa)) x86_raise_fault(cpu, &cpu->fault);
     return gpa;
 }
 
@@ -315,8 +293,7 @@ static void publish(jit *j, jit_block *b) {
 }
 
 static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
-    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS))
-        return NULL;
+    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
     jit_optimise(u);
     return jit_emit(u, failed);
 }
@@ -339,8 +316,7 @@ static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8
         if (b) {
             publish(j, b);
             cpu->stat[X86_STAT_DECODED] += u->count;
-            if (vm_trace_mask(j->vcpu->machine) & (VM_TRACE_IR | VM_TRACE_MCODE))
-                jit_print(j, u, b);
+            if (vm_trace_mask(j->vcpu->machine) & (VM_TRACE_IR | VM_TRACE_MCODE)) jit_print(j, u, b);
             return b;
         }
         if (failed >= 0)
@@ -358,13 +334,10 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     unsigned prot = 0;
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
-    if (key & JIT_KEY_WINDOW)
-        note_code_page(j, gpa & X86_PAGE_MASK);
-    if (j->must_flush)
-        flush_all(j);
+    if (key & JIT_KEY_WINDOW) note_code_page(j, gpa & X86_PAGE_MASK);
+    if (j->must_flush) flush_all(j);
     const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
-    if (!page || !(prot & X86_EXEC))
-        return NULL;
+    if (!page || !(prot & X86_EXEC)) return NULL;
     return translate_unit(j, gpa, key, page);
 }
 
@@ -372,35 +345,32 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
 static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
-    unsigned first = 4096 - (gpa & 0xfff), prot[2] = { 0 };
+    unsigned first = 4096 - (gpa & 0xfff), prot[2] = {0};
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
     const uint8_t *a = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot[0]);
-    if (!a || !(prot[0] & X86_EXEC) || first >= 15)        /* what the first page does comes before the second's faults */
+    if (!a || !(prot[0] & X86_EXEC) || first >= 15) /* what the first page does comes before the second's faults */
         return NULL;
     uint64_t gpa2 = next_page_gpa(cpu);
     cpu->env->code_page(cpu, gpa2);
     const uint8_t *b = cpu->env->page(cpu, gpa2, &prot[1]);
-    if (!b || !(prot[1] & X86_EXEC))
-        return NULL;
+    if (!b || !(prot[1] & X86_EXEC)) return NULL;
     if (key & JIT_KEY_WINDOW) {
         note_code_page(j, gpa & X86_PAGE_MASK);
         note_code_page(j, gpa2);
     }
-    if (j->must_flush)
-        flush_all(j);
+    if (j->must_flush) flush_all(j);
     memcpy(u->bytes, a + (gpa & 0xfff), first);
     memcpy(u->bytes + first, b, 15 - first);
     u->crosses = true;
     jit_block *main = translate_unit(j, gpa, key, u->bytes);
     u->crosses = false;
-    if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64)
-        return NULL;
+    if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64) return NULL;
     jit_block *twin = (jit_block *)(j->arena + j->arena_used);
     j->arena_used += (sizeof *twin + sizeof(jit_extent) + 31) & ~(size_t)15;
     memset(twin, 0, sizeof *twin);
     twin->gpa = gpa2;
     twin->extents = (jit_extent *)(twin + 1);
-    twin->extents[0] = (jit_extent){ 0, 15 };
+    twin->extents[0] = (jit_extent){0, 15};
     twin->nextents = 1;
     twin->twin = main;
     main->twin = twin;
@@ -416,8 +386,7 @@ static jit_block *find_block(jit *j, uint32_t key) {
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
-    if (is_hot(j, gpa))
-        return NULL;
+    if (is_hot(j, gpa)) return NULL;
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }
@@ -428,27 +397,27 @@ static jit_block *find_block(jit *j, uint32_t key) {
 #define HOST_FLAGS(op, a, b, out) __asm__(op "; lahf; seto %%al" : "=&a"(out), "+r"(a) : "r"(b) : "cc")
 
 /* The flags of a recipe left in memory, computed by the host. */
-#define LAZY_FLAGS(type, kind, x, y, out) do { \
-        type a = (type)(x), b = (type)(y); \
-        if ((kind) == JIT_RECIPE_SUB) \
-            a += b; \
-        else if ((kind) == JIT_RECIPE_ADD) \
-            a -= b; \
-        if ((kind) == JIT_RECIPE_CMP || (kind) == JIT_RECIPE_SUB) \
-            HOST_FLAGS("cmp %2, %1", a, b, out); \
-        else if ((kind) == JIT_RECIPE_ADD) \
-            HOST_FLAGS("add %2, %1", a, b, out); \
-        else if ((kind) == JIT_RECIPE_TEST) \
-            HOST_FLAGS("test %2, %1", a, b, out); \
-        else \
-            HOST_FLAGS("test %1, %1", a, b, out); \
+#define LAZY_FLAGS(type, kind, x, y, out)                                                                              \
+    do {                                                                                                               \
+        type a = (type)(x), b = (type)(y);                                                                             \
+        if ((kind) == JIT_RECIPE_SUB)                                                                                  \
+            a += b;                                                                                                    \
+        else if ((kind) == JIT_RECIPE_ADD)                                                                             \
+            a -= b;                                                                                                    \
+        if ((kind) == JIT_RECIPE_CMP || (kind) == JIT_RECIPE_SUB)                                                      \
+            HOST_FLAGS("cmp %2, %1", a, b, out);                                                                       \
+        else if ((kind) == JIT_RECIPE_ADD)                                                                             \
+            HOST_FLAGS("add %2, %1", a, b, out);                                                                       \
+        else if ((kind) == JIT_RECIPE_TEST)                                                                            \
+            HOST_FLAGS("test %2, %1", a, b, out);                                                                      \
+        else                                                                                                           \
+            HOST_FLAGS("test %1, %1", a, b, out);                                                                      \
     } while (0)
 
 static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
     uint64_t x = cpu->jit_scratch[JIT_SLOT_FLAG_A], y = cpu->jit_scratch[JIT_SLOT_FLAG_B], out;
     unsigned kind = (recipe & 0x7f) - 1;
-    if (recipe & JIT_LAZY_IMM)
-        y = (uint64_t)(int64_t)(int16_t)(recipe >> 16);
+    if (recipe & JIT_LAZY_IMM) y = (uint64_t)(int64_t)(int16_t)(recipe >> 16);
     if ((recipe >> 8 & 0xff) == 4)
         LAZY_FLAGS(uint32_t, kind, x, y, out);
     else
@@ -458,8 +427,7 @@ static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
 
 static void load_flags(x86_cpu *cpu) {
     uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS] & 0xffffffff;
-    if ((f & 0xff) > 1)
-        f = lazy_flags(cpu, f);
+    if ((f & 0xff) > 1) f = lazy_flags(cpu, f);
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
 }
 static void store_flags(x86_cpu *cpu) {
@@ -477,7 +445,8 @@ static void count_retired(jit *j, x86_cpu *cpu, unsigned index) {
 /* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
 static void load_x87_pointers(jit *j, x86_cpu *cpu) {
     memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
-    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST], last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
+    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST],
+             last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
     cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = 0;
     if (last) {
         const jit_site *s = (const jit_site *)(j->arena + last);
@@ -493,13 +462,14 @@ static void load_x87_pointers(jit *j, x86_cpu *cpu) {
         X86_FPU_FDS(cpu) = cpu->seg[in->seg].sel;
     }
 }
-static void keep_x87_pointers(jit *j, const x86_cpu *cpu) { memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers); }
+static void keep_x87_pointers(jit *j, const x86_cpu *cpu) {
+    memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
+}
 
 static jit_site *begin_helper(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
-    if (s->block->key & JIT_KEY_X87)
-        load_x87_pointers(j, cpu);
+    if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     count_retired(j, cpu, s->index);
     load_flags(cpu);
     cpu->rip = s->rip;
@@ -517,12 +487,11 @@ static void hurry(jit *j, x86_cpu *cpu) {
 }
 
 static void end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
-    if (s->block->key & JIT_KEY_X87)
-        keep_x87_pointers(j, cpu);
-    x86_io_retire(cpu);                   /* what was read has been handed over: no replay */
+    if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
+    x86_io_retire(cpu); /* what was read has been handed over: no replay */
     store_flags(cpu);
     if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
-        cpu->jit_scratch[JIT_SLOT_LEAVE] = 1;          /* single accesses look here; others leave at the next edge */
+        cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
         hurry(j, cpu);
     }
 }
@@ -535,17 +504,17 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
         cpu->io_pos = 0;
         s->in.exec(cpu, &s->in);
         x86_io_retire(cpu);
-        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->in.flags & (X86_IF_REP | X86_IF_REPNE)))
-            break;
+        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->in.flags & (X86_IF_REP | X86_IF_REPNE))) break;
         if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || s->block->is_dead) {
-            cpu->jit_scratch[JIT_SLOT_R15]++;          /* not finished: not retired */
+            cpu->jit_scratch[JIT_SLOT_R15]++; /* not finished: not retired */
             return true;
         }
         cpu->next_rip = next;
     }
     cpu->rip = cpu->next_rip;
     return s->block->is_dead || j->must_flush || cpu->rip != next || cpu->careful || cpu->inhibit ||
-           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
+           atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
 /* The span of a group at la, or NULL to give the rest of the block up. Faults are the first access's own. */
@@ -553,7 +522,8 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
     bool is_write = s->access & X86_WRITE;
     uint8_t *p = NULL;
     uint64_t last = la + s->span - 1;
-    bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) && (s->in.mode != 8 || x86_canonical(la));
+    bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) &&
+                    (s->in.mode != 8 || x86_canonical(la));
     if (is_whole && !s->in_window && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
         x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
         p = x86_tlb_hit(cpu, la, s->span, is_write);
@@ -573,8 +543,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
         end_helper(j, cpu, s);
         return span;
     }
-    if (s->align > 1 && (la & (s->align - 1u)))
-        x86_raise_error(cpu, X86_GP, 0);
+    if (s->align > 1 && (la & (s->align - 1u))) x86_raise_error(cpu, X86_GP, 0);
     if (s->in.mode == 8 && (!x86_canonical(la) || !x86_canonical(la + s->size - 1))) {
         unsigned seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
         x86_linear(cpu, seg, seg == X86_FS || seg == X86_GS ? la - cpu->seg[seg].base : la, s->size, s->access);
@@ -599,8 +568,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
 
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
-    if (!j->bounce_active)
-        return 0;
+    if (!j->bounce_active) return 0;
     jit_site *s = begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
     end_helper(j, cpu, s);
@@ -619,33 +587,28 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
 
 static x86_stop interpret_one(jit *j) {
     j->step_one = false;
-    if (j->rest)
-        j->rest--;
+    if (j->rest) j->rest--;
     return interp_step(j->vcpu);
 }
 
 /* A group of this block could not be looked up: if that is its habit, make it again without. */
 static void note_bail(jit *j) {
-    if (++j->bailed->bails < 16 || j->bailed->is_dead)
-        return;
+    if (++j->bailed->bails < 16 || j->bailed->is_dead) return;
     j->no_groups[hash_block(j->bailed->rip) & 1023] = 1;
     kill_block(j, j->bailed);
 }
 
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
 static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
-    int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0);      /* at least 1 */
-    if (slice > SLICE)
-        slice = SLICE;
+    int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0); /* at least 1 */
+    if (slice > SLICE) slice = SLICE;
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
     cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
     store_flags(cpu);
-    if (key & JIT_KEY_X87)
-        keep_x87_pointers(j, cpu);
+    if (key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
-    if (key & JIT_KEY_X87)
-        load_x87_pointers(j, cpu);
+    if (key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     count_retired(j, cpu, 0);
     load_flags(cpu);
     return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
@@ -662,46 +625,39 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     use_table(j, key);
     x86_jumps *jumps = jumps_of(cpu, key);
     unsigned i = cpu->rip & (X86_JUMP_ENTRIES - 1);
-    if (!link && jumps->rip[i] == cpu->rip && jumps->code[i])
-        return jumps->code[i];
+    if (!link && jumps->rip[i] == cpu->rip && jumps->code[i]) return jumps->code[i];
     uint64_t flushes = j->flushes;
     jit_block *b = find_block(j, key);
-    if (!b)
-        return NULL;
+    if (!b) return NULL;
     use_table(j, key);
     const uint8_t *code = b->entry_mem + j->w.to_exec;
     if (!jit_is_stop(j, b->rip)) {
         jumps->rip[i] = b->rip;
         jumps->code[i] = code;
-        if (!is_global(cpu, b->rip))
-            j->table_local[jit_table_index(key)] = true;
-        if (link && flushes == j->flushes)
-            link_blocks(j, link, b);
+        if (!is_global(cpu, b->rip)) j->table_local[jit_table_index(key)] = true;
+        if (link && flushes == j->flushes) link_blocks(j, link, b);
     }
     return code;
 }
 
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
 
-/* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there may
- * soon be more of it. */
+/* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there
+ * may soon be more of it. */
 static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
     enum { MARGIN = 64, LEAST = 64 };
     uint64_t pages = r->bytes >> 12, begin = 0, best = 0, best_pages = 0;
     const _Atomic uint8_t *flags = r->region->page_flags + (r->offset >> 12);
     for (uint64_t i = 0; i <= pages; i++) {
-        if (i < pages && !(flags[i] & (VM_PAGE_CODE | VM_PAGE_CLEAN)))
-            continue;
+        if (i < pages && !(flags[i] & (VM_PAGE_CODE | VM_PAGE_CLEAN))) continue;
         uint64_t end = i < pages && i > begin + 4 * MARGIN ? i - MARGIN : i;
         uint64_t first = begin && end > begin + 4 * MARGIN ? begin + MARGIN : begin;
-        if (end - first > best_pages)
-            best = first, best_pages = end - first;
+        if (end - first > best_pages) best = first, best_pages = end - first;
         begin = i + 1;
     }
     uint64_t gpa = r->gpa + (best << 12), bytes = best_pages << 12;
     int64_t d = delta + (int64_t)(best << 12);
-    if (best_pages < LEAST || d != (int32_t)d)
-        return;
+    if (best_pages < LEAST || d != (int32_t)d) return;
     j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] = bytes - 255;
     j->must_flush |= gpa != j->window_gpa[1] || d != j->window_delta[1];
     j->window_gpa[1] = gpa;
@@ -710,36 +666,33 @@ static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
 
 static bool is_window_region(const vm_range *r) {
     const vm_region *g = r->region;
-    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) && r->bytes >= 4096;
+    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) &&
+           r->bytes >= 4096;
 }
 
-/* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen. */
+/* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen.
+ */
 static void find_windows(jit *j) {
     const vm_machine *m = j->vcpu->machine;
     uint64_t *slot = j->vcpu->x86.jit_scratch;
     const vm_range *best = NULL;
     for (size_t i = 0; i < m->view.count; i++) {
         const vm_range *r = &m->view.ranges[i];
-        if (is_window_region(r) && (!best || r->bytes > best->bytes))
-            best = r;
+        if (is_window_region(r) && (!best || r->bytes > best->bytes)) best = r;
     }
     j->window_stale = false;
     slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
-    if (!best)
-        return;
+    if (!best) return;
     const uint8_t *host = best->region->host + best->offset;
     int64_t delta = host - (const uint8_t *)&j->vcpu->x86;
     vm_range r = *best;
-    if (r.bytes > (UINT64_C(1) << 31))
-        r.bytes = UINT64_C(1) << 31;
-    if (delta != (int32_t)delta || delta > INT32_MAX - 512)
-        return;
+    if (r.bytes > (UINT64_C(1) << 31)) r.bytes = UINT64_C(1) << 31;
+    if (delta != (int32_t)delta || delta > INT32_MAX - 512) return;
     slot[JIT_SLOT_WINDOW_LIMIT] = r.bytes - 255;
     j->must_flush |= r.gpa != j->window_gpa[0] || delta != j->window_delta[0];
     j->window_gpa[0] = r.gpa;
     j->window_delta[0] = (int32_t)delta;
-    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log)
-        find_write_window(j, &r, delta);
+    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log) find_write_window(j, &r, delta);
 }
 
 /* A page of the write window holds code now: cut the window. */
@@ -751,10 +704,12 @@ static void note_code_page(jit *j, uint64_t gpa) {
 }
 
 static void jit_map_changed(vm_machine *m) {
+    vm_backend_interp.map_changed(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus[i] && m->vcpus[i]->x86.jit) {
             ((jit *)m->vcpus[i]->x86.jit)->window_stale = true;
-            m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] = 0;
+            m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] =
+                0;
         }
 }
 
@@ -762,16 +717,13 @@ static x86_stop run_loop(jit *j) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_link *link = NULL;
     for (;;) {
-        if (j->window_stale)
-            find_windows(j);
+        if (j->window_stale) find_windows(j);
         if (j->must_flush) {
             flush_all(j);
             link = NULL;
         }
-        if (cpu->budget <= 0)
-            return X86_STOP_SLICE;
-        if (atomic_load_explicit(&cpu->attention, memory_order_relaxed))
-            return X86_STOP_ATTENTION;
+        if (cpu->budget <= 0) return X86_STOP_SLICE;
+        if (atomic_load_explicit(&cpu->attention, memory_order_relaxed)) return X86_STOP_ATTENTION;
         const uint8_t *code = NULL;
         uint32_t key = 0;
         if (!wants_interpreter(j, cpu) && cpu->budget > (j->vcpu->has_budget ? EXACT_TAIL : 1)) {
@@ -781,8 +733,7 @@ static x86_stop run_loop(jit *j) {
         link = NULL;
         if (!code) {
             x86_stop stop = interpret_one(j);
-            if (stop)
-                return stop;
+            if (stop) return stop;
         } else {
             unsigned reason = enter(j, cpu, key, code);
             if (reason == JIT_LEAVE_LINK)
@@ -801,8 +752,7 @@ static x86_stop run_loop(jit *j) {
                 j->step_one = !j->has_x87;
             }
         }
-        if (at_until(cpu) && !j->step_one)
-            return X86_STOP_UNTIL;
+        if (at_until(cpu) && !j->step_one) return X86_STOP_UNTIL;
     }
 }
 
@@ -811,27 +761,28 @@ static bool jit_start(jit *j);
 /* Back from a longjmp: an exit, or a fault to deliver. */
 static x86_stop caught(jit *j, x86_cpu *cpu) {
     j->rest = 0;
-    if (cpu->stop == X86_STOP_NONE)
-        return x86_deliver_fault(cpu);
-    if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) {       /* rip is after it already */
+    if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
+    if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
         cpu->retired++;
         cpu->budget--;
     }
     return cpu->stop;
 }
 
-enum { FAULTS_IN_A_ROW = 256 };           /* then the run loop looks at its deadline: nothing retires, no slice ends */
+enum { FAULTS_IN_A_ROW = 256 }; /* then the run loop looks at its deadline: nothing retires, no slice ends */
 
 enum { COLD_INSTRUCTIONS = 2000 };
 
-/* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm now. */
+/* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm
+ * now. */
 static x86_stop run_cold(jit *j, x86_cpu *cpu) {
     int64_t budget = cpu->budget, cold = COLD_INSTRUCTIONS - j->cold_done;
-    if (cold <= 0)
-        return X86_STOP_NONE;
+    if (cold <= 0) return X86_STOP_NONE;
     cpu->budget = budget < cold ? budget : cold;
     int64_t given = cpu->budget;
+    j->is_cold = true;
     x86_stop stop = vm_backend_interp.run(j->vcpu);
+    j->is_cold = false;
     int64_t done = given - cpu->budget;
     j->cold_done += done > 0 ? done : 1;
     cpu->budget = budget - done;
@@ -843,15 +794,12 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
     jit *j = cpu->jit;
     if (!j->write_base) {
         x86_stop stop = run_cold(j, cpu);
-        if (stop != X86_STOP_NONE)
-            return stop;
-        if (!jit_start(j))
-            return vm_backend_interp.run(vcpu);
+        if (stop != X86_STOP_NONE) return stop;
+        if (!jit_start(j)) return vm_backend_interp.run(vcpu);
     }
-    if (cpu->has_until)
-        add_stop(j, cpu->until);
+    if (cpu->has_until) add_stop(j, cpu->until);
     const uint64_t host_gs = read_gs();
-    write_gs((uint64_t)(uintptr_t)cpu);   /* C code on Linux has no use for GS: it stays for the whole run */
+    write_gs((uint64_t)(uintptr_t)cpu); /* C code on Linux has no use for GS: it stays for the whole run */
     jmp_buf door, *saved = cpu->fault_jmp;
     volatile unsigned faults = 0;
     volatile uint64_t retired = cpu->retired;
@@ -881,18 +829,15 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
 
 static uint8_t *map_cache(size_t bytes, uint8_t **exec) {
     int fd = memfd_create("libvm-code", MFD_CLOEXEC);
-    if (fd < 0)
-        return NULL;
+    if (fd < 0) return NULL;
     uint8_t *w = MAP_FAILED, *x = MAP_FAILED;
     if (!ftruncate(fd, (off_t)bytes)) {
         w = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (w != MAP_FAILED)
-            x = mmap(NULL, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+        if (w != MAP_FAILED) x = mmap(NULL, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
     }
     close(fd);
     if (x == MAP_FAILED) {
-        if (w != MAP_FAILED)
-            munmap(w, bytes);
+        if (w != MAP_FAILED) munmap(w, bytes);
         return NULL;
     }
     *exec = x;
@@ -901,8 +846,7 @@ static uint8_t *map_cache(size_t bytes, uint8_t **exec) {
 
 static bool host_has_avx(void) {
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_AVX) || !(c & bit_OSXSAVE))
-        return false;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_AVX) || !(c & bit_OSXSAVE)) return false;
     uint32_t lo, hi;
     __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
     return (lo & 6) == 6;
@@ -918,8 +862,7 @@ static bool jit_start(jit *j) {
     vm_machine *m = j->vcpu->machine;
     size_t bytes = m->options.code_cache_bytes ? (size_t)m->options.code_cache_bytes : DEFAULT_CODE;
     bytes = bytes / m->vcpu_count & ~(size_t)4095;
-    if (bytes < MIN_CODE)
-        bytes = MIN_CODE;
+    if (bytes < MIN_CODE) bytes = MIN_CODE;
     j->arena_bytes = bytes * 4;
     j->arena = mmap(NULL, j->arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (j->arena == MAP_FAILED) {
@@ -936,7 +879,7 @@ static bool jit_start(jit *j) {
     j->has_avx = host_has_avx();
     j->has_bmi2 = host_has_bmi2();
     j->window_stale = true;
-    j->w = (jit_writer){ j->write_base, j->write_base + bytes, j->exec_base - j->write_base };
+    j->w = (jit_writer){j->write_base, j->write_base + bytes, j->exec_base - j->write_base};
     j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;
     jit_emit_thunks(j);
     j->arena_used = 16;
@@ -945,8 +888,7 @@ static bool jit_start(jit *j) {
 
 static int jit_vcpu_create(vm_vcpu *cpu) {
     int status = vm_backend_interp.vcpu_create(cpu);
-    if (status < 0)
-        return status;
+    if (status < 0) return status;
     size_t bytes = sizeof(jit) + sizeof(jit_unit);
     jit *j = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (j == MAP_FAILED) {
@@ -980,24 +922,20 @@ static void jit_code_changed_both(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
 
 static void jit_flush_code(vm_vcpu *cpu) {
     jit *j = cpu->x86.jit;
-    if (j->write_base)
-        j->must_flush = true;
+    if (j->write_base) j->must_flush = true;
     vm_backend_interp.flush_code(cpu);
 }
 
 static void jit_tlb_flushed(vm_vcpu *cpu) {
     jit *j = cpu->x86.jit;
-    if (j)
-        clear_tables(j);
-    if (vm_backend_interp.tlb_flushed)
-        vm_backend_interp.tlb_flushed(cpu);
+    if (j) clear_tables(j);
+    if (vm_backend_interp.tlb_flushed) vm_backend_interp.tlb_flushed(cpu);
 }
 
 static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global) {
     jit *j = cpu->x86.jit;
     for (unsigned t = 0; j && t < JIT_TABLES; t++) {
-        if (!j->table_used[t] || (keep_global && !bytes && !j->table_local[t]))
-            continue;
+        if (!j->table_used[t] || (keep_global && !bytes && !j->table_local[t])) continue;
         if (!bytes || ((la ^ (la + bytes - 1)) >> 30))
             clear_table(j, t);
         else
@@ -1006,7 +944,7 @@ static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep
     vm_backend_interp.tlb_flushed(cpu);
 }
 
-static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; }    /* FSGSBASE for user code */
+static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; } /* FSGSBASE for user code */
 
 static int jit_query(const char *capability, uint64_t *value) {
     if (!strcmp(capability, "available"))
@@ -1021,7 +959,20 @@ static int jit_machine_create(vm_machine *m) {
     return is_usable() ? VM_OK : vm_fail(VM_E_UNSUPPORTED, "JIT: the host kernel does not let programs use WRGSBASE");
 }
 
+/* While the interpreter runs in the JIT's place, it knows how far it is. */
+static uint64_t jit_retired(const vm_vcpu *cpu) {
+    const jit *j = cpu->x86.jit;
+    return j && j->is_cold ? vm_backend_interp.retired(cpu) : cpu->x86.retired;
+}
+
+static void jit_look_again(vm_vcpu *cpu) {
+    const jit *j = cpu->x86.jit;
+    if (j && j->is_cold) vm_backend_interp.look_again(cpu);
+}
+
 const vm_backend_ops vm_backend_jit = {
+    .retired = jit_retired,
+    .look_again = jit_look_again,
     .name = "jit",
     .query = jit_query,
     .machine_create = jit_machine_create,

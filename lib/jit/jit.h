@@ -9,30 +9,30 @@
 #ifdef VM_TINY_BLOCKS
 #define JIT_MAX_INSNS 1
 #else
-#define JIT_MAX_INSNS 64                  /* at most 64: sets of them are uint64_t */
+#define JIT_MAX_INSNS 64 /* at most 64: sets of them are uint64_t */
 #endif
-#define JIT_MAX_OPS (JIT_MAX_INSNS * 6)
-#define JIT_MAX_SITES (JIT_MAX_INSNS * 2)
-#define JIT_MAX_SIDES 8                   /* conditional exits from a block before its end */
+#define JIT_MAX_OPS     (JIT_MAX_INSNS * 6)
+#define JIT_MAX_SITES   (JIT_MAX_INSNS * 2)
+#define JIT_MAX_SIDES   8 /* conditional exits from a block before its end */
 #define JIT_MAX_EXTENTS 24
-#define JIT_BLOCK_BYTES 32768             /* code one block may need, stubs included */
-#define JIT_HASH 65536
-#define JIT_PAGES 16384
-#define JIT_STOPS 8
+#define JIT_BLOCK_BYTES 32768 /* code one block may need, stubs included */
+#define JIT_HASH        65536
+#define JIT_PAGES       16384
+#define JIT_STOPS       8
 
 /* Everything that emitted code assumes beyond the bytes it was made from. */
-#define JIT_KEY_CTX   0x0003u             /* X86_CTX_* */
-#define JIT_KEY_64    0x0004u             /* 64-bit code; else 32-bit */
-#define JIT_KEY_VEC   0x0008u             /* vector registers and MXCSR are in the host's; SSE may run natively */
-#define JIT_KEY_AVX   0x0010u             /* VEX instructions may */
-#define JIT_KEY_FLAT  0x0020u             /* 32-bit: ES, CS, SS, DS are flat 4 GiB, stack is 32 bits wide */
-#define JIT_KEY_FS    0x0040u             /* 32-bit: FS is usable with limit 4 GiB */
-#define JIT_KEY_GS    0x0080u             /* 32-bit: GS is */
-#define JIT_KEY_CHAIN 0x0100u             /* no paging: direct jumps may be linked across pages */
-#define JIT_KEY_AC    0x0200u             /* alignment checks may fault: memory operands go to the semantic functions */
-#define JIT_KEY_WINDOW 0x0400u            /* linear is physical: reads of the largest RAM region need only a bounds check */
-#define JIT_KEY_X87   0x0800u             /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
-#define JIT_TABLES 16                     /* jump caches: by CTX | 64 | VEC */
+#define JIT_KEY_CTX    0x0003u /* X86_CTX_* */
+#define JIT_KEY_64     0x0004u /* 64-bit code; else 32-bit */
+#define JIT_KEY_VEC    0x0008u /* vector registers and MXCSR are in the host's; SSE may run natively */
+#define JIT_KEY_AVX    0x0010u /* VEX instructions may */
+#define JIT_KEY_FLAT   0x0020u /* 32-bit: ES, CS, SS, DS are flat 4 GiB, stack is 32 bits wide */
+#define JIT_KEY_FS     0x0040u /* 32-bit: FS is usable with limit 4 GiB */
+#define JIT_KEY_GS     0x0080u /* 32-bit: GS is */
+#define JIT_KEY_CHAIN  0x0100u /* no paging: direct jumps may be linked across pages */
+#define JIT_KEY_AC     0x0200u /* alignment checks may fault: memory operands go to the semantic functions */
+#define JIT_KEY_WINDOW 0x0400u /* linear is physical: reads of the largest RAM region need only a bounds check */
+#define JIT_KEY_X87    0x0800u /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
+#define JIT_TABLES     16      /* jump caches: by CTX | 64 | VEC */
 
 typedef struct jit_block jit_block;
 
@@ -41,42 +41,44 @@ typedef struct jit_site {
     x86_insn in;
     uint64_t rip;
     jit_block *block;
-    uint16_t index;                       /* instructions of the block retired before this one */
+    uint16_t index; /* instructions of the block retired before this one */
     uint8_t access, size, align;
-    uint8_t leader_access, leader_size;   /* a group's first access itself; size 0: no group */
+    uint8_t leader_access, leader_size; /* a group's first access itself; size 0: no group */
     int16_t leader_disp;
     uint16_t span;
-    uint8_t in_window;                    /* a group that must lie in a window (1 + which) */
-    bool is_single;                       /* the access is the whole instruction: a failed RMW is done by its semantic function */
+    uint8_t in_window; /* a group that must lie in a window (1 + which) */
+    bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
 } jit_site;
 
 /* A direct edge: a jmp that goes to its stub until linked. */
 typedef struct jit_link {
     jit_block *from, *to;
     uint64_t target;
-    uint8_t *jump;                        /* rel32, writable view */
+    uint8_t *jump; /* rel32, writable view */
     uint8_t *stub;
-    struct jit_link *next_in;             /* list of links into `to` */
-    bool is_chained;                      /* may be linked: same page or no paging */
-    bool needs_mem_entry;                 /* provides flags in memory only */
+    struct jit_link *next_in; /* list of links into `to` */
+    bool is_chained;          /* may be linked: same page or no paging */
+    bool needs_mem_entry;     /* provides flags in memory only */
 } jit_link;
 
-typedef struct jit_extent { uint16_t begin, end; } jit_extent;   /* page offsets */
+typedef struct jit_extent {
+    uint16_t begin, end;
+} jit_extent; /* page offsets */
 
 struct jit_block {
     uint64_t rip, gpa;
     uint32_t key;
-    uint16_t count;                       /* instructions */
-    bool is_dead, crosses;                /* crosses: one instruction, its end on the next page (`twin` keeps watch there) */
-    uint8_t bails;                        /* times a group could not be looked up whole */
-    uint8_t *entry;                       /* writable view: flags as `need` says */
-    uint8_t *entry_mem;                   /* flags in memory: from the dispatcher, indirect jumps, other pages */
+    uint16_t count;        /* instructions */
+    bool is_dead, crosses; /* crosses: one instruction, its end on the next page (`twin` keeps watch there) */
+    uint8_t bails;         /* times a group could not be looked up whole */
+    uint8_t *entry;        /* writable view: flags as `need` says */
+    uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next, *all_next;
     jit_block *twin;
     jit_link *in;
     uint8_t nlinks, nextents;
     jit_link *links;
-    jit_extent *extents;                  /* bytes it was made from: itself, looked-ahead targets */
+    jit_extent *extents; /* bytes it was made from: itself, looked-ahead targets */
 };
 
 /* CHECK: how the address is made host. ALONE looks it up; a LEADER looks up the whole span its group touches and keeps
@@ -85,14 +87,14 @@ enum { JIT_CHECK_ALONE, JIT_CHECK_LEADER, JIT_CHECK_MEMBER };
 
 typedef struct jit_op {
     uint8_t op, cc, access, size, reg, align;
-    uint8_t role, slot;                   /* CHECK */
-    uint16_t span;                        /* LEADER: bytes from the group's lowest address */
-    uint8_t span_access;                  /* LEADER: what the group does */
-    int16_t disp;                         /* CHECK and its access: offset from the host address made */
-    int32_t adjust;                       /* EA: added to the address (to the group's lowest, to an offset into the window) */
-    uint8_t window;                       /* CHECK and its access: 1 + window (0 reads, 1 writes), or 0 */
-    bool is_direct;                       /* MEMBER: in the window for sure; no address is made */
-    uint16_t insn;                        /* index into the block's instructions */
+    uint8_t role, slot;  /* CHECK */
+    uint16_t span;       /* LEADER: bytes from the group's lowest address */
+    uint8_t span_access; /* LEADER: what the group does */
+    int16_t disp;        /* CHECK and its access: offset from the host address made */
+    int32_t adjust;      /* EA: added to the address (to the group's lowest, to an offset into the window) */
+    uint8_t window;      /* CHECK and its access: 1 + window (0 reads, 1 writes), or 0 */
+    bool is_direct;      /* MEMBER: in the window for sure; no address is made */
+    uint16_t insn;       /* index into the block's instructions */
     int64_t imm;
     uint64_t target, fall;
 } jit_op;
@@ -106,102 +108,130 @@ enum jit_ir {
 
 /* What is known of one guest instruction of the block being made. Flag masks are over X86_FL_ARITH. */
 typedef struct jit_info {
-    uint16_t read, written;               /* written: always */
-    uint16_t host_at;                     /* bits that must be in the host's flags when it executes, for itself or for later */
-    uint16_t exact_at;                    /* bits somebody may look at when it leaves (or later) */
+    uint16_t read, written; /* written: always */
+    uint16_t host_at;       /* bits that must be in the host's flags when it executes, for itself or for later */
+    uint16_t exact_at;      /* bits somebody may look at when it leaves (or later) */
     uint16_t exact_after;
-    bool is_side;                         /* a SIDE op; what its target needs: */
+    bool is_side; /* a SIDE op; what its target needs: */
     uint8_t side_need;
-    bool can_leave;                       /* may fault or call out */
-    bool falls_back;                      /* flags go in and come out through memory */
+    bool can_leave;  /* may fault or call out */
+    bool falls_back; /* flags go in and come out through memory */
 } jit_info;
 
-typedef struct jit_unit {                 /* one block being translated */
+typedef struct jit_unit { /* one block being translated */
     struct jit *j;
     x86_cpu *cpu;
     uint64_t rip, gpa;
     uint32_t key;
-    const uint8_t *page;                  /* host bytes of the code page */
-    uint8_t bytes[15];                    /* of a crossing instruction */
+    const uint8_t *page; /* host bytes of the code page */
+    uint8_t bytes[15];   /* of a crossing instruction */
     unsigned count;
     x86_insn insn[JIT_MAX_INSNS];
     uint64_t insn_rip[JIT_MAX_INSNS];
     jit_info info[JIT_MAX_INSNS];
     unsigned nops;
     jit_op ops[JIT_MAX_OPS];
-    unsigned entry_need, edge_need[2];    /* JIT_NEED_*; of the last op's target and fall */
+    unsigned entry_need, edge_need[2]; /* JIT_NEED_*; of the last op's target and fall */
     unsigned sides;
     unsigned nextents;
     jit_extent extents[JIT_MAX_EXTENTS];
-    uint64_t forced;                      /* instructions that must fall back */
+    uint64_t forced; /* instructions that must fall back */
     bool no_groups;
-    bool crosses;                         /* page's bytes are a copy of one instruction from two pages */
+    bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
 typedef struct jit {
     vm_vcpu *vcpu;
-    struct jit_unit *unit;                /* the block being translated */
-    uint8_t *write_base, *exec_base;      /* the code cache, twice */
+    struct jit_unit *unit;           /* the block being translated */
+    uint8_t *write_base, *exec_base; /* the code cache, twice */
     size_t code_bytes;
-    uint8_t *code_start;                  /* after the thunks */
+    uint8_t *code_start; /* after the thunks */
     jit_writer w;
-    uint8_t *arena;                       /* blocks and sites */
+    uint8_t *arena; /* blocks and sites */
     size_t arena_bytes, arena_used;
     jit_block *hash[JIT_HASH], *pages[JIT_PAGES], *all;
     uint32_t table_key[JIT_TABLES];
     bool table_used[JIT_TABLES];
-    bool table_local[JIT_TABLES];         /* holds addresses of pages that are not global */
-    uint64_t stops[JIT_STOPS]; unsigned stop_count, stop_next;   /* addresses that no block contains or is linked to */
-    int64_t r15_start;                    /* value r15 had when instructions were last counted */
+    bool table_local[JIT_TABLES]; /* holds addresses of pages that are not global */
+    uint64_t stops[JIT_STOPS];
+    unsigned stop_count, stop_next; /* addresses that no block contains or is linked to */
+    int64_t r15_start;              /* value r15 had when instructions were last counted */
     uint64_t bounce_la;
     bool bounce_active;
-    int64_t cold_done;                    /* instructions interpreted before there was a code cache */
-    bool step_one;                        /* next instruction by the interpreter */
-    bool has_vec;                         /* guest code that runs now uses vector registers */
-    bool has_x87;                         /* and x87 registers */
-    uint8_t x87_pointers[18];             /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
-    uint8_t vec_ctx;                      /* ...in this context */
-    bool must_flush;                      /* at the next block boundary */
-    unsigned rest;                        /* instructions left of a block that was given up: for the interpreter */
+    int64_t cold_done; /* instructions interpreted before there was a code cache */
+    bool is_cold;                         /* the interpreter runs instead */
+    bool step_one;     /* next instruction by the interpreter */
+    bool has_vec;      /* guest code that runs now uses vector registers */
+    bool has_x87;      /* and x87 registers */
+    uint8_t
+        x87_pointers[18]; /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
+    uint8_t vec_ctx;      /* ...in this context */
+    bool must_flush;      /* at the next block boundary */
+    unsigned rest;        /* instructions left of a block that was given up: for the interpreter */
     jit_block *bailed;
-    uint8_t no_groups[1024];              /* by rip: blocks whose groups kept failing */
+    uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     bool has_avx, has_bmi2;
-    bool window_stale;                    /* the memory map changed */
-    uint64_t window_gpa[2];               /* for reads, for writes; in emitted code as constants: where it begins, and */
-    int32_t window_delta[2];              /* how far its host memory is from the x86_cpu */
+    bool window_stale;       /* the memory map changed */
+    uint64_t window_gpa[2];  /* for reads, for writes; in emitted code as constants: where it begins, and */
+    int32_t window_delta[2]; /* how far its host memory is from the x86_cpu */
     uint64_t flushes;
-    struct { uint64_t last, until; uint32_t kills; } heat[256];     /* by code page: see note_heat() */
+    struct {
+        uint64_t last, until;
+        uint32_t kills;
+    } heat[256]; /* by code page: see note_heat() */
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
-    uint8_t *enter[3];                    /* by jit_level() */
-    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags;      /* writable view, for e_call_to */
+    uint8_t *enter[3];                                              /* by jit_level() */
+    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags; /* writable view, for e_call_to */
 } jit;
 
-#define JIT_GROUPS 13                     /* slots JIT_SLOT_GROUP.. */
+#define JIT_GROUPS 13 /* slots JIT_SLOT_GROUP.. */
 /* Slots of x86_cpu.jit_scratch that emitted code uses. */
-enum { JIT_SLOT_SELF, JIT_SLOT_R15, JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */, JIT_SLOT_TMP, JIT_SLOT_REASON, JIT_SLOT_MXCSR,
-       JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */, JIT_SLOT_WRITE_LIMIT, JIT_SLOT_FLAG_A, JIT_SLOT_FLAG_B,
-       JIT_SLOT_LEAVE /* a callback asked for the run loop */,
-       JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
-       JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */, JIT_SLOT_X87_LA, JIT_SLOT_X87_NEXT_LA,
-       JIT_SLOT_GROUP };
-/* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result), FLAG_B its second. */
+enum {
+    JIT_SLOT_SELF,
+    JIT_SLOT_R15,
+    JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */,
+    JIT_SLOT_TMP,
+    JIT_SLOT_REASON,
+    JIT_SLOT_MXCSR,
+    JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */,
+    JIT_SLOT_WRITE_LIMIT,
+    JIT_SLOT_FLAG_A,
+    JIT_SLOT_FLAG_B,
+    JIT_SLOT_LEAVE /* a callback asked for the run loop */,
+    JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
+    JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */,
+    JIT_SLOT_X87_LA,
+    JIT_SLOT_X87_NEXT_LA,
+    JIT_SLOT_GROUP
+};
+/* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result),
+ * FLAG_B its second. */
 #define JIT_LAZY_FLAGS(kind, size) ((kind) + 1u + ((size) << 8))
-#define JIT_LAZY_IMM 0x80u                /* the second operand is the upper half of the word itself */
+#define JIT_LAZY_IMM               0x80u /* the second operand is the upper half of the word itself */
 /* jit_scratch[JIT_SLOT_REASON]: how emitted code left. */
-enum { JIT_LEAVE_SLICE, JIT_LEAVE_LOOKUP, JIT_LEAVE_LINK, JIT_LEAVE_INDIRECT, JIT_LEAVE_VEC, JIT_LEAVE_X87, JIT_LEAVE_STEP,
-       JIT_LEAVE_REST };
+enum {
+    JIT_LEAVE_SLICE,
+    JIT_LEAVE_LOOKUP,
+    JIT_LEAVE_LINK,
+    JIT_LEAVE_INDIRECT,
+    JIT_LEAVE_VEC,
+    JIT_LEAVE_X87,
+    JIT_LEAVE_STEP,
+    JIT_LEAVE_REST
+};
 
 #define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
-#define JIT_SLOT(n) ((int32_t)(offsetof(x86_cpu, jit_scratch) + 8 * (n)))
+#define JIT_SLOT(n)    ((int32_t)(offsetof(x86_cpu, jit_scratch) + 8 * (n)))
 
 /* How much of the guest's floating-point state is in the host's registers: 0 none, 1 vectors, 2 x87 too. */
 static inline unsigned jit_level(uint32_t key) { return key & JIT_KEY_X87 ? 2 : key & JIT_KEY_VEC ? 1 : 0; }
 static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
 
 /* lift.c */
-bool jit_lift(jit_unit *u, unsigned max_insns);                  /* false: the first instruction cannot be handled here (cut off by the page) */
-unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent);   /* JIT_NEED_* of code at rip on this page */
+bool jit_lift(jit_unit *u,
+              unsigned max_insns); /* false: the first instruction cannot be handled here (cut off by the page) */
+unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent); /* JIT_NEED_* of code at rip on this page */
 void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact);
 void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
@@ -209,12 +239,13 @@ bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
-unsigned jit_insn_access(const x86_insn *in);                    /* X86_READ/X86_WRITE of the memory operand */
+unsigned jit_insn_access(const x86_insn *in); /* X86_READ/X86_WRITE of the memory operand */
 enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };
 enum { JIT_MOVE_NONE, JIT_MOVE_COPY /* dst = src + imm */, JIT_MOVE_ADD /* dst += imm */ };
-unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm);  /* full-width pointer arithmetic the group pass follows */
+unsigned jit_pointer_move(const x86_insn *in, unsigned *src,
+                          int64_t *imm); /* full-width pointer arithmetic the group pass follows */
 unsigned jit_recipe_kind(const x86_insn *in);
-uint16_t jit_changed_regs(const x86_insn *in);                   /* general-purpose registers a natively handled form may change */
+uint16_t jit_changed_regs(const x86_insn *in); /* general-purpose registers a natively handled form may change */
 /* opt.c */
 void jit_optimise(jit_unit *u);
 /* emit.c */
@@ -222,11 +253,12 @@ void jit_optimise(jit_unit *u);
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
 /* print.c */
-void jit_print(jit *j, const jit_unit *u, const jit_block *b);   /* after a translation, by LIBVM_TRACE=ir,mcode */
+void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* jit.c: helpers called by emitted code */
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
-uint64_t jit_help_commit(x86_cpu *cpu, uint32_t site);           /* non-zero: leave, the instruction is done again by the interpreter */
-uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);         /* non-zero: leave the block */
+uint64_t jit_help_commit(x86_cpu *cpu,
+                         uint32_t site); /* non-zero: leave, the instruction is done again by the interpreter */
+uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site); /* non-zero: leave the block */
 bool jit_is_stop(const jit *j, uint64_t rip);
 
 #endif

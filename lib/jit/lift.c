@@ -1,78 +1,105 @@
 /* lift.c - guest instructions to IR.
  *
- * Each instruction falls into a class (the table below). GPR classes run natively with their operands renamed; memory operands
- * become EA, CHECK, ACCESS; stack and branch instructions are taken apart; whatever is left calls its semantic function
- * (FALLBACK). A class only says what may be native: operand forms that 64-bit host code cannot spell, or that need checks
- * this file does not make, fall back one by one in native_form().
+ * Each instruction falls into a class (the table below). GPR classes run natively with their operands renamed; memory
+ * operands become EA, CHECK, ACCESS; stack and branch instructions are taken apart; whatever is left calls its semantic
+ * function (FALLBACK). A class only says what may be native: operand forms that 64-bit host code cannot spell, or that
+ * need checks this file does not make, fall back one by one in native_form().
  */
 #include <Zydis/Zydis.h>
 #include "jit/jit.h"
 #include "x86/ops.h"
 #include "x86/native.h"
 
-enum insn_class { C_FALLBACK, C_MOVE /* memory destination is only written */, C_ALU /* read-modify-write */, C_TEST /* reads only */,
-                  C_LEA, C_NOP, C_PUSH, C_POP, C_CALL, C_RET, C_JMP, C_JCC, C_LEAVE, C_DIV };
+enum insn_class {
+    C_FALLBACK,
+    C_MOVE /* memory destination is only written */,
+    C_ALU /* read-modify-write */,
+    C_TEST /* reads only */,
+    C_LEA,
+    C_NOP,
+    C_PUSH,
+    C_POP,
+    C_CALL,
+    C_RET,
+    C_JMP,
+    C_JCC,
+    C_LEAVE,
+    C_DIV
+};
 
 #define M(name, class) [ZYDIS_MNEMONIC_##name] = class
 static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
-    M(MOV, C_MOVE), M(MOVZX, C_MOVE), M(MOVSX, C_MOVE), M(MOVSXD, C_MOVE), M(MOVBE, C_MOVE), M(LEA, C_LEA),
-    M(ADD, C_ALU), M(ADC, C_ALU), M(SUB, C_ALU), M(SBB, C_ALU), M(AND, C_ALU), M(OR, C_ALU), M(XOR, C_ALU),
-    M(CMP, C_TEST), M(TEST, C_TEST), M(INC, C_ALU), M(DEC, C_ALU), M(NEG, C_ALU), M(NOT, C_ALU),
-    M(SHL, C_ALU), M(SHR, C_ALU), M(SAR, C_ALU), M(ROL, C_ALU), M(ROR, C_ALU), M(RCL, C_ALU), M(RCR, C_ALU),
-    M(SHLD, C_ALU), M(SHRD, C_ALU), M(IMUL, C_TEST), M(MUL, C_TEST), M(DIV, C_DIV), M(IDIV, C_DIV),
-    M(BT, C_TEST), M(BTS, C_ALU), M(BTR, C_ALU), M(BTC, C_ALU),
-    M(BSF, C_TEST), M(BSR, C_TEST), M(TZCNT, C_TEST), M(LZCNT, C_TEST), M(POPCNT, C_TEST), M(CRC32, C_TEST),
-    M(BSWAP, C_ALU), M(XCHG, C_ALU), M(XADD, C_ALU), M(CMPXCHG, C_ALU), M(CMPXCHG8B, C_ALU), M(CMPXCHG16B, C_ALU),
-    M(CBW, C_TEST), M(CWDE, C_TEST), M(CDQE, C_TEST), M(CWD, C_TEST), M(CDQ, C_TEST), M(CQO, C_TEST),
-    M(LAHF, C_TEST), M(SAHF, C_TEST), M(CLC, C_TEST), M(STC, C_TEST), M(CMC, C_TEST),
-    M(ANDN, C_TEST), M(BEXTR, C_TEST), M(BLSI, C_TEST), M(BLSMSK, C_TEST), M(BLSR, C_TEST), M(BZHI, C_TEST), M(MULX, C_TEST),
-    M(PDEP, C_TEST), M(PEXT, C_TEST), M(RORX, C_TEST), M(SARX, C_TEST), M(SHLX, C_TEST), M(SHRX, C_TEST),
-    M(ADCX, C_TEST), M(ADOX, C_TEST),
-    M(CMOVB, C_TEST), M(CMOVBE, C_TEST), M(CMOVL, C_TEST), M(CMOVLE, C_TEST), M(CMOVNB, C_TEST), M(CMOVNBE, C_TEST),
-    M(CMOVNL, C_TEST), M(CMOVNLE, C_TEST), M(CMOVNO, C_TEST), M(CMOVNP, C_TEST), M(CMOVNS, C_TEST), M(CMOVNZ, C_TEST),
-    M(CMOVO, C_TEST), M(CMOVP, C_TEST), M(CMOVS, C_TEST), M(CMOVZ, C_TEST),
-    M(SETB, C_MOVE), M(SETBE, C_MOVE), M(SETL, C_MOVE), M(SETLE, C_MOVE), M(SETNB, C_MOVE), M(SETNBE, C_MOVE), M(SETNL, C_MOVE),
-    M(SETNLE, C_MOVE), M(SETNO, C_MOVE), M(SETNP, C_MOVE), M(SETNS, C_MOVE), M(SETNZ, C_MOVE), M(SETO, C_MOVE), M(SETP, C_MOVE),
-    M(SETS, C_MOVE), M(SETZ, C_MOVE),
-    M(NOP, C_NOP), M(ENDBR32, C_NOP), M(ENDBR64, C_NOP), M(PREFETCHT0, C_NOP), M(PREFETCHT1, C_NOP), M(PREFETCHT2, C_NOP),
-    M(PREFETCHNTA, C_NOP), M(PREFETCHW, C_NOP), M(PAUSE, C_NOP), M(LFENCE, C_NOP), M(MFENCE, C_TEST), M(SFENCE, C_NOP),
-    M(PUSH, C_PUSH), M(POP, C_POP), M(CALL, C_CALL), M(RET, C_RET), M(LEAVE, C_LEAVE), M(JMP, C_JMP),
-    M(JB, C_JCC), M(JBE, C_JCC), M(JL, C_JCC), M(JLE, C_JCC), M(JNB, C_JCC), M(JNBE, C_JCC), M(JNL, C_JCC), M(JNLE, C_JCC),
-    M(JNO, C_JCC), M(JNP, C_JCC), M(JNS, C_JCC), M(JNZ, C_JCC), M(JO, C_JCC), M(JP, C_JCC), M(JS, C_JCC), M(JZ, C_JCC),
+    M(MOV, C_MOVE),       M(MOVZX, C_MOVE),     M(MOVSX, C_MOVE),      M(MOVSXD, C_MOVE),   M(MOVBE, C_MOVE),
+    M(LEA, C_LEA),        M(ADD, C_ALU),        M(ADC, C_ALU),         M(SUB, C_ALU),       M(SBB, C_ALU),
+    M(AND, C_ALU),        M(OR, C_ALU),         M(XOR, C_ALU),         M(CMP, C_TEST),      M(TEST, C_TEST),
+    M(INC, C_ALU),        M(DEC, C_ALU),        M(NEG, C_ALU),         M(NOT, C_ALU),       M(SHL, C_ALU),
+    M(SHR, C_ALU),        M(SAR, C_ALU),        M(ROL, C_ALU),         M(ROR, C_ALU),       M(RCL, C_ALU),
+    M(RCR, C_ALU),        M(SHLD, C_ALU),       M(SHRD, C_ALU),        M(IMUL, C_TEST),     M(MUL, C_TEST),
+    M(DIV, C_DIV),        M(IDIV, C_DIV),       M(BT, C_TEST),         M(BTS, C_ALU),       M(BTR, C_ALU),
+    M(BTC, C_ALU),        M(BSF, C_TEST),       M(BSR, C_TEST),        M(TZCNT, C_TEST),    M(LZCNT, C_TEST),
+    M(POPCNT, C_TEST),    M(CRC32, C_TEST),     M(BSWAP, C_ALU),       M(XCHG, C_ALU),      M(XADD, C_ALU),
+    M(CMPXCHG, C_ALU),    M(CMPXCHG8B, C_ALU),  M(CMPXCHG16B, C_ALU),  M(CBW, C_TEST),      M(CWDE, C_TEST),
+    M(CDQE, C_TEST),      M(CWD, C_TEST),       M(CDQ, C_TEST),        M(CQO, C_TEST),      M(LAHF, C_TEST),
+    M(SAHF, C_TEST),      M(CLC, C_TEST),       M(STC, C_TEST),        M(CMC, C_TEST),      M(ANDN, C_TEST),
+    M(BEXTR, C_TEST),     M(BLSI, C_TEST),      M(BLSMSK, C_TEST),     M(BLSR, C_TEST),     M(BZHI, C_TEST),
+    M(MULX, C_TEST),      M(PDEP, C_TEST),      M(PEXT, C_TEST),       M(RORX, C_TEST),     M(SARX, C_TEST),
+    M(SHLX, C_TEST),      M(SHRX, C_TEST),      M(ADCX, C_TEST),       M(ADOX, C_TEST),     M(CMOVB, C_TEST),
+    M(CMOVBE, C_TEST),    M(CMOVL, C_TEST),     M(CMOVLE, C_TEST),     M(CMOVNB, C_TEST),   M(CMOVNBE, C_TEST),
+    M(CMOVNL, C_TEST),    M(CMOVNLE, C_TEST),   M(CMOVNO, C_TEST),     M(CMOVNP, C_TEST),   M(CMOVNS, C_TEST),
+    M(CMOVNZ, C_TEST),    M(CMOVO, C_TEST),     M(CMOVP, C_TEST),      M(CMOVS, C_TEST),    M(CMOVZ, C_TEST),
+    M(SETB, C_MOVE),      M(SETBE, C_MOVE),     M(SETL, C_MOVE),       M(SETLE, C_MOVE),    M(SETNB, C_MOVE),
+    M(SETNBE, C_MOVE),    M(SETNL, C_MOVE),     M(SETNLE, C_MOVE),     M(SETNO, C_MOVE),    M(SETNP, C_MOVE),
+    M(SETNS, C_MOVE),     M(SETNZ, C_MOVE),     M(SETO, C_MOVE),       M(SETP, C_MOVE),     M(SETS, C_MOVE),
+    M(SETZ, C_MOVE),      M(NOP, C_NOP),        M(ENDBR32, C_NOP),     M(ENDBR64, C_NOP),   M(PREFETCHT0, C_NOP),
+    M(PREFETCHT1, C_NOP), M(PREFETCHT2, C_NOP), M(PREFETCHNTA, C_NOP), M(PREFETCHW, C_NOP), M(PAUSE, C_NOP),
+    M(LFENCE, C_NOP),     M(MFENCE, C_TEST),    M(SFENCE, C_NOP),      M(PUSH, C_PUSH),     M(POP, C_POP),
+    M(CALL, C_CALL),      M(RET, C_RET),        M(LEAVE, C_LEAVE),     M(JMP, C_JMP),       M(JB, C_JCC),
+    M(JBE, C_JCC),        M(JL, C_JCC),         M(JLE, C_JCC),         M(JNB, C_JCC),       M(JNBE, C_JCC),
+    M(JNL, C_JCC),        M(JNLE, C_JCC),       M(JNO, C_JCC),         M(JNP, C_JCC),       M(JNS, C_JCC),
+    M(JNZ, C_JCC),        M(JO, C_JCC),         M(JP, C_JCC),          M(JS, C_JCC),        M(JZ, C_JCC),
 };
 #undef M
 
-/* Vector instructions that must not run natively although they only touch their operands: conditional or implicit memory. */
+/* Vector instructions that must not run natively although they only touch their operands: conditional or implicit
+ * memory. */
 static bool is_odd_vector(uint16_t m) {
     switch (m) {
-    case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVPS: case ZYDIS_MNEMONIC_VMASKMOVPD:
-    case ZYDIS_MNEMONIC_VPMASKMOVD: case ZYDIS_MNEMONIC_VPMASKMOVQ: case ZYDIS_MNEMONIC_VGATHERDPD: case ZYDIS_MNEMONIC_VGATHERDPS:
-    case ZYDIS_MNEMONIC_VGATHERQPD: case ZYDIS_MNEMONIC_VGATHERQPS: case ZYDIS_MNEMONIC_VPGATHERDD: case ZYDIS_MNEMONIC_VPGATHERDQ:
-    case ZYDIS_MNEMONIC_VPGATHERQD: case ZYDIS_MNEMONIC_VPGATHERQQ: case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR:
-    case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR:
-        return true;
-    default:
-        return false;
+    case ZYDIS_MNEMONIC_MASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVPS:
+    case ZYDIS_MNEMONIC_VMASKMOVPD:
+    case ZYDIS_MNEMONIC_VPMASKMOVD:
+    case ZYDIS_MNEMONIC_VPMASKMOVQ:
+    case ZYDIS_MNEMONIC_VGATHERDPD:
+    case ZYDIS_MNEMONIC_VGATHERDPS:
+    case ZYDIS_MNEMONIC_VGATHERQPD:
+    case ZYDIS_MNEMONIC_VGATHERQPS:
+    case ZYDIS_MNEMONIC_VPGATHERDD:
+    case ZYDIS_MNEMONIC_VPGATHERDQ:
+    case ZYDIS_MNEMONIC_VPGATHERQD:
+    case ZYDIS_MNEMONIC_VPGATHERQQ:
+    case ZYDIS_MNEMONIC_LDMXCSR:
+    case ZYDIS_MNEMONIC_STMXCSR:
+    case ZYDIS_MNEMONIC_VLDMXCSR:
+    case ZYDIS_MNEMONIC_VSTMXCSR: return true;
+    default: return false;
     }
 }
 
 static unsigned memory_size(const x86_insn *in) {
     for (unsigned i = 0; i < in->nops; i++)
-        if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS)
-            return in->op[i].size;
+        if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS) return in->op[i].size;
     return 0;
 }
 
 static bool is_x87_store(const x86_insn *in);
 
 unsigned jit_insn_access(const x86_insn *in) {
-    if (!(in->flags & X86_IF_MEM))
-        return 0;
+    if (!(in->flags & X86_IF_MEM)) return 0;
     bool first = in->op[0].kind == X86_OP_MEM || in->op[0].kind == X86_OP_MOFFS;
     if (jit_insn_is_x87(in))
-        return is_x87_store(in) ? X86_READ | X86_WRITE : X86_READ;     /* a store may pop: it must not be made twice */
-    if (in->flags & X86_IF_VEC)
-        return first ? X86_WRITE : X86_READ;
+        return is_x87_store(in) ? X86_READ | X86_WRITE : X86_READ; /* a store may pop: it must not be made twice */
+    if (in->flags & X86_IF_VEC) return first ? X86_WRITE : X86_READ;
     switch (classes[in->mnemonic]) {
     case C_MOVE: return first ? X86_WRITE : X86_READ;
     case C_ALU: return first || in->mnemonic == ZYDIS_MNEMONIC_XCHG ? X86_READ | X86_WRITE : X86_READ;
@@ -81,33 +108,30 @@ unsigned jit_insn_access(const x86_insn *in) {
 }
 
 static bool is_vector(const jit_unit *u, const x86_insn *in) {
-    return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) && !is_odd_vector(in->mnemonic) &&
-           x86_simd_offered(u->cpu, in);
+    return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) &&
+           !is_odd_vector(in->mnemonic) && x86_simd_offered(u->cpu, in);
 }
 
 /* Alignment that the instruction itself demands of its memory operand, or 1. */
 static unsigned demanded_alignment(const x86_insn *in) {
-    if (in->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)
-        return 16;
+    if (in->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B) return 16;
     return in->flags & X86_IF_VEC ? x86_simd_alignment(in) : 1;
 }
 
 /* Can the memory operand's address be made inline? */
 static bool address_form(const jit_unit *u, const x86_insn *in) {
-    if (in->asz == 2 || (u->key & JIT_KEY_AC))
-        return false;
-    if (u->key & JIT_KEY_64)
-        return true;
-    if (in->seg == X86_FS || in->seg == X86_GS)
-        return u->key & (in->seg == X86_FS ? JIT_KEY_FS : JIT_KEY_GS);
-    return (u->key & JIT_KEY_FLAT) && in->seg != X86_CS;       /* CS may be execute-only */
+    if (in->asz == 2 || (u->key & JIT_KEY_AC)) return false;
+    if (u->key & JIT_KEY_64) return true;
+    if (in->seg == X86_FS || in->seg == X86_GS) return u->key & (in->seg == X86_FS ? JIT_KEY_FS : JIT_KEY_GS);
+    return (u->key & JIT_KEY_FLAT) && in->seg != X86_CS; /* CS may be execute-only */
 }
 
 static bool needs_rex(unsigned reg, unsigned size) {
     return reg >= 8 || reg == X86_RSP || (size == 1 && reg >= 4 && reg < 16);
 }
 
-/* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs one. */
+/* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs
+ * one. */
 static bool native_form(const jit_unit *u, const x86_insn *in) {
     bool high = false, rex = in->flags & X86_IF_MEM;
     unsigned in_memory = 0;
@@ -122,39 +146,41 @@ static bool native_form(const jit_unit *u, const x86_insn *in) {
                 in_memory += o->reg >= X86_R12;
             }
             break;
-        case X86_OP_MEM: case X86_OP_MOFFS: case X86_OP_IMM: case X86_OP_NONE: case X86_OP_VEC:
-            break;
-        default:
-            return false;
+        case X86_OP_MEM:
+        case X86_OP_MOFFS:
+        case X86_OP_IMM:
+        case X86_OP_NONE:
+        case X86_OP_VEC: break;
+        default: return false;
         }
     }
-    if (high && rex)
-        return false;
-    if ((in->flags & X86_IF_MEM) && (in_memory > 1 || !address_form(u, in)))
-        return false;
-    if (in_memory > 2)
-        return false;
+    if (high && rex) return false;
+    if ((in->flags & X86_IF_MEM) && (in_memory > 1 || !address_form(u, in))) return false;
+    if (in_memory > 2) return false;
     return true;
 }
 
 static bool is_bit_string(const x86_insn *in) {
     return (in->flags & X86_IF_MEM) && in->op[1].kind == X86_OP_GPR &&
-           (in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_BTS || in->mnemonic == ZYDIS_MNEMONIC_BTR ||
-            in->mnemonic == ZYDIS_MNEMONIC_BTC);
+           (in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_BTS ||
+            in->mnemonic == ZYDIS_MNEMONIC_BTR || in->mnemonic == ZYDIS_MNEMONIC_BTC);
 }
 
-/* x87 instructions that may run natively: all that only compute. Control instructions and MMX go to the semantic functions. */
+/* x87 instructions that may run natively: all that only compute. Control instructions and MMX go to the semantic
+ * functions. */
 bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
 
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
 
 static bool is_x87_store(const x86_insn *in) {
     switch (in->mnemonic) {
-    case ZYDIS_MNEMONIC_FST: case ZYDIS_MNEMONIC_FSTP: case ZYDIS_MNEMONIC_FIST: case ZYDIS_MNEMONIC_FISTP:
-    case ZYDIS_MNEMONIC_FISTTP: case ZYDIS_MNEMONIC_FBSTP:
-        return true;
-    default:
-        return false;
+    case ZYDIS_MNEMONIC_FST:
+    case ZYDIS_MNEMONIC_FSTP:
+    case ZYDIS_MNEMONIC_FIST:
+    case ZYDIS_MNEMONIC_FISTP:
+    case ZYDIS_MNEMONIC_FISTTP:
+    case ZYDIS_MNEMONIC_FBSTP: return true;
+    default: return false;
     }
 }
 
@@ -164,8 +190,7 @@ static bool x87_form(const jit_unit *u, const x86_insn *in) {
 
 /* The stack is as wide as this code pushes. */
 static bool stack_form(const jit_unit *u, const x86_insn *in) {
-    if (u->key & JIT_KEY_AC)
-        return false;
+    if (u->key & JIT_KEY_AC) return false;
     return u->key & JIT_KEY_64 ? in->osz == 8 : in->osz == 4 && (u->key & JIT_KEY_FLAT);
 }
 
@@ -177,41 +202,37 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
             return C_FALLBACK;
         return C_MOVE;
     }
-    if (jit_insn_is_x87(in) && (u->key & JIT_KEY_X87) && x87_form(u, in))
-        return C_MOVE;
-    if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_PRIV))
-        return C_FALLBACK;
+    if (jit_insn_is_x87(in) && (u->key & JIT_KEY_X87) && x87_form(u, in)) return C_MOVE;
+    if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_PRIV)) return C_FALLBACK;
     switch (c) {
     case C_PUSH:
-        if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG)
-            return C_FALLBACK;
-        return in->flags & X86_IF_MEM ? C_FALLBACK : c;        /* two accesses: a device must not be read again for the second */
-    case C_POP:
-        return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
-    case C_LEAVE: case C_RET: case C_CALL: case C_JMP:
-        if (in->op[0].kind == X86_OP_FAR || in->opcode == 0xca || in->opcode == 0xcb)
-            return C_FALLBACK;
-        if (c != C_JMP && !stack_form(u, in))
-            return C_FALLBACK;
-        if (in->osz != (u->key & JIT_KEY_64 ? 8 : 4))
-            return C_FALLBACK;
-        if ((in->flags & X86_IF_MEM) && (in->op[0].size != in->osz || !address_form(u, in)))
-            return C_FALLBACK;
+        if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG) return C_FALLBACK;
+        return in->flags & X86_IF_MEM ? C_FALLBACK
+                                      : c; /* two accesses: a device must not be read again for the second */
+    case C_POP: return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
+    case C_LEAVE:
+    case C_RET:
+    case C_CALL:
+    case C_JMP:
+        if (in->op[0].kind == X86_OP_FAR || in->opcode == 0xca || in->opcode == 0xcb) return C_FALLBACK;
+        if (c != C_JMP && !stack_form(u, in)) return C_FALLBACK;
+        if (in->osz != (u->key & JIT_KEY_64 ? 8 : 4)) return C_FALLBACK;
+        if ((in->flags & X86_IF_MEM) && (in->op[0].size != in->osz || !address_form(u, in))) return C_FALLBACK;
         return c;
-    case C_JCC:
-        return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
+    case C_JCC: return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
     case C_DIV:
-        return in->op[0].kind == X86_OP_GPR && in->op[0].size >= 4 && in->op[0].reg != X86_RAX && in->op[0].reg != X86_RDX ? c : C_FALLBACK;
-    case C_LEA:
-        return in->asz == 2 || in->osz == 2 ? C_FALLBACK : c;
-    case C_NOP:
-        return (in->flags & X86_IF_LOCK) ? C_FALLBACK : c;
-    case C_MOVE: case C_ALU: case C_TEST:
-        if ((in->flags & (X86_IF_BRANCH | X86_IF_END)) || is_bit_string(in) || !native_form(u, in))
-            return C_FALLBACK;
+        return in->op[0].kind == X86_OP_GPR && in->op[0].size >= 4 && in->op[0].reg != X86_RAX &&
+                       in->op[0].reg != X86_RDX
+                   ? c
+                   : C_FALLBACK;
+    case C_LEA: return in->asz == 2 || in->osz == 2 ? C_FALLBACK : c;
+    case C_NOP: return (in->flags & X86_IF_LOCK) ? C_FALLBACK : c;
+    case C_MOVE:
+    case C_ALU:
+    case C_TEST:
+        if ((in->flags & (X86_IF_BRANCH | X86_IF_END)) || is_bit_string(in) || !native_form(u, in)) return C_FALLBACK;
         return c;
-    default:
-        return C_FALLBACK;
+    default: return C_FALLBACK;
     }
 }
 
@@ -224,20 +245,26 @@ void jit_classify_flags(const x86_insn *in, jit_info *info) {
 
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
     switch (class_of(u, in)) {
-    case C_FALLBACK: case C_PUSH: case C_POP: case C_CALL: case C_RET: case C_LEAVE: case C_DIV:
-        return true;
-    case C_LEA: case C_NOP: case C_JCC:
-        return false;
-    default:
-        return in->flags & X86_IF_MEM;
+    case C_FALLBACK:
+    case C_PUSH:
+    case C_POP:
+    case C_CALL:
+    case C_RET:
+    case C_LEAVE:
+    case C_DIV: return true;
+    case C_LEA:
+    case C_NOP:
+    case C_JCC: return false;
+    default: return in->flags & X86_IF_MEM;
     }
 }
 
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in) { return class_of(u, in) == C_FALLBACK; }
 
-/* One instruction backwards: what must be in the host's flags and what must be exact before it, given what must after it. */
+/* One instruction backwards: what must be in the host's flags and what must be exact before it, given what must after
+ * it. */
 void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact) {
-    if (f->falls_back) {                  /* all flags through memory */
+    if (f->falls_back) { /* all flags through memory */
         f->host_at = *host = 0;
         f->exact_at = *exact = X86_FL_ARITH;
         return;
@@ -274,12 +301,11 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
     uint16_t written = 0, host = X86_FL_ARITH, exact = X86_FL_ARITH;
     extent->begin = extent->end = (uint16_t)offset;
     if ((rip ^ u->rip) & X86_PAGE_MASK)
-        return JIT_NEED_MEM;              /* such edges enter where the flags are loaded from memory */
-    if (JIT_MAX_INSNS < LOOK_AHEAD)       /* blocks may end before what is seen here */
+        return JIT_NEED_MEM;        /* such edges enter where the flags are loaded from memory */
+    if (JIT_MAX_INSNS < LOOK_AHEAD) /* blocks may end before what is seen here */
         return JIT_NEED_HOST | JIT_NEED_MEM;
     while (n < LOOK_AHEAD && offset < 4096) {
-        if (!decode_at(u, offset, &in[n]))
-            break;
+        if (!decode_at(u, offset, &in[n])) break;
         jit_info *f = &info[n];
         jit_classify_flags(&in[n], f);
         f->falls_back = class_of(u, &in[n]) == C_FALLBACK || (n && jit_is_stop(u->j, rip + (offset - (rip & 0xfff))));
@@ -287,15 +313,13 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
         offset += in[n].length;
         extent->end = (uint16_t)offset;
         written |= f->written;
-        if (in[n++].flags & (X86_IF_BRANCH | X86_IF_END) || info[n - 1].falls_back)
-            break;
+        if (in[n++].flags & (X86_IF_BRANCH | X86_IF_END) || info[n - 1].falls_back) break;
         if (written == X86_FL_ARITH) {
             host = exact = 0;
             break;
         }
     }
-    while (n-- > 0)
-        jit_flags_before(&in[n], &info[n], &host, &exact);
+    while (n-- > 0) jit_flags_before(&in[n], &info[n], &host, &exact);
     return (host ? JIT_NEED_HOST : 0) | (exact ? JIT_NEED_MEM : 0);
 }
 
@@ -305,7 +329,9 @@ unsigned jit_recipe_kind(const x86_insn *in) {
     case ZYDIS_MNEMONIC_TEST: return JIT_RECIPE_TEST;
     case ZYDIS_MNEMONIC_ADD: return JIT_RECIPE_ADD;
     case ZYDIS_MNEMONIC_SUB: return JIT_RECIPE_SUB;
-    case ZYDIS_MNEMONIC_AND: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_XOR: return JIT_RECIPE_LOGIC;
+    case ZYDIS_MNEMONIC_AND:
+    case ZYDIS_MNEMONIC_OR:
+    case ZYDIS_MNEMONIC_XOR: return JIT_RECIPE_LOGIC;
     default: return JIT_RECIPE_NONE;
     }
 }
@@ -313,46 +339,58 @@ unsigned jit_recipe_kind(const x86_insn *in) {
 unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm) {
     unsigned width = in->mode == 8 ? 8 : 4;
     *imm = 0;
-    if (in->nops != 2 || in->op[0].kind != X86_OP_GPR || in->op[0].size != width)
-        return JIT_MOVE_NONE;
+    if (in->nops != 2 || in->op[0].kind != X86_OP_GPR || in->op[0].size != width) return JIT_MOVE_NONE;
     switch (in->mnemonic) {
-    case ZYDIS_MNEMONIC_MOV:
-        *src = in->op[1].reg;
-        return in->op[1].kind == X86_OP_GPR ? JIT_MOVE_COPY : JIT_MOVE_NONE;
+    case ZYDIS_MNEMONIC_MOV: *src = in->op[1].reg; return in->op[1].kind == X86_OP_GPR ? JIT_MOVE_COPY : JIT_MOVE_NONE;
     case ZYDIS_MNEMONIC_LEA:
         *src = in->base;
         *imm = in->disp;
         return in->base < 16 && in->index == X86_NOREG && in->asz == width ? JIT_MOVE_COPY : JIT_MOVE_NONE;
-    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:
+    case ZYDIS_MNEMONIC_ADD:
+    case ZYDIS_MNEMONIC_SUB:
         *imm = in->mnemonic == ZYDIS_MNEMONIC_ADD ? (int64_t)in->imm : -(int64_t)in->imm;
         return in->op[1].kind == X86_OP_IMM ? JIT_MOVE_ADD : JIT_MOVE_NONE;
-    default:
-        return JIT_MOVE_NONE;
+    default: return JIT_MOVE_NONE;
     }
 }
 
 static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
     switch (mnemonic) {
-    case ZYDIS_MNEMONIC_MUL: case ZYDIS_MNEMONIC_DIV: case ZYDIS_MNEMONIC_IDIV: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_MUL:
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV: return 1u << X86_RAX | 1u << X86_RDX;
     case ZYDIS_MNEMONIC_IMUL: return nops == 1 ? 1u << X86_RAX | 1u << X86_RDX : 0;
-    case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO: return 1u << X86_RDX;
-    case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE: case ZYDIS_MNEMONIC_LAHF:
+    case ZYDIS_MNEMONIC_CWD:
+    case ZYDIS_MNEMONIC_CDQ:
+    case ZYDIS_MNEMONIC_CQO: return 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_CBW:
+    case ZYDIS_MNEMONIC_CWDE:
+    case ZYDIS_MNEMONIC_CDQE:
+    case ZYDIS_MNEMONIC_LAHF:
     case ZYDIS_MNEMONIC_CMPXCHG: return 1u << X86_RAX;
-    case ZYDIS_MNEMONIC_CMPXCHG8B: case ZYDIS_MNEMONIC_CMPXCHG16B: return 1u << X86_RAX | 1u << X86_RDX;
-    case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPISTRI: case ZYDIS_MNEMONIC_VPCMPESTRI: case ZYDIS_MNEMONIC_VPCMPISTRI:
-        return 1u << X86_RCX;
+    case ZYDIS_MNEMONIC_CMPXCHG8B:
+    case ZYDIS_MNEMONIC_CMPXCHG16B: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_PCMPESTRI:
+    case ZYDIS_MNEMONIC_PCMPISTRI:
+    case ZYDIS_MNEMONIC_VPCMPESTRI:
+    case ZYDIS_MNEMONIC_VPCMPISTRI: return 1u << X86_RCX;
     case ZYDIS_MNEMONIC_LEAVE: return 1u << X86_RSP | 1u << X86_RBP;
-    case ZYDIS_MNEMONIC_PUSH: case ZYDIS_MNEMONIC_POP: case ZYDIS_MNEMONIC_CALL: case ZYDIS_MNEMONIC_RET: return 1u << X86_RSP;
+    case ZYDIS_MNEMONIC_PUSH:
+    case ZYDIS_MNEMONIC_POP:
+    case ZYDIS_MNEMONIC_CALL:
+    case ZYDIS_MNEMONIC_RET: return 1u << X86_RSP;
     default: return 0;
     }
 }
 
 uint16_t jit_changed_regs(const x86_insn *in) {
     uint16_t changed = implicit_changes(in->mnemonic, in->nops);
-    bool reads_first = in->mnemonic == ZYDIS_MNEMONIC_CMP || in->mnemonic == ZYDIS_MNEMONIC_TEST || in->mnemonic == ZYDIS_MNEMONIC_BT ||
-                       in->mnemonic == ZYDIS_MNEMONIC_PUSH || in->mnemonic == ZYDIS_MNEMONIC_DIV || in->mnemonic == ZYDIS_MNEMONIC_IDIV ||
+    bool reads_first = in->mnemonic == ZYDIS_MNEMONIC_CMP || in->mnemonic == ZYDIS_MNEMONIC_TEST ||
+                       in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_PUSH ||
+                       in->mnemonic == ZYDIS_MNEMONIC_DIV || in->mnemonic == ZYDIS_MNEMONIC_IDIV ||
                        in->mnemonic == ZYDIS_MNEMONIC_CALL || in->mnemonic == ZYDIS_MNEMONIC_JMP;
-    bool writes_second = in->mnemonic == ZYDIS_MNEMONIC_XCHG || in->mnemonic == ZYDIS_MNEMONIC_XADD || in->mnemonic == ZYDIS_MNEMONIC_MULX;
+    bool writes_second = in->mnemonic == ZYDIS_MNEMONIC_XCHG || in->mnemonic == ZYDIS_MNEMONIC_XADD ||
+                         in->mnemonic == ZYDIS_MNEMONIC_MULX;
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_GPR && ((i == 0 && !reads_first) || (i == 1 && writes_second)))
             changed |= (uint16_t)(1u << (in->op[i].reg & 15 & (in->op[i].reg >= 16 ? 3 : 15)));
@@ -424,8 +462,7 @@ static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
     jit_op *o = add_op(u, IR_POP_REG, i);
     o->size = (uint8_t)n;
     o->reg = in->op[0].reg;
-    if (in->op[0].reg != X86_RSP)
-        add_sp(u, i, n);
+    if (in->op[0].reg != X86_RSP) add_sp(u, i, n);
 }
 
 static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_64 ? rip : (uint32_t)rip; }
@@ -451,10 +488,8 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
             o->size = (uint8_t)n;
         }
     }
-    if (class == C_CALL && !is_direct && (u->key & JIT_KEY_64))
-        add_op(u, IR_CANON, i);
-    if (class == C_CALL)
-        lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
+    if (class == C_CALL && !is_direct && (u->key & JIT_KEY_64)) add_op(u, IR_CANON, i);
+    if (class == C_CALL) lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
     jit_op *o = add_op(u, is_direct ? (class == C_JCC ? IR_JCC : IR_JUMP) : IR_JUMP_TMP, i);
     o->target = target;
     o->fall = next;
@@ -465,9 +500,7 @@ static void lift_insn(jit_unit *u, unsigned i) {
     const x86_insn *in = &u->insn[i];
     unsigned c = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), n = stack_bytes(u);
     switch (c) {
-    case C_FALLBACK:
-        add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i);
-        break;
+    case C_FALLBACK: add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i); break;
     case C_LEA: add_op(u, IR_LEA, i); break;
     case C_DIV: add_op(u, IR_DIV, i); break;
     case C_NOP: break;
@@ -478,20 +511,23 @@ static void lift_insn(jit_unit *u, unsigned i) {
         add_check(u, i, X86_READ, n, 1);
         add_op(u, IR_LEAVE_SP, i)->size = (uint8_t)n;
         break;
-    case C_CALL: case C_RET: case C_JMP: case C_JCC: lift_branch(u, i, in, c); break;
+    case C_CALL:
+    case C_RET:
+    case C_JMP:
+    case C_JCC: lift_branch(u, i, in, c); break;
     default: lift_native(u, i, in); break;
     }
 }
 
 /* ---- traces ----
- * A block goes on past conditional jumps (they become SIDE exits), follows forward jumps within the page, and, where a loop
- * closes on the block's own start, holds a few copies of it: so flags, budget and address checks are settled once for
- * several iterations. */
+ * A block goes on past conditional jumps (they become SIDE exits), follows forward jumps within the page, and, where a
+ * loop closes on the block's own start, holds a few copies of it: so flags, budget and address checks are settled once
+ * for several iterations. */
 
 typedef struct trace {
-    uint64_t rip;                         /* next instruction */
-    unsigned piece;                       /* first offset of the contiguous piece being read */
-    unsigned body, copies;                /* instructions in one iteration, iterations so far */
+    uint64_t rip;          /* next instruction */
+    unsigned piece;        /* first offset of the contiguous piece being read */
+    unsigned body, copies; /* instructions in one iteration, iterations so far */
     bool is_open, can_loop;
 } trace;
 
@@ -499,7 +535,7 @@ enum { MAX_COPIES = 4, MAX_PIECES = 6 };
 
 static void close_piece(jit_unit *u, trace *t, unsigned end) {
     if (u->nextents < JIT_MAX_EXTENTS && end > t->piece)
-        u->extents[u->nextents++] = (jit_extent){ (uint16_t)t->piece, (uint16_t)end };
+        u->extents[u->nextents++] = (jit_extent){(uint16_t)t->piece, (uint16_t)end};
 }
 
 /* Go on reading at target, on this page. */
@@ -511,10 +547,8 @@ static void jump_to(jit_unit *u, trace *t, uint64_t target, unsigned end) {
 
 /* Is there room for another copy of a loop that closes here? */
 static bool may_repeat(jit_unit *u, trace *t, uint64_t target) {
-    if (target != u->rip || !t->can_loop)
-        return false;
-    if (!t->body)
-        t->body = u->count;
+    if (target != u->rip || !t->can_loop) return false;
+    if (!t->body) t->body = u->count;
     t->copies++;
     return t->copies < MAX_COPIES && u->count + t->body <= JIT_MAX_INSNS && u->nextents < MAX_PIECES;
 }
@@ -533,21 +567,17 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
     if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES)
         return false;
     if (may_repeat(u, t, target)) {
-        if (class == C_JCC)
-            add_side(u, i, in->cc ^ 1u, next);
+        if (class == C_JCC) add_side(u, i, in->cc ^ 1u, next);
         jump_to(u, t, target, end);
         return true;
     }
-    if (target <= u->insn_rip[i])
-        return false;
+    if (target <= u->insn_rip[i]) return false;
     if (class == C_JCC) {
-        if (end >= 4096)
-            return false;
+        if (end >= 4096) return false;
         add_side(u, i, in->cc, target);
         return true;
     }
-    if (u->nextents >= MAX_PIECES)
-        return false;
+    if (u->nextents >= MAX_PIECES) return false;
     jump_to(u, t, target, end);
     return true;
 }
@@ -558,9 +588,9 @@ static bool lift_next(jit_unit *u, trace *t) {
     x86_insn *in = &u->insn[i];
     if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
         return false;
-    if (!decode_at(u, offset, in))
-        return false;
-    if (is_vector(u, in) && !(u->key & JIT_KEY_VEC)) {       /* starts a block of its own, entered with the vector registers loaded */
+    if (!decode_at(u, offset, in)) return false;
+    if (is_vector(u, in) &&
+        !(u->key & JIT_KEY_VEC)) { /* starts a block of its own, entered with the vector registers loaded */
         if (!i) {
             add_op(u, IR_NEED_VEC, 0);
             t->is_open = false;
@@ -579,8 +609,7 @@ static bool lift_next(jit_unit *u, trace *t) {
     unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
     t->can_loop &= class != C_FALLBACK;
     if ((class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end)) {
-        if (class == C_JCC && t->rip == u->insn_rip[i])
-            t->rip = wrap(u, t->rip + in->length);
+        if (class == C_JCC && t->rip == u->insn_rip[i]) t->rip = wrap(u, t->rip + in->length);
         return true;
     }
     lift_insn(u, i);
@@ -590,14 +619,12 @@ static bool lift_next(jit_unit *u, trace *t) {
 }
 
 bool jit_lift(jit_unit *u, unsigned max_insns) {
-    trace t = { .rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = true };
+    trace t = {.rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = true};
     u->count = u->nops = u->sides = u->nextents = 0;
     while (t.is_open && u->count < max_insns && lift_next(u, &t))
         ;
-    if (!u->nops && !u->count)
-        return false;
-    if (t.is_open)
-        add_op(u, IR_JUMP, u->count - 1)->target = t.rip;
+    if (!u->nops && !u->count) return false;
+    if (t.is_open) add_op(u, IR_JUMP, u->count - 1)->target = t.rip;
     uint64_t last = u->count ? u->insn_rip[u->count - 1] : u->rip;
     close_piece(u, &t, (unsigned)(last & 0xfff) + (u->count ? u->insn[u->count - 1].length : u->insn[0].length));
     return true;

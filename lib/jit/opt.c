@@ -2,28 +2,27 @@
  *
  * Flags. Guest flags live in the host's flags; address checks destroy them. Backwards over the block we find, for each
  * instruction, which flags must really be in the host when it executes (host_at: somebody reads them before they are
- * written again) and which must at least be recoverable because the instruction may fault or leave (exact_at). The emitter
- * saves and restores only for these.
+ * written again) and which must at least be recoverable because the instruction may fault or leave (exact_at). The
+ * emitter saves and restores only for these.
  *
- * Groups. Accesses at constant distances from one pointer usually lie on one page. Forwards over the block we follow pointers as
- * symbol + offset (through pushes, pops, LEA, ADD, MOV); accesses near each other on the same symbol form a group, whose
- * first member looks the whole span up once. When that fails (page end, a page with code, device memory) the rest of
- * the block is interpreted, so the group needs no second form; a block that keeps failing is made again without groups.
+ * Groups. Accesses at constant distances from one pointer usually lie on one page. Forwards over the block we follow
+ * pointers as symbol + offset (through pushes, pops, LEA, ADD, MOV); accesses near each other on the same symbol form a
+ * group, whose first member looks the whole span up once. When that fails (page end, a page with code, device memory)
+ * the rest of the block is interpreted, so the group needs no second form; a block that keeps failing is made again
+ * without groups.
  */
 #include "jit/jit.h"
 
 static unsigned need_of(jit_unit *u, uint64_t rip) {
     jit_extent seen;
     unsigned need = jit_flag_need(u, rip, &seen);
-    if (seen.end > seen.begin && u->nextents < JIT_MAX_EXTENTS)
-        u->extents[u->nextents++] = seen;
+    if (seen.end > seen.begin && u->nextents < JIT_MAX_EXTENTS) u->extents[u->nextents++] = seen;
     return need;
 }
 
 static void edges_need(jit_unit *u) {
     u->edge_need[0] = u->edge_need[1] = 0;
-    for (unsigned i = 0; i < u->count; i++)
-        u->info[i].is_side = false;
+    for (unsigned i = 0; i < u->count; i++) u->info[i].is_side = false;
     for (unsigned k = 0; k < u->nops; k++) {
         const jit_op *o = &u->ops[k];
         switch (o->op) {
@@ -34,14 +33,9 @@ static void edges_need(jit_unit *u) {
         case IR_JCC:
             u->edge_need[1] = need_of(u, o->fall);
             /* fallthrough */
-        case IR_JUMP:
-            u->edge_need[0] = need_of(u, o->target);
-            break;
-        case IR_JUMP_TMP:
-            u->edge_need[0] = JIT_NEED_MEM;
-            break;
-        default:
-            break;
+        case IR_JUMP: u->edge_need[0] = need_of(u, o->target); break;
+        case IR_JUMP_TMP: u->edge_need[0] = JIT_NEED_MEM; break;
+        default: break;
         }
     }
 }
@@ -52,7 +46,7 @@ static void flag_pass(jit_unit *u) {
     edges_need(u);
     unsigned need = u->edge_need[0] | u->edge_need[1];
     uint16_t host = need & JIT_NEED_HOST ? X86_FL_ARITH : 0;
-    uint16_t exact = X86_FL_ARITH;        /* every edge may leave for the run loop */
+    uint16_t exact = X86_FL_ARITH; /* every edge may leave for the run loop */
     for (unsigned i = u->count; i-- > 0;) {
         const x86_insn *in = &u->insn[i];
         jit_info *f = &u->info[i];
@@ -72,7 +66,10 @@ static void flag_pass(jit_unit *u) {
 
 #define MAX_SPAN 256
 
-typedef struct pointer { uint32_t symbol; int64_t offset; } pointer;
+typedef struct pointer {
+    uint32_t symbol;
+    int64_t offset;
+} pointer;
 typedef struct group {
     pointer at;
     int64_t low, high;
@@ -86,12 +83,13 @@ typedef struct group_pass {
     uint32_t next_symbol;
     unsigned count;
     group groups[JIT_GROUPS];
-    uint8_t group_of[JIT_MAX_OPS];        /* CHECK op to group + 1 */
+    uint8_t group_of[JIT_MAX_OPS]; /* CHECK op to group + 1 */
     int64_t offset_of[JIT_MAX_OPS];
 } group_pass;
 
 static bool operand_pointer(const group_pass *g, const x86_insn *in, pointer *p) {
-    if (in->base >= 16 || in->index != X86_NOREG || in->seg == X86_FS || in->seg == X86_GS || in->asz != (in->mode == 8 ? 8 : 4))
+    if (in->base >= 16 || in->index != X86_NOREG || in->seg == X86_FS || in->seg == X86_GS ||
+        in->asz != (in->mode == 8 ? 8 : 4))
         return false;
     *p = g->reg[in->base];
     p->offset += in->disp;
@@ -103,7 +101,10 @@ static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
     const jit_op *ea = &g->u->ops[k - 1];
     switch (ea->op) {
     case IR_EA: return operand_pointer(g, &g->u->insn[ea->insn], p);
-    case IR_EA_SP: *p = g->reg[X86_RSP]; p->offset += ea->imm; return true;
+    case IR_EA_SP:
+        *p = g->reg[X86_RSP];
+        p->offset += ea->imm;
+        return true;
     case IR_EA_BP: *p = g->reg[X86_RBP]; return true;
     default: return false;
     }
@@ -113,14 +114,12 @@ static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
 static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
     int64_t low = offset < q->low ? offset : q->low, high = offset + size > q->high ? offset + size : q->high;
     unsigned a = align > q->align ? align : q->align;
-    if (a > 1) {                          /* the span starts where the aligned members are aligned */
+    if (a > 1) { /* the span starts where the aligned members are aligned */
         int64_t anchor = align > 1 ? offset : q->low;
-        if (q->align > 1 && align > 1 && ((offset - q->low) & (a - 1)))
-            return false;
+        if (q->align > 1 && align > 1 && ((offset - q->low) & (a - 1))) return false;
         low -= (low - anchor) & (a - 1);
     }
-    if (high - low > MAX_SPAN)
-        return false;
+    if (high - low > MAX_SPAN) return false;
     q->low = low;
     q->high = high;
     q->align = a;
@@ -130,7 +129,7 @@ static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
 static void place_check(group_pass *g, unsigned k) {
     const jit_op *c = &g->u->ops[k];
     pointer p;
-    if (!check_pointer(g, k, &p) || jit_insn_is_x87(&g->u->insn[c->insn]))     /* x87 keeps each operand's address */
+    if (!check_pointer(g, k, &p) || jit_insn_is_x87(&g->u->insn[c->insn])) /* x87 keeps each operand's address */
         return;
     g->offset_of[k] = p.offset;
     for (unsigned i = 0; i < g->count; i++) {
@@ -142,52 +141,53 @@ static void place_check(group_pass *g, unsigned k) {
             return;
         }
     }
-    if (g->count == JIT_GROUPS)
-        return;
+    if (g->count == JIT_GROUPS) return;
     group *q = &g->groups[g->count];
-    *q = (group){ .at = p, .low = p.offset, .high = p.offset + c->size, .access = c->access, .align = c->align, .members = 1, .first = k,
-                  .slot = (uint8_t)g->count, .is_open = true };
+    *q = (group){.at = p,
+                 .low = p.offset,
+                 .high = p.offset + c->size,
+                 .access = c->access,
+                 .align = c->align,
+                 .members = 1,
+                 .first = k,
+                 .slot = (uint8_t)g->count,
+                 .is_open = true};
     g->group_of[k] = (uint8_t)(++g->count);
 }
 
-static void fresh(group_pass *g, unsigned r) { g->reg[r] = (pointer){ g->next_symbol++, 0 }; }
+static void fresh(group_pass *g, unsigned r) { g->reg[r] = (pointer){g->next_symbol++, 0}; }
 
 static void follow_insn(group_pass *g, unsigned i) {
     const x86_insn *in = &g->u->insn[i];
     unsigned src = 0;
     int64_t imm;
     switch (jit_pointer_move(in, &src, &imm)) {
-    case JIT_MOVE_COPY:
-        g->reg[in->op[0].reg] = (pointer){ g->reg[src].symbol, g->reg[src].offset + imm };
-        return;
-    case JIT_MOVE_ADD:
-        g->reg[in->op[0].reg].offset += imm;
-        return;
-    default:
-        break;
+    case JIT_MOVE_COPY: g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + imm}; return;
+    case JIT_MOVE_ADD: g->reg[in->op[0].reg].offset += imm; return;
+    default: break;
     }
     uint16_t changed = jit_changed_regs(in);
     for (unsigned r = 0; r < 16; r++)
-        if (changed >> r & 1)
-            fresh(g, r);
+        if (changed >> r & 1) fresh(g, r);
 }
 
 static void follow(group_pass *g, unsigned k) {
     const jit_op *o = &g->u->ops[k];
     switch (o->op) {
-    case IR_NATIVE: case IR_LEA: case IR_ACCESS: case IR_DIV: follow_insn(g, o->insn); break;
+    case IR_NATIVE:
+    case IR_LEA:
+    case IR_ACCESS:
+    case IR_DIV: follow_insn(g, o->insn); break;
     case IR_CHECK: place_check(g, k); break;
     case IR_ADD_SP: g->reg[X86_RSP].offset += o->imm; break;
     case IR_POP_REG: fresh(g, o->reg); break;
     case IR_LEAVE_SP:
-        g->reg[X86_RSP] = (pointer){ g->reg[X86_RBP].symbol, g->reg[X86_RBP].offset + o->size };
+        g->reg[X86_RSP] = (pointer){g->reg[X86_RBP].symbol, g->reg[X86_RBP].offset + o->size};
         fresh(g, X86_RBP);
         break;
     case IR_FALLBACK:
-        for (unsigned r = 0; r < 16; r++)
-            fresh(g, r);
-        for (unsigned i = 0; i < g->count; i++)
-            g->groups[i].is_open = false;
+        for (unsigned r = 0; r < 16; r++) fresh(g, r);
+        for (unsigned i = 0; i < g->count; i++) g->groups[i].is_open = false;
         break;
     default: break;
     }
@@ -196,13 +196,11 @@ static void follow(group_pass *g, unsigned k) {
 static void settle(group_pass *g, unsigned k) {
     jit_op *c = &g->u->ops[k], *ea = c - 1, *access = c + 1;
     const group *q = &g->groups[g->group_of[k] - 1];
-    if (q->members < 2)
-        return;
+    if (q->members < 2) return;
     c->role = q->first == k ? JIT_CHECK_LEADER : JIT_CHECK_MEMBER;
     c->slot = q->slot;
     c->disp = access->disp = (int16_t)(g->offset_of[k] - q->low);
-    if (c->role != JIT_CHECK_LEADER)
-        return;
+    if (c->role != JIT_CHECK_LEADER) return;
     c->span = (uint16_t)(q->high - q->low);
     c->align = (uint8_t)(q->align > 1 ? q->align : 1);
     c->span_access = (uint8_t)q->access;
@@ -210,30 +208,27 @@ static void settle(group_pass *g, unsigned k) {
 }
 
 static void group_pass_run(jit_unit *u) {
-    group_pass g = { .u = u };
-    for (unsigned r = 0; r < 16; r++)
-        fresh(&g, r);
+    group_pass g = {.u = u};
+    for (unsigned r = 0; r < 16; r++) fresh(&g, r);
+    for (unsigned k = 0; k < u->nops; k++) follow(&g, k);
     for (unsigned k = 0; k < u->nops; k++)
-        follow(&g, k);
-    for (unsigned k = 0; k < u->nops; k++)
-        if (g.group_of[k])
-            settle(&g, k);
+        if (g.group_of[k]) settle(&g, k);
 }
 
-/* ---- windows: without paging, accesses need a bounds check only, and what lies beside one that was checked needs none ---- */
+/* ---- windows: without paging, accesses need a bounds check only, and what lies beside one that was checked needs none
+ * ---- */
 
 static unsigned window_of(const jit_unit *u, unsigned k) {
     const jit_op *c = &u->ops[k], *ea = c - 1;
     const x86_insn *in = &u->insn[c->insn];
     bool is_leader = c->role == JIT_CHECK_LEADER;
     unsigned access = is_leader ? c->span_access : c->access, w = access & X86_WRITE ? 1 : 0;
-    if (jit_insn_is_x87(in) || c->align > 1 || (is_leader ? c->span : c->size) > 256 || (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
+    if (jit_insn_is_x87(in) || c->align > 1 || (is_leader ? c->span : c->size) > 256 ||
+        (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
         return 0;
     int64_t disp = in->disp + ea->adjust - (int64_t)u->j->window_gpa[w];
-    if (ea->op == IR_EA && disp != (int32_t)disp && (in->base < 16 || in->index < 16))
-        return 0;
-    if (ea->op == IR_EA && (u->key & JIT_KEY_64) && (in->asz != 8 || in->seg == X86_FS || in->seg == X86_GS))
-        return 0;
+    if (ea->op == IR_EA && disp != (int32_t)disp && (in->base < 16 || in->index < 16)) return 0;
+    if (ea->op == IR_EA && (u->key & JIT_KEY_64) && (in->asz != 8 || in->seg == X86_FS || in->seg == X86_GS)) return 0;
     return w + 1;
 }
 
@@ -246,20 +241,16 @@ static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w) {
 }
 
 static void window_pass(jit_unit *u) {
-    uint8_t by_slot[JIT_GROUPS] = { 0 };
+    uint8_t by_slot[JIT_GROUPS] = {0};
     for (unsigned k = 1; k < u->nops; k++) {
         jit_op *c = &u->ops[k];
-        if (c->op != IR_CHECK)
-            continue;
+        if (c->op != IR_CHECK) continue;
         c->window = (uint8_t)(c->role == JIT_CHECK_MEMBER ? by_slot[c->slot] : window_of(u, k));
-        if (c->role == JIT_CHECK_LEADER)
-            by_slot[c->slot] = c->window;
+        if (c->role == JIT_CHECK_LEADER) by_slot[c->slot] = c->window;
         if (c->window && c->role == JIT_CHECK_MEMBER)
             c->is_direct = c[1].is_direct = can_be_direct(u, c, c->window - 1u);
-        if (c->window)
-            c[-1].adjust -= (int32_t)u->j->window_gpa[c->window - 1];
-        if (c->window && c->role == JIT_CHECK_MEMBER)
-            c[1].disp = 0;                /* it makes its own address */
+        if (c->window) c[-1].adjust -= (int32_t)u->j->window_gpa[c->window - 1];
+        if (c->window && c->role == JIT_CHECK_MEMBER) c[1].disp = 0; /* it makes its own address */
         c[1].window = c->window;
         c[-1].is_direct = c->is_direct;
     }
@@ -267,8 +258,6 @@ static void window_pass(jit_unit *u) {
 
 void jit_optimise(jit_unit *u) {
     flag_pass(u);
-    if (!u->no_groups)
-        group_pass_run(u);
-    if (u->key & JIT_KEY_WINDOW)
-        window_pass(u);
+    if (!u->no_groups) group_pass_run(u);
+    if (u->key & JIT_KEY_WINDOW) window_pass(u);
 }
