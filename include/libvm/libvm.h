@@ -31,5 +31,6 @@
 #include <libvm/vcpu.h>
 #include <libvm/mmu.h>
 #include <libvm/boot.h>
+#include <libvm/call.h>
 
 #endif
