@@ -1,7 +1,7 @@
 /* exit.h - why a run came back.
  *
  * Every vm_vcpu_run() that returns VM_OK says why in a vm_exit. Registers are exact then; RIP is the instruction that
- * caused the exit, not yet completed, for IO, MMIO, UNMAPPED and EXCEPTION; the next instruction to execute for all
+ * caused the exit, not yet completed, for IO, MMIO, UNMAPPED, VIOLATION and EXCEPTION; the next instruction to execute for all
  * others.
  */
 #ifndef LIBVM_INCLUDE_EXIT_H
@@ -32,6 +32,8 @@ extern "C" {
  *  POWEROFF    the guest switched the machine off.
  *  GUEST_EXIT  the guest wrote to the exit device (guest_exit.code).
  *  INTERNAL    a bug in libvm was noticed. The machine is poisoned: later runs return VM_E_INTERNAL.
+ *  VIOLATION   strategy "ept": the vCPU's view forbids an access (mmio), and the callback, if any, said to stop. The next
+ *              run makes the access again, and ends here again if it is still forbidden.
  *  HOOK, BREAKPOINT, STEP  reserved for instrumentation. */
 typedef enum vm_exit_reason {
 #define VM_EXIT_REASON(name, value, text) VM_EXIT_##name = value,
@@ -49,7 +51,7 @@ typedef struct vm_exit_io {
     uint64_t data; /* write: what was written. Read: fill in before the next run; preset to all ones */
 } vm_exit_io;
 
-/* Memory access (MMIO, UNMAPPED). */
+/* Memory access (MMIO, UNMAPPED, VIOLATION). */
 typedef struct vm_exit_mmio {
     uint64_t gpa, gva;                  /* guest-physical and linear address */
     uint8_t  width;                     /* bytes: 1 to 8 */
@@ -80,11 +82,11 @@ typedef struct vm_exit {
     uint32_t       size;                /* sizeof(vm_exit): VM_EXIT_INIT */
     vm_exit_reason reason;
     uint64_t       rip;                 /* RIP at the exit */
-    uint8_t        insn_bytes[16];      /* IO, MMIO, UNMAPPED, EXCEPTION: bytes at RIP, as far as readable */
+    uint8_t        insn_bytes[16];      /* IO, MMIO, UNMAPPED, EXCEPTION, VIOLATION: bytes at RIP, as far as readable */
     uint8_t        insn_length;         /* how many of them belong to the instruction; 0 = not known or not read */
     union {
         vm_exit_io        io;           /* IO */
-        vm_exit_mmio      mmio;         /* MMIO, UNMAPPED */
+        vm_exit_mmio      mmio;         /* MMIO, UNMAPPED, VIOLATION */
         vm_exit_exception exception;    /* EXCEPTION */
         vm_exit_hypercall hypercall;    /* HYPERCALL */
         vm_exit_guest     guest_exit;   /* GUEST_EXIT */

@@ -82,6 +82,29 @@ VM_API int vm_dirty_log(vm_machine *m, bool on);
  * VM_E_INVALID: the log is off, or the range unaligned. */
 VM_API int vm_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap);
 
+/* Gives pages of RAM back to the host, as a balloon does: they read as zero from now on and are committed again when
+ * touched. They count as written (code, dirty log). Memory of vm_map_ram() and a PC's own only: VM_E_UNSUPPORTED for
+ * other kinds, VM_E_FAULT where no RAM is; nothing is changed then. */
+VM_API int vm_discard(vm_machine *m, uint64_t gpa, uint64_t bytes);
+
+/* How the host should back memory; a set of bits for vm_advise(). */
+typedef enum vm_advice {
+    VM_ADVICE_HUGE = 1,                 /* transparent huge pages; large RAM asks for them by itself */
+    VM_ADVICE_SMALL = 2,                /* no huge pages */
+    VM_ADVICE_MERGEABLE = 4,            /* let the host merge pages of equal content (KSM, if it is switched on) */
+    VM_ADVICE_UNMERGEABLE = 8,
+    VM_ADVICE_PREFAULT = 16             /* commit all of it now */
+} vm_advice;
+/* Advises the host about whole pages of RAM of any kind. Memory from a hugetlbfs file is mapped with vm_map_file().
+ * VM_E_FAULT part of the range is not RAM; VM_E_HOST the host refused (no such feature, out of memory). */
+VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice);
+
+/* Finds pages of equal content in the RAM (vm_map_ram() and PCs' own) of `count` machines, once, and lets them share
+ * the host's memory until somebody writes to them; *saved gets the bytes given back. The guests cannot tell. Each
+ * machine stands still for the while. Runs of at least 4 equal pages are shared; the host limits how many (VM_E_HOST
+ * when it refuses; what has been shared by then stays so). VM_E_BUSY: a vCPU of one of them runs; VM_E_NOMEM. */
+VM_API int vm_share_pages(vm_machine *const *machines, unsigned count, uint64_t *saved);
+
 #ifdef __cplusplus
 }
 #endif

@@ -35,7 +35,7 @@ VM_API int vm_exit_format(const vm_exit *e, char *buffer, size_t bytes)
                  e->io.port,
                  e->io.width, (unsigned long long)e->io.data);
         break;
-    case VM_EXIT_MMIO: case VM_EXIT_UNMAPPED:
+    case VM_EXIT_MMIO: case VM_EXIT_UNMAPPED: case VM_EXIT_VIOLATION:
         snprintf(detail, sizeof detail, " %s gpa 0x%llx gva 0x%llx width %u data 0x%llx",
                  e->mmio.is_write ? "write" : e->mmio.is_fetch ? "fetch" : "read", (unsigned long long)e->mmio.gpa,
                  (unsigned long long)e->mmio.gva, e->mmio.width, (unsigned long long)e->mmio.data);
