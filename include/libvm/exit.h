@@ -34,7 +34,10 @@ extern "C" {
  *  INTERNAL    a bug in libvm was noticed. The machine is poisoned: later runs return VM_E_INTERNAL.
  *  VIOLATION   strategy "ept": the vCPU's view forbids an access (mmio), and the callback, if any, said to stop. The next
  *              run makes the access again, and ends here again if it is still forbidden.
- *  HOOK, BREAKPOINT, STEP  reserved for instrumentation. */
+ *  HOOK        a hook asked to stop (hook); RIP as said there, see hook.h.
+ *  BREAKPOINT  RIP is a breakpoint, its instruction not yet executed; or an instruction touched a watchpoint (RIP is
+ *              after it); debug says which.
+ *  STEP        run_options.single_step: an instruction was executed, or an exception or interrupt delivered. */
 typedef enum vm_exit_reason {
 #define VM_EXIT_REASON(name, value, text) VM_EXIT_##name = value,
 #include <libvm/exit.def>
@@ -78,6 +81,20 @@ typedef struct vm_exit_guest {
     uint64_t code;                      /* what the guest wrote to the exit device */
 } vm_exit_guest;
 
+/* HOOK. */
+typedef struct vm_exit_hook {
+    vm_hook *hook;                      /* the first that asked to stop; NULL if it has been removed since */
+} vm_exit_hook;
+
+/* BREAKPOINT. */
+typedef struct vm_exit_debug {
+    bool     is_watchpoint;             /* else a breakpoint */
+    vm_prot  access;                    /* watchpoint: what was done, R or W; breakpoint: X */
+    uint32_t bytes;                     /* watchpoint: width of the access */
+    uint64_t address;                   /* linear: of the breakpoint; of the access */
+    uint64_t value;                     /* watchpoint: first 8 bytes read or written */
+} vm_exit_debug;
+
 typedef struct vm_exit {
     uint32_t       size;                /* sizeof(vm_exit): VM_EXIT_INIT */
     vm_exit_reason reason;
@@ -90,6 +107,8 @@ typedef struct vm_exit {
         vm_exit_exception exception;    /* EXCEPTION */
         vm_exit_hypercall hypercall;    /* HYPERCALL */
         vm_exit_guest     guest_exit;   /* GUEST_EXIT */
+        vm_exit_hook      hook;         /* HOOK */
+        vm_exit_debug     debug;        /* BREAKPOINT */
     };
 } vm_exit;
 #define VM_EXIT_INIT VM_STRUCT_INIT(vm_exit)

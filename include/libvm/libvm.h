@@ -29,6 +29,7 @@
 #include <libvm/device.h>
 #include <libvm/exit.h>
 #include <libvm/vcpu.h>
+#include <libvm/hook.h>
 #include <libvm/mmu.h>
 #include <libvm/boot.h>
 #include <libvm/call.h>

@@ -32,6 +32,7 @@ extern "C" {
 typedef struct vm_machine vm_machine;   /* one virtual machine; owns all else */
 typedef struct vm_vcpu vm_vcpu;         /* one of its processors */
 typedef struct vm_region vm_region;     /* one range of its memory map or port space */
+typedef struct vm_hook vm_hook;         /* one function that watches or steers its guest; see hook.h */
 
 /* What may be done with memory; a set of bits. Also an access kind where one bit is asked for. On the software backends
  * each bit is enforced by itself; memory that is readable is not thereby executable. */

@@ -137,6 +137,9 @@ typedef struct vm_run_options {
     /* bit v, v < 32: vector v is an exit instead of being delivered. First exceptions only, not those raised while
      * delivering another; not hardware interrupts */
     uint64_t exception_exits;
+    /* VM_EXIT_STEP after one instruction (all of a repeated string instruction), or when an exception or interrupt has
+     * been delivered instead. RFLAGS.TF is not used. Other exits come first; not on KVM (VM_E_UNSUPPORTED) */
+    bool     single_step;
 } vm_run_options;
 #define VM_RUN_OPTIONS_INIT VM_STRUCT_INIT(vm_run_options)
 
