@@ -30,6 +30,7 @@
 #include <libvm/exit.h>
 #include <libvm/vcpu.h>
 #include <libvm/hook.h>
+#include <libvm/coverage.h>
 #include <libvm/mmu.h>
 #include <libvm/boot.h>
 #include <libvm/call.h>

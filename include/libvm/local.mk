@@ -3,6 +3,7 @@ libvmincludedir = $(includedir)/libvm
 libvminclude_HEADERS = \
 	include/libvm/boot.h \
 	include/libvm/call.h \
+	include/libvm/coverage.h \
 	include/libvm/device.h \
 	include/libvm/error.def \
 	include/libvm/error.h \
