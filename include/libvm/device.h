@@ -27,6 +27,9 @@ typedef struct vm_io_ops {
     int  (*save)(void *user, void *buffer, size_t *bytes); /* snapshot support; optional. buffer NULL: only the size */
     int  (*restore)(void *user, const void *buffer, size_t bytes);
     void (*destroy)(void *user);                                /* the region is gone; optional */
+    /* vm_fork(): make the device of the machine `copy`, *out will be its `user`; a negative return fails the fork.
+     * Called once a region, with the device lock of the machine that is copied held. Optional. */
+    int  (*clone)(void *user, vm_machine *copy, void **out);
 } vm_io_ops;
 #define VM_IO_OPS_INIT VM_STRUCT_INIT(vm_io_ops)
 
