@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <libvm/libvm.h>
 #include <linux/kvm.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -169,11 +170,14 @@ static double callback_exits(guest *g, counter *c) {
     return EXITS / (now() - start);
 }
 
-static double returned_exits(guest *g, uint64_t *sum) {
+/* is_promised: the thread keeps SIGURG blocked and says so, which spares each run the two calls that do it. */
+static double returned_exits(guest *g, uint64_t *sum, bool is_promised) {
     vm_exit e = VM_EXIT_INIT;
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    o.has_signal_blocked = is_promised;
     double start = now();
     for (unsigned i = 0; i < EXITS; i++) {
-        MUST(vm_vcpu_run(g->cpu, NULL, &e) == VM_OK);
+        MUST(vm_vcpu_run(g->cpu, &o, &e) == VM_OK);
         *sum += e.reason == VM_EXIT_IO ? e.io.data : e.mmio.data;
     }
     return EXITS / (now() - start);
@@ -183,7 +187,7 @@ static FILE *json;
 static void result(const char *name, const char *unit, double ours, double base, double ratio, double goal,
                    bool is_most) {
     static const char *separator = "";
-    printf("%-34s %12.1f %-9s base %12.1f   ratio %.3f (goal %s %.2f)\n", name, ours, unit, base, ratio,
+    printf("%-40s %12.1f %-9s base %12.1f   ratio %.3f (goal %s %.2f)\n", name, ours, unit, base, ratio,
            is_most ? "<=" : ">=", goal);
     if (json)
         fprintf(json,
@@ -197,7 +201,7 @@ static void bench_exits(bool is_port) {
     static const uint8_t port_loop[] = {0xee, 0xeb, 0xfd}, mmio_loop[] = {0x88, 0x07, 0xeb, 0xfc};
     const uint8_t *code = is_port ? port_loop : mmio_loop;
     size_t bytes = is_port ? sizeof port_loop : sizeof mmio_loop;
-    double ours[ROUNDS], base[ROUNDS], returned[ROUNDS], ratio[ROUNDS], returned_ratio[ROUNDS];
+    double ours[ROUNDS], base[ROUNDS], ratio[ROUNDS], returned[2][ROUNDS], returned_ratio[2][ROUNDS];
     uint64_t sum = 0;
     bare b = bare_open();
     guest g = guest_open(), r = guest_open();
@@ -212,14 +216,17 @@ static void bench_exits(bool is_port) {
     for (unsigned i = 0; i < ROUNDS; i++) {
         base[i] = bare_exits(&b, &sum);
         ours[i] = callback_exits(&g, &c);
-        returned[i] = returned_exits(&r, &sum);
+        for (unsigned p = 0; p < 2; p++) returned[p][i] = returned_exits(&r, &sum, p);
         ratio[i] = ours[i] / base[i];
-        returned_ratio[i] = returned[i] / base[i];
+        for (unsigned p = 0; p < 2; p++) returned_ratio[p][i] = returned[p][i] / base[i];
     }
     result(is_port ? "port exits, callback" : "mmio exits, callback", "/s", median(ours, ROUNDS), median(base, ROUNDS),
            median(ratio, ROUNDS), 0.95, false);
-    result(is_port ? "port exits, to the caller" : "mmio exits, to the caller", "/s", median(returned, ROUNDS),
-           base[ROUNDS / 2], median(returned_ratio, ROUNDS), 0.95, false);
+    for (unsigned p = 0; p < 2; p++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s exits, to the caller%s", is_port ? "port" : "mmio", p ? ", SIGURG kept" : "");
+        result(name, "/s", median(returned[p], ROUNDS), base[ROUNDS / 2], median(returned_ratio[p], ROUNDS), 0.95, false);
+    }
     vm_destroy(g.m);
     vm_destroy(r.m);
     bare_close(&b);
@@ -367,6 +374,10 @@ int main(int argc, char **argv) {
     if (json)
         fprintf(json, "{\"benchmark\": \"kvm\", \"hardware_ring0\": %s, \"results\": [",
                 is_hardware ? "true" : "false");
+    sigset_t kick;
+    sigemptyset(&kick);
+    sigaddset(&kick, SIGURG);
+    sigprocmask(SIG_BLOCK, &kick, NULL);
     bench_exits(true);
     bench_exits(false);
     bench_creation();

@@ -140,6 +140,9 @@ typedef struct vm_run_options {
     /* VM_EXIT_STEP after one instruction (all of a repeated string instruction), or when an exception or interrupt has
      * been delivered instead. RFLAGS.TF is not used. Other exits come first; not on KVM (VM_E_UNSUPPORTED) */
     bool     single_step;
+    /* KVM: this thread has SIGURG blocked, and its signal mask does not change from run to run of this vCPU. Saves two
+     * system calls a run, which otherwise block that signal and restore the mask; a promise not kept loses kicks */
+    bool     has_signal_blocked;
 } vm_run_options;
 #define VM_RUN_OPTIONS_INIT VM_STRUCT_INIT(vm_run_options)
 

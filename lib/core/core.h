@@ -118,6 +118,7 @@ struct vm_vcpu {
     bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
+    bool has_signal_blocked; /* as in vm_run_options */
 enum { VM_IDLE, VM_GUEST, VM_BLOCKED, VM_LOOP, VM_WAITED = 0x100 };
 #define VM_REQUESTS 16u
 static inline bool vm_vcpu_is_running(const vm_vcpu *cpu) { return (cpu->state & ~VM_WAITED) != VM_IDLE; }

@@ -299,6 +299,7 @@ static void begin(vm_vcpu *cpu, run *r)
     x->exception_exits = o->exception_exits;
     cpu->has_budget = o->max_instructions != 0;
     cpu->deadline = r->deadline;
+    cpu->has_signal_blocked = o->has_signal_blocked;
     x->has_deadline = o->deadline_ns != 0;
 }
 
@@ -307,7 +308,10 @@ static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
     vm_machine *m = cpu->machine;
     exit->reason = (vm_exit_reason)reason;
     exit->rip = cpu->x86.rip;
-    atomic_fetch_add_explicit(&m->stat_exits, 1, memory_order_relaxed);
+    if (m->vcpu_count == 1)
+        atomic_store_explicit(&m->stat_exits, m->stat_exits + 1, memory_order_relaxed);
+    else
+        atomic_fetch_add_explicit(&m->stat_exits, 1, memory_order_relaxed);
     if (vm_trace_mask(m) & VM_TRACE_EXIT) {
         char text[256];
         vm_exit_format(exit, text, sizeof text);

@@ -27,6 +27,8 @@
 /* Parts handled one by one inside this backend: MSRS splits in two here, because debug registers cost their own ioctl.
  */
 #define KVM_PART_SYNC (VM_STATE_REGS | VM_STATE_SREGS)
+/* In `valid` only: VM_STATE_SREGS without what KVM keeps as events (inhibit, NMI state). Enough to read guest code. */
+#define KVM_PART_MODE 16u
 
 /* The signal that takes a thread out of KVM_RUN. Its default action is to be ignored, so one that arrives late harms
  * nobody; it is blocked while a vCPU runs and let through inside KVM_RUN only, so no handler is needed. */
@@ -90,6 +92,9 @@ typedef struct kvm_vcpu {
     unsigned valid, dirty;
     kvm_open open;
     bool has_synced_sregs;   /* the shared page holds the system registers of this exit */
+    bool has_synced_events;  /* ... and the events */
+    struct kvm_sregs seen;   /* what x86's system registers were last made from, */
+    bool has_seen;           /* unless somebody has changed them since */
     bool is_tlb_stale;       /* the guest ran since x86's inline TLB was last emptied */
     bool is_reported;        /* the open exit went to the caller as X86_STOP_IO */
     bool rip_unresolved;     /* x86.rip is KVM's: maybe after the instruction (see kvm_resolve) */
@@ -106,7 +111,7 @@ typedef struct kvm_vcpu {
     bool has_events;   /* the shared page's events are part of the state (an event under way) */
     bool is_nmi_given;
     int out_after;         /* does RIP stand after OUT at an exit? -1 not known yet */
-    unsigned sregs_wanted; /* how many more exits bring system registers along */
+    unsigned sregs_wanted, events_wanted; /* how many more exits bring system registers, events along */
     bool is_flat;          /* VM_MODE_FLAT64 is in force and CR3 points at our tables */
     bool has_cpuid;
     bool has_soft;                /* interpreter data exists */
@@ -168,6 +173,7 @@ uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsig
 /* kvm_state.c */
 void kvm_msr_list(kvm_vcpu *kv);
 void kvm_get_state(vm_vcpu *cpu, unsigned parts);
+void kvm_get_mode(kvm_vcpu *kv); /* KVM_PART_MODE */
 void kvm_set_state(vm_vcpu *cpu, unsigned parts);
 int kvm_load(kvm_vcpu *kv);       /* give KVM what is dirty; VM_OK or a status */
 void kvm_regs_from(kvm_vcpu *kv); /* after KVM_RUN: synchronised registers to x86 */

@@ -29,7 +29,8 @@ static bool is_port_exit(const kvm_vcpu *kv) { return kv->run->exit_reason == KV
 
 static x86_stop report(kvm_vcpu *kv, const x86_io_access *a) {
     x86_cpu *x = &kv->cpu->x86;
-    kvm_get_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS);
+    kvm_get_state(kv->cpu, VM_STATE_REGS);
+    kvm_get_mode(kv);
     x->io = *a;
     x->io.gva = a->is_port ? 0 : kvm_linear_of(kv, a->gpa, a->is_write);
     x->io_count = x->io_pos = 0;
@@ -376,7 +377,7 @@ void kvm_resolve(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     x86_insn at;
     kv->rip_unresolved = false;
-    kvm_get_state(kv->cpu, VM_STATE_SREGS);
+    kvm_get_mode(kv);
     uint64_t rip = x->rip;
     bool is_repeating = (x->rflags & X86_FL_RF) && decode_at(kv, rip, &at) && (at.flags & X86_IF_STRING);
     if (is_same_instruction(kv, rip, is_repeating)) {
@@ -394,7 +395,7 @@ void kvm_resolve(kvm_vcpu *kv) {
 
 uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa, bool is_write) {
     x86_cpu *x = &kv->cpu->x86;
-    kvm_get_state(kv->cpu, VM_STATE_SREGS);
+    kvm_get_mode(kv);
     if (!(x->cr0 & X86_CR0_PG) || x->flat) return gpa;
     uint8_t bytes[15];
     x86_insn in;

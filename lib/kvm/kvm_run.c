@@ -54,6 +54,7 @@ void kvm_kick(vm_vcpu *cpu) {
 
 static void block_kicks(kvm_vcpu *kv, sigset_t *old) {
     sigset_t kick;
+    if (kv->cpu->has_signal_blocked && kv->has_mask) return;
     sigemptyset(&kick);
     sigaddset(&kick, KVM_KICK_SIGNAL);
     pthread_sigmask(SIG_BLOCK, &kick, old);
@@ -93,7 +94,7 @@ static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old) {
         kv->has_foreign = false;
         syscall(SYS_tgkill, getpid(), (int)syscall(SYS_gettid), KVM_KICK_SIGNAL);
     }
-    pthread_sigmask(SIG_SETMASK, old, NULL);
+    if (!kv->cpu->has_signal_blocked) pthread_sigmask(SIG_SETMASK, old, NULL);
 }
 
 /* ---- deadlines ---- */
@@ -134,10 +135,11 @@ static bool is_late(const kvm_vcpu *kv) { return kv->is_timer_armed && vm_host_n
  * open one. */
 static int enter(kvm_vcpu *kv, bool only_complete) {
     struct kvm_run *run = kv->run;
-    bool wants_sregs = kv->sregs_wanted > 0;
+    bool wants_sregs = kv->sregs_wanted > 0, wants_events = kv->events_wanted > 0;
     run->immediate_exit = only_complete;
     if (kv->km->can_sync)
-        run->kvm_valid_regs = KVM_SYNC_X86_REGS | (wants_sregs ? KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS : 0);
+        run->kvm_valid_regs = KVM_SYNC_X86_REGS | (wants_sregs ? KVM_SYNC_X86_SREGS : 0) |
+                              (wants_events ? KVM_SYNC_X86_EVENTS : 0);
     if (kv->is_nmi_given) { /* KVM has it now */
         kv->is_nmi_given = false;
         kv->cpu->x86.nmi_pending = false;
@@ -150,10 +152,15 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     kv->is_inside = 0;
     kv->exits++;
     kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;
-    atomic_fetch_add_explicit(&kv->km->entries, 1, memory_order_relaxed);
+    if (kv->cpu->machine->vcpu_count == 1)
+        atomic_store_explicit(&kv->km->entries, kv->km->entries + 1, memory_order_relaxed);
+    else
+        atomic_fetch_add_explicit(&kv->km->entries, 1, memory_order_relaxed);
     kv->is_tlb_stale = true;
     kv->sregs_wanted -= wants_sregs;
+    kv->events_wanted -= wants_events;
     kv->has_synced_sregs = kv->km->can_sync && wants_sregs;
+    kv->has_synced_events = kv->km->can_sync && wants_events;
     if (!kv->km->can_sync && kvm_ioctl(kv->fd, KVM_GET_REGS, &run->s.regs.regs) < 0) return -1;
     errno = error;
     return rc;

@@ -282,7 +282,7 @@ static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e) {
 
 static const unsigned char seg_order[] = {X86_CS, X86_DS, X86_ES, X86_FS, X86_GS, X86_SS};
 
-static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s, const struct kvm_vcpu_events *e) {
+static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s) {
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_segment *data = &s->cs; /* cs, ds, es, fs, gs, ss lie in a row */
     for (unsigned i = 0; i < sizeof seg_order; i++) seg_from(&x->seg[seg_order[i]], &data[i]);
@@ -299,10 +299,8 @@ static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s, const struc
         kv->is_flat = false;
         x->cr3 = s->cr3;
     }
-    events_from(x, e);
     if ((x->cr0 & X86_CR0_PG) && (x->cr4 & X86_CR4_PAE) && !(x->efer & X86_EFER_LMA))
         x86_read_phys(x, x->cr3 & UINT64_C(0xffffffe0), x->pdpte, sizeof x->pdpte);
-    x86_mode_changed(x);
 }
 
 static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
@@ -335,18 +333,45 @@ static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
     return VM_OK;
 }
 
-static int read_sregs(kvm_vcpu *kv) {
+#define LOOKS_AGAIN 32u /* whoever looks once looks again: that many exits bring it along */
+
+static int read_mode(kvm_vcpu *kv) {
     struct kvm_sync_regs *sync = &kv->run->s.regs;
     if (!kv->has_synced_sregs) {
         if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &sync->sregs) < 0) return vm_fail_errno(VM_E_HOST, "KVM_GET_SREGS");
-        if (kvm_ioctl(kv->fd, KVM_GET_VCPU_EVENTS, &sync->events) < 0)
-            return vm_fail_errno(VM_E_HOST, "KVM_GET_VCPU_EVENTS");
         kv->has_synced_sregs = true;
     }
-    kv->sregs_wanted = 32; /* whoever looks once looks again */
-    kv->has_events = true;
-    sregs_copy_from(kv, &sync->sregs, &sync->events);
+    kv->sregs_wanted = LOOKS_AGAIN;
+    if (kv->has_seen && !memcmp(&kv->seen, &sync->sregs, sizeof kv->seen)) return VM_OK;
+    kv->seen = sync->sregs;
+    kv->has_seen = true;
+    sregs_copy_from(kv, &sync->sregs);
     return VM_OK;
+}
+
+static int read_events(kvm_vcpu *kv) {
+    struct kvm_sync_regs *sync = &kv->run->s.regs;
+    if (!kv->has_synced_events) {
+        if (kvm_ioctl(kv->fd, KVM_GET_VCPU_EVENTS, &sync->events) < 0)
+            return vm_fail_errno(VM_E_HOST, "KVM_GET_VCPU_EVENTS");
+        kv->has_synced_events = true;
+    }
+    kv->events_wanted = LOOKS_AGAIN;
+    kv->has_events = true;
+    events_from(&kv->cpu->x86, &sync->events);
+    return VM_OK;
+}
+
+void kvm_get_mode(kvm_vcpu *kv) {
+    if (kv->valid & (KVM_PART_MODE | VM_STATE_SREGS)) return;
+    if (read_mode(kv) == VM_OK) kv->valid |= KVM_PART_MODE;
+    x86_mode_changed(&kv->cpu->x86); /* RFLAGS is part of it */
+    if (kv->is_tlb_stale) kvm_flush_tlb(kv);
+}
+
+static int read_sregs(kvm_vcpu *kv) {
+    kvm_get_mode(kv);
+    return kv->valid & KVM_PART_MODE ? read_events(kv) : VM_E_HOST;
 }
 
 /* ---- debug registers ---- */
@@ -392,7 +417,6 @@ void kvm_get_state(vm_vcpu *cpu, unsigned parts) {
     if (missing & VM_STATE_MSRS) ok &= transfer_msrs(kv, true) == VM_OK && read_debug(kv) == VM_OK;
     if (ok) kv->valid |= missing;
     if (missing & (VM_STATE_SREGS | VM_STATE_MSRS)) x86_mode_changed(&cpu->x86);
-    if ((missing & VM_STATE_SREGS) && kv->is_tlb_stale) kvm_flush_tlb(kv);
 }
 
 /* The caller fetched what it did not replace, so x86 holds these parts in full. */
@@ -418,6 +442,7 @@ int kvm_load(kvm_vcpu *kv) {
         kv->has_cpuid = true;
     }
     if (dirty & VM_STATE_SREGS) {
+        kv->has_seen = false;
         int rc = sregs_copy_to(kv, &sync->sregs);
         if (rc) return rc;
         events_to(kv, &sync->events);
