@@ -78,18 +78,35 @@ static inline void e_r_gs8(jit_writer *w, unsigned size, unsigned op, unsigned r
     e8(w, 0xc0u | (index & 7) << 3 | 5);
     e32(w, (uint32_t)disp);
 }
-/* op reg, [base + disp32] */
-static inline void e_r_mem(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned base, int32_t disp) {
-    e_rex(w, size, reg, 0, base);
-    if (op > 0xff) e8(w, op >> 8);
-    e8(w, op & 0xff);
+/* ModRM and what follows for [base + index * scale + disp]; base, index may be 0xff (none); index not RSP */
+static inline void e_modrm_mem(jit_writer *w, unsigned reg, unsigned base, unsigned index, unsigned scale,
+                               int32_t disp) {
+    unsigned ss = scale == 8 ? 3 : scale == 4 ? 2 : scale == 2 ? 1 : 0;
+    if (base == 0xff) {
+        e8(w, (reg & 7) << 3 | 4);
+        e8(w, ss << 6 | (index == 0xff ? 4u : (index & 7)) << 3 | 5);
+        e32(w, (uint32_t)disp);
+        return;
+    }
     unsigned mod = disp == 0 && (base & 7) != 5 ? 0 : disp == (int8_t)disp ? 0x40 : 0x80;
-    e8(w, mod | (reg & 7) << 3 | (base & 7));
-    if ((base & 7) == 4) e8(w, 0x24);
+    if (index == 0xff && (base & 7) != 4)
+        e8(w, mod | (reg & 7) << 3 | (base & 7));
+    else {
+        e8(w, mod | (reg & 7) << 3 | 4);
+        e8(w, ss << 6 | (index == 0xff ? 4u : (index & 7)) << 3 | (base & 7));
+    }
     if (mod == 0x40)
         e8(w, (uint8_t)disp);
     else if (mod == 0x80)
         e32(w, (uint32_t)disp);
+}
+/* op reg, [base + index * scale + disp] */
+static inline void e_r_mem(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned base, unsigned index,
+                           unsigned scale, int32_t disp) {
+    e_rex(w, size, reg, index == 0xff ? 0 : index, base == 0xff ? 0 : base);
+    if (op > 0xff) e8(w, op >> 8);
+    e8(w, op & 0xff);
+    e_modrm_mem(w, reg, base, index, scale, disp);
 }
 static inline void e_gs_load(jit_writer *w, unsigned size, unsigned reg, int32_t disp) {
     e_r_gs(w, size, 0x8b, reg, disp);
@@ -115,29 +132,10 @@ static inline void e_mov_imm(jit_writer *w, unsigned reg, uint64_t v) {
         e64(w, v);
     }
 }
-/* lea reg, [base + index * scale + disp]; base, index may be 0xff (none); index not RSP */
+/* lea reg, [base + index * scale + disp] */
 static inline void e_lea(jit_writer *w, unsigned size, unsigned reg, unsigned base, unsigned index, unsigned scale,
                          int32_t disp) {
-    unsigned ss = scale == 8 ? 3 : scale == 4 ? 2 : scale == 2 ? 1 : 0;
-    e_rex(w, size, reg, index == 0xff ? 0 : index, base == 0xff ? 0 : base);
-    e8(w, 0x8d);
-    if (base == 0xff) {
-        e8(w, (reg & 7) << 3 | 4);
-        e8(w, ss << 6 | (index == 0xff ? 4u : (index & 7)) << 3 | 5);
-        e32(w, (uint32_t)disp);
-        return;
-    }
-    unsigned mod = disp == 0 && (base & 7) != 5 ? 0 : disp == (int8_t)disp ? 0x40 : 0x80;
-    if (index == 0xff && (base & 7) != 4)
-        e8(w, mod | (reg & 7) << 3 | (base & 7));
-    else {
-        e8(w, mod | (reg & 7) << 3 | 4);
-        e8(w, ss << 6 | (index == 0xff ? 4u : (index & 7)) << 3 | (base & 7));
-    }
-    if (mod == 0x40)
-        e8(w, (uint8_t)disp);
-    else if (mod == 0x80)
-        e32(w, (uint32_t)disp);
+    e_r_mem(w, size, 0x8d, reg, base, index, scale, disp);
 }
 /* group-1 immediate: /n is 0 add, 1 or, 4 and, 5 sub, 6 xor, 7 cmp */
 static inline void e_alu_imm(jit_writer *w, unsigned size, unsigned n, unsigned reg, int32_t imm) {
@@ -173,6 +171,7 @@ static inline void e_patch(uint8_t *rel, const uint8_t *target) {
     int32_t d = (int32_t)(target - (rel + 4));
     memcpy(rel, &d, 4);
 }
+static inline void e_jcc_to(jit_writer *w, unsigned cc, const uint8_t *target) { e_patch(e_jcc(w, cc), target); }
 static inline void e_jmp_to(jit_writer *w, const uint8_t *target) { e_patch(e_jmp(w), target); }
 static inline void e_call_to(jit_writer *w, const uint8_t *target) {
     e8(w, 0xe8);

@@ -79,6 +79,8 @@ typedef struct emitter {
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;       /* instruction that could not be spelled, or -1 */
     unsigned tmp_reg; /* host register that holds the temporary, or RSP: it is in its slot */
+    int t0_group;     /* slot of the group whose address T0 holds, or -1 */
+    int32_t sp;       /* not yet added to the stack pointer: settle_sp() before anybody can look at it */
 } emitter;
 
 /* ---- flags ---- */
@@ -262,19 +264,43 @@ static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned 
         e_mov(w, size, host, home[guest]);
 }
 
-/* Where an access finds its operand: [T0 + disp], gs:[T0 + distance of the window], or gs:[guest register + ...]. */
-static unsigned access_base(const emitter *e, const jit_op *o) {
-    if (!o->is_direct) return T0;
+static unsigned home_or_none(unsigned reg) { return reg < 16 ? home[reg] : 0xff; }
+
+/* Where an access finds its operand: [T0 + disp], gs:[T0 + distance of the window], or gs:[guest registers + ...]. */
+typedef struct place {
+    uint8_t base, index, scale;
+    int32_t disp;
+} place;
+
+static place access_place(const emitter *e, const jit_op *o) {
+    place p = {T0, 0xff, 1, o->disp};
+    if (!o->window) return p;
+    int64_t delta = e->j->window_delta[o->window - 1];
+    if (!o->is_direct) {
+        p.disp += (int32_t)delta;
+        return p;
+    }
     const jit_op *ea = o - 2;
-    return ea->op == IR_EA ? home[e->u->insn[o->insn].base] : ea->op == IR_EA_SP ? R12 : RBP;
+    const x86_insn *in = &e->u->insn[o->insn];
+    delta -= (int64_t)e->j->window_gpa[o->window - 1];
+    if (ea->op == IR_EA) {
+        p.base = (uint8_t)home_or_none(in->base);
+        p.index = (uint8_t)home_or_none(in->index);
+        p.scale = in->scale;
+        delta += in->disp;
+        if (in->base == X86_REG_RIP) delta += (int64_t)(e->u->insn_rip[o->insn] + in->length);
+    } else {
+        p.base = ea->op == IR_EA_SP ? R12 : RBP;
+        delta += ea->imm;
+    }
+    p.disp = (int32_t)(delta + (p.base == R12 ? e->sp : 0));
+    return p;
 }
-static int32_t access_disp(const emitter *e, const jit_op *o) {
-    if (!o->window) return o->disp;
-    int32_t delta = e->j->window_delta[o->window - 1];
-    if (!o->is_direct) return o->disp + delta;
-    const jit_op *ea = o - 2;
-    int64_t disp = ea->op == IR_EA ? e->u->insn[o->insn].disp : ea->op == IR_EA_SP ? ea->imm : 0;
-    return (int32_t)(disp + delta - (int64_t)e->j->window_gpa[o->window - 1]);
+
+/* The stack pointer as the guest has it. Flags untouched. */
+static void settle_sp(emitter *e) {
+    if (e->sp) e_lea(e->w, e->u->key & JIT_KEY_64 ? 8 : 4, R12, R12, 0xff, 1, e->sp);
+    e->sp = 0;
 }
 
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
@@ -284,16 +310,19 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     x86_rename map;
     uint8_t spare[2] = {T1, T0}, used[2] = {0};
     unsigned nused = 0, nspare = in->flags & X86_IF_MEM ? 1 : 2;
+    if (jit_insn_names_sp(in)) settle_sp(e);
     x86_rename_init(&map);
     map.gpr[X86_RSP] = R12;
     map.mem_kind = X86_RENAME_MEM_BASE;
     map.mem_base = T0;
     if (o) {
-        map.mem_base = (uint8_t)access_base(e, o);
-        map.mem_disp = access_disp(e, o);
+        place p = access_place(e, o);
+        map.mem_base = p.base;
+        map.mem_index = p.index;
+        map.mem_scale = p.scale;
+        map.mem_disp = p.disp;
         map.mem_gs = o->window;
     }
-    map.mem_index = X86_NOREG;
     for (unsigned k = 0; k < in->nops; k++) {
         const x86_operand *o = &in->op[k];
         if (o->kind != X86_OP_GPR || o->reg >= 16 || !IN_MEMORY(o->reg)) continue;
@@ -304,6 +333,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
             return;
         }
         used[nused] = o->reg;
+        if (spare[nused] == T0) e->t0_group = -1;
         map.gpr[o->reg] = spare[nused];
         e_gs_load(e->w, 8, spare[nused], GPR(o->reg));
         nused++;
@@ -323,6 +353,8 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
 static void emit_lea(emitter *e, unsigned i) {
     const x86_insn *in = &e->u->insn[i];
     unsigned dst = in->op[0].reg, reg = IN_MEMORY(dst) ? T0 : home[dst];
+    if (dst == X86_RSP || in->base == X86_RSP) settle_sp(e);
+    e->t0_group = -1;
     unsigned size = in->osz == 8 && in->asz == 8 ? 8 : 4;
     if (in->base == X86_REG_RIP) {
         uint64_t v = e->u->insn_rip[i] + in->length + (uint64_t)in->disp;
@@ -366,8 +398,9 @@ static void emit_ea(emitter *e, const jit_op *o) {
 
 /* op reg, operand of the access */
 static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg) {
+    place p = access_place(e, o);
     if (o->window) e8(e->w, 0x65);
-    e_r_mem(e->w, o->size, op, reg, access_base(e, o), access_disp(e, o));
+    e_r_mem(e->w, o->size, op, reg, p.base, p.index, p.scale, p.disp);
 }
 
 /* The one access after a CHECK, through [T0]. The same code serves the fast path and the slow stub. */
@@ -377,6 +410,7 @@ static void emit_access(emitter *e, const jit_op *o) {
     switch (o->op) {
     case IR_ACCESS: emit_renamed(e, o->insn, o); break;
     case IR_PUSH_REG:
+        if (o->reg == X86_RSP) settle_sp(e);
         if (IN_MEMORY(o->reg)) {
             e_gs_load(w, 8, T1, GPR(o->reg));
             emit_mem(e, o, 0x89, T1);
@@ -402,6 +436,7 @@ static void emit_access(emitter *e, const jit_op *o) {
             e_gs_store(w, 8, T1, GPR(o->reg));
         } else
             emit_mem(e, o, 0x8b, home[o->reg]);
+        if (o->reg == X86_RSP) e->sp = 0;
         break;
     case IR_LOAD_TMP:
         emit_mem(e, o, 0x8b, T1);
@@ -411,6 +446,7 @@ static void emit_access(emitter *e, const jit_op *o) {
         e_mov(w, o->size, T1, RBP);
         emit_mem(e, o, 0x8b, RBP);
         e_lea(w, o->size, R12, T1, 0xff, 1, o->size);
+        e->sp = 0;
         break;
     }
 }
@@ -502,6 +538,16 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) 
     e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
 }
 
+static jit_link *new_link(emitter *e, uint64_t target, uint32_t key) {
+    jit_link *l = &e->block->links[e->nlink++];
+    l->from = e->block;
+    l->target = target;
+    l->key = key;
+    return l;
+}
+
+static void emit_leave_stub(emitter *e, leave_stub *s);
+
 /* Nothing between op k and the jump needs the scratch registers: the temporary can stay where it is. */
 static bool tmp_can_stay(const emitter *e, unsigned k) {
     const jit_unit *u = e->u;
@@ -520,14 +566,18 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     jit_writer *w = e->w;
     const jit_info *f = &e->u->info[check->insn];
     bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
-    if (check->role == JIT_CHECK_MEMBER) {
-        if (!check->window) e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+    if (check->role == JIT_CHECK_MEMBER || check->is_direct) {
+        if (!check->window && e->t0_group != check->slot) {
+            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+            e->t0_group = check->slot;
+        }
         if (live) need_host(e);
         keep_tmp(e, access);
         emit_access(e, access);
         return;
     }
     before_clobber(e);
+    e->t0_group = is_leader && !check->window ? check->slot : -1;
     slow_stub *s = &e->slow[e->nslow++];
     memset(s, 0, sizeof *s);
     s->check = check;
@@ -551,20 +601,33 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     if (!is_leader) s->resume = w->p;
 }
 
-/* A group's span was not in the TLB: C finds it whole, or the rest of the block is interpreted. */
+/* A group's span was not in the TLB: C finds it whole, or a block without groups goes on from here. T0 = the address;
+ * the flags are in memory. */
 static void emit_leader_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
-    unsigned vec = jit_level(e->u->key);
+    unsigned vec = jit_level(e->u->key), i = s->check->insn;
+    uint8_t *crosses = NULL;
+    if (!s->check->window) {
+        e_mov(w, 4, T1, T0);
+        e_alu_imm(w, 4, 4, T1, 4095);
+        e_alu_imm(w, 4, 7, T1, 4096 - s->check->span);
+        crosses = e_jcc(w, CC_A);
+    }
     e_mov_imm(w, T1, s->site);
     e_call_to(w, e->j->begin[vec]);
     e_rr(w, 8, 0x85, T0, T0);
-    uint8_t *bail = e_jcc(w, CC_E);
-    e_jmp_to(w, s->resume);
-    e_patch(bail, w->p);
-    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->check->insn);
-    e_mov_imm(w, T0, e->u->insn_rip[s->check->insn]);
-    e_mov_imm(w, T1, JIT_LEAVE_REST);
-    e_jmp_to(w, e->j->leave[vec]);
+    e_jcc_to(w, CC_NE, s->resume);
+    if (crosses) e_patch(crosses, w->p);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)i);
+    jit_link *l = new_link(e, e->u->insn_rip[i], e->block->key | JIT_KEY_PLAIN);
+    l->needs_mem_entry = true;
+    l->jump = e_jmp(w);
+    leave_stub *leave = new_leave(e, JIT_LEAVE_LINK, l->jump);
+    leave->rip = l->target;
+    leave->link = l;
+    leave->save = leave->regen = false;
+    emit_leave_stub(e, leave);
+    e->nleave--;
 }
 
 /* T0 = host address as an offset into the access's window (which it need not be in). Flags are not needed here. */
@@ -744,10 +807,7 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
         if (is_live) need_host(e);
     }
     if (is_chained) {
-        jit_link *l = &e->block->links[e->nlink++];
-        l->from = e->block;
-        l->target = target;
-        l->is_chained = true;
+        jit_link *l = new_link(e, target, e->block->key & ~JIT_KEY_PLAIN);
         l->needs_mem_entry = !same_page;
         l->jump = counted && !is_live ? e_jcc(w, CC_NS) : e_jmp(w);
         leave_stub *s = new_leave(e, JIT_LEAVE_LINK, l->jump);
@@ -935,9 +995,12 @@ static void note_x87(emitter *e, unsigned i) {
 }
 
 /* Members of a group have their address from its slot, or spell it in the access. */
-static bool needs_address(const jit_op *ea) {
+static bool needs_address(emitter *e, const jit_op *ea) {
     const jit_op *check = ea + 1;
-    return check->role != JIT_CHECK_MEMBER || (check->window && !check->is_direct);
+    if (check->is_direct || (check->role == JIT_CHECK_MEMBER && !check->window)) return false;
+    settle_sp(e); /* the address, or a look from outside */
+    e->t0_group = -1;
+    return true;
 }
 
 static void emit_canon(emitter *e, const jit_op *o) {
@@ -954,10 +1017,16 @@ static void emit_canon(emitter *e, const jit_op *o) {
     e->host = false;
 }
 
+/* Ops at which the state may be seen, besides accesses. */
+static const bool op_is_seen[] = {
+    [IR_DIV] = true,  [IR_CANON] = true, [IR_FALLBACK] = true, [IR_FALLBACK_END] = true, [IR_JUMP] = true,
+    [IR_SIDE] = true, [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true};
+
 static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
+    if (op_is_seen[o->op]) settle_sp(e);
     switch (o->op) {
     case IR_NATIVE:
         if (u->info[o->insn].host_at) need_host(e);
@@ -966,16 +1035,19 @@ static void emit_op(emitter *e, unsigned k) {
         after_insn(e, o->insn);
         break;
     case IR_LEA: emit_lea(e, o->insn); break;
-    case IR_DIV: emit_div(e, o); break;
+    case IR_DIV:
+        e->t0_group = -1;
+        emit_div(e, o);
+        break;
     case IR_EA:
-        if (needs_address(o)) emit_ea(e, o);
+        if (needs_address(e, o)) emit_ea(e, o);
         if (jit_insn_is_x87(&u->insn[o->insn])) e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
         break;
     case IR_EA_SP:
-        if (needs_address(o)) e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
+        if (needs_address(e, o)) e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
         break;
     case IR_EA_BP:
-        if (needs_address(o)) e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
+        if (needs_address(e, o)) e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
         break;
     case IR_CHECK:
         emit_check(e, o, o + 1);
@@ -983,11 +1055,17 @@ static void emit_op(emitter *e, unsigned k) {
         note_x87(e, o->insn);
         if (o[1].op == IR_ACCESS) after_insn(e, o->insn);
         break;
-    case IR_ADD_SP: e_lea(e->w, sp_size, R12, R12, 0xff, 1, (int32_t)o->imm); break;
+    case IR_ADD_SP: e->sp += (int32_t)o->imm; break;
     case IR_MOVE_TMP: emit_move_tmp(e, o); break;
-    case IR_CANON: emit_canon(e, o); break;
+    case IR_CANON:
+        e->t0_group = -1;
+        emit_canon(e, o);
+        break;
     case IR_FALLBACK:
-    case IR_FALLBACK_END: emit_fallback(e, o); break;
+    case IR_FALLBACK_END:
+        e->t0_group = -1;
+        emit_fallback(e, o);
+        break;
     case IR_JUMP:
         prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);
         emit_edge(e, o->insn, o->target, u->edge_need[0]);
@@ -1016,7 +1094,7 @@ static void emit_block(emitter *e) {
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
-    e->recipe = -1;
+    e->recipe = e->t0_group = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
@@ -1032,7 +1110,9 @@ static void *arena_take(jit *j, size_t bytes) {
 
 static void place_lists(emitter *e) {
     jit_block *b = e->block;
-    b->nlinks = (uint8_t)(e->u->sides + 2);
+    unsigned leaders = 0;
+    for (unsigned k = 0; k < e->u->nops; k++) leaders += e->u->ops[k].role == JIT_CHECK_LEADER;
+    b->nlinks = (uint8_t)(e->u->sides + 2 + leaders);
     b->links = arena_take(e->j, b->nlinks * sizeof *b->links);
     memset(b->links, 0, b->nlinks * sizeof *b->links);
     b->nextents = (uint8_t)e->u->nextents;
@@ -1045,7 +1125,7 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES ||
-        j->arena_bytes - j->arena_used < sizeof(jit_block) + 2048 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
+        j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;

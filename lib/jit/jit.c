@@ -69,7 +69,7 @@ static bool vec_allowed(const x86_cpu *cpu) {
 }
 
 /* Strategies under which an address without paging is physical. */
-static bool is_plain_mmu(const vm_machine *m) { return m->mmu == &vm_mmu_tlb || m->mmu == &vm_mmu_flat; }
+static bool is_plain_mmu(const vm_machine *m) { return vm_mmu_is_plain(m); }
 
 static bool x87_allowed(const x86_cpu *cpu) {
     return vec_allowed(cpu) && (X86_FPU_FCW(cpu) & 0x3f) == 0x3f && !(X86_FPU_FSW(cpu) & 0x80);
@@ -101,7 +101,7 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
 
 /* Modes and moments that the interpreter handles. */
 static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
-    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one || j->rest ||
+    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one ||
         (cpu->rflags & X86_FL_RF))
         return true;
     return cpu->code_size == 4 && (cpu->seg[X86_CS].base || cpu->seg[X86_CS].limit != 0xffffffffu);
@@ -141,6 +141,7 @@ static void drop_from_table(jit *j, unsigned t, uint64_t la) {
 
 static void use_table(jit *j, uint32_t key) {
     unsigned t = jit_table_index(key);
+    key &= ~JIT_KEY_PLAIN; /* such blocks are never in it */
     if (j->table_key[t] != key && j->table_used[t]) clear_table(j, t);
     if (!j->table_used[t]) j->vcpu->x86.jump[t].rip[0] = ~UINT64_C(0);
     j->table_key[t] = key;
@@ -156,7 +157,7 @@ static void unlink_in(jit_link *l) {
 
 static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
     if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) ||
-        jit_is_stop(j, to->rip) || l->from->key != to->key || l->target != to->rip)
+        jit_is_stop(j, to->rip) || l->key != to->key || l->target != to->rip)
         return;
     e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
     l->to = to;
@@ -309,7 +310,7 @@ static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8
     u->key = key;
     u->page = page;
     u->forced = 0;
-    u->no_groups = j->no_groups[hash_block(u->rip) & 1023];
+    u->no_groups = (key & JIT_KEY_PLAIN) || j->no_groups[hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
         jit_block *b = translate_with(j, u, &failed);
@@ -517,7 +518,14 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
            atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
-/* The span of a group at la, or NULL to give the rest of the block up. Faults are the first access's own. */
+/* A group of this block could not be looked up: if that is its habit, make it again without. */
+static void note_bail(jit *j, jit_block *b) {
+    if (b->is_dead || ++b->bails < 64) return;
+    j->no_groups[hash_block(b->rip) & 1023] = 1;
+    kill_block(j, b);
+}
+
+/* The span of a group at la, or NULL to go on in a block without groups. Faults are the first access's own. */
 static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
     bool is_write = s->access & X86_WRITE;
     uint8_t *p = NULL;
@@ -528,10 +536,7 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
         x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
         p = x86_tlb_hit(cpu, la, s->span, is_write);
     }
-    if (!p) {
-        j->bailed = s->block;
-        j->rest = s->block->count - s->index;
-    }
+    if (!p) note_bail(j, s->block);
     return p;
 }
 
@@ -587,15 +592,7 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
 
 static x86_stop interpret_one(jit *j) {
     j->step_one = false;
-    if (j->rest) j->rest--;
     return interp_step(j->vcpu);
-}
-
-/* A group of this block could not be looked up: if that is its habit, make it again without. */
-static void note_bail(jit *j) {
-    if (++j->bailed->bails < 16 || j->bailed->is_dead) return;
-    j->no_groups[hash_block(j->bailed->rip) & 1023] = 1;
-    kill_block(j, j->bailed);
 }
 
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
@@ -632,9 +629,11 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     use_table(j, key);
     const uint8_t *code = b->entry_mem + j->w.to_exec;
     if (!jit_is_stop(j, b->rip)) {
-        jumps->rip[i] = b->rip;
-        jumps->code[i] = code;
-        if (!is_global(cpu, b->rip)) j->table_local[jit_table_index(key)] = true;
+        if (!(key & JIT_KEY_PLAIN)) {
+            jumps->rip[i] = b->rip;
+            jumps->code[i] = code;
+            if (!is_global(cpu, b->rip)) j->table_local[jit_table_index(key)] = true;
+        }
         if (link && flushes == j->flushes) link_blocks(j, link, b);
     }
     return code;
@@ -672,7 +671,7 @@ static bool is_window_region(const vm_range *r) {
 
 /* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen.
  */
-static void find_windows(jit *j) {
+static void place_windows(jit *j) {
     const vm_machine *m = j->vcpu->machine;
     uint64_t *slot = j->vcpu->x86.jit_scratch;
     const vm_range *best = NULL;
@@ -680,7 +679,6 @@ static void find_windows(jit *j) {
         const vm_range *r = &m->view.ranges[i];
         if (is_window_region(r) && (!best || r->bytes > best->bytes)) best = r;
     }
-    j->window_stale = false;
     slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
     if (!best) return;
     const uint8_t *host = best->region->host + best->offset;
@@ -693,6 +691,16 @@ static void find_windows(jit *j) {
     j->window_gpa[0] = r.gpa;
     j->window_delta[0] = (int32_t)delta;
     if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log) find_write_window(j, &r, delta);
+}
+
+static void find_windows(jit *j) {
+    const uint64_t *limit = &j->vcpu->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT];
+    place_windows(j);
+    j->window_stale = false;
+    for (unsigned w = 0; w < 2; w++) {
+        j->must_flush |= limit[w] < j->window_limit[w];
+        j->window_limit[w] = limit[w];
+    }
 }
 
 /* A page of the write window holds code now: cut the window. */
@@ -727,7 +735,7 @@ static x86_stop run_loop(jit *j) {
         const uint8_t *code = NULL;
         uint32_t key = 0;
         if (!wants_interpreter(j, cpu) && cpu->budget > (j->vcpu->has_budget ? EXACT_TAIL : 1)) {
-            key = jit_key(j, cpu);
+            key = jit_key(j, cpu) | (link ? link->key & JIT_KEY_PLAIN : 0);
             code = lookup(j, cpu, key, link);
         }
         link = NULL;
@@ -740,8 +748,6 @@ static x86_stop run_loop(jit *j) {
                 link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_TMP];
             else if (reason == JIT_LEAVE_STEP)
                 j->step_one = true;
-            else if (reason == JIT_LEAVE_REST)
-                note_bail(j);
             else if (reason == JIT_LEAVE_VEC) {
                 j->has_vec = vec_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
@@ -760,7 +766,6 @@ static bool jit_start(jit *j);
 
 /* Back from a longjmp: an exit, or a fault to deliver. */
 static x86_stop caught(jit *j, x86_cpu *cpu) {
-    j->rest = 0;
     if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
     if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
         cpu->retired++;

@@ -32,6 +32,7 @@
 #define JIT_KEY_AC     0x0200u /* alignment checks may fault: memory operands go to the semantic functions */
 #define JIT_KEY_WINDOW 0x0400u /* linear is physical: reads of the largest RAM region need only a bounds check */
 #define JIT_KEY_X87    0x0800u /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
+#define JIT_KEY_PLAIN  0x1000u /* no groups, no loop copies: goes on where a group could not be looked up */
 #define JIT_TABLES     16      /* jump caches: by CTX | 64 | VEC */
 
 typedef struct jit_block jit_block;
@@ -54,10 +55,10 @@ typedef struct jit_site {
 typedef struct jit_link {
     jit_block *from, *to;
     uint64_t target;
+    uint32_t key;  /* of the block it wants */
     uint8_t *jump; /* rel32, writable view */
     uint8_t *stub;
     struct jit_link *next_in; /* list of links into `to` */
-    bool is_chained;          /* may be linked: same page or no paging */
     bool needs_mem_entry;     /* provides flags in memory only */
 } jit_link;
 
@@ -70,7 +71,7 @@ struct jit_block {
     uint32_t key;
     uint16_t count;        /* instructions */
     bool is_dead, crosses; /* crosses: one instruction, its end on the next page (`twin` keeps watch there) */
-    uint8_t bails;         /* times a group could not be looked up whole */
+    uint8_t bails;         /* times C could not look a group up whole */
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next, *all_next;
@@ -93,7 +94,7 @@ typedef struct jit_op {
     int16_t disp;        /* CHECK and its access: offset from the host address made */
     int32_t adjust;      /* EA: added to the address (to the group's lowest, to an offset into the window) */
     uint8_t window;      /* CHECK and its access: 1 + window (0 reads, 1 writes), or 0 */
-    bool is_direct;      /* MEMBER: in the window for sure; no address is made */
+    bool is_direct;      /* in the window for sure: no address is made and nothing is looked up */
     uint16_t insn;       /* index into the block's instructions */
     int64_t imm;
     uint64_t target, fall;
@@ -159,7 +160,7 @@ typedef struct jit {
     uint64_t bounce_la;
     bool bounce_active;
     int64_t cold_done; /* instructions interpreted before there was a code cache */
-    bool is_cold;                         /* the interpreter runs instead */
+    bool is_cold;      /* the interpreter runs instead */
     bool step_one;     /* next instruction by the interpreter */
     bool has_vec;      /* guest code that runs now uses vector registers */
     bool has_x87;      /* and x87 registers */
@@ -167,13 +168,12 @@ typedef struct jit {
         x87_pointers[18]; /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
     uint8_t vec_ctx;      /* ...in this context */
     bool must_flush;      /* at the next block boundary */
-    unsigned rest;        /* instructions left of a block that was given up: for the interpreter */
-    jit_block *bailed;
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     bool has_avx, has_bmi2;
-    bool window_stale;       /* the memory map changed */
-    uint64_t window_gpa[2];  /* for reads, for writes; in emitted code as constants: where it begins, and */
-    int32_t window_delta[2]; /* how far its host memory is from the x86_cpu */
+    bool window_stale;        /* the memory map changed */
+    uint64_t window_gpa[2];   /* for reads, for writes; in emitted code as constants: where it begins, and */
+    uint64_t window_limit[2]; /* as blocks may have been made for: static accesses rely on it */
+    int32_t window_delta[2];  /* how far its host memory is from the x86_cpu */
     uint64_t flushes;
     struct {
         uint64_t last, until;
@@ -217,8 +217,7 @@ enum {
     JIT_LEAVE_INDIRECT,
     JIT_LEAVE_VEC,
     JIT_LEAVE_X87,
-    JIT_LEAVE_STEP,
-    JIT_LEAVE_REST
+    JIT_LEAVE_STEP
 };
 
 #define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
@@ -238,6 +237,7 @@ bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_is_idiv(const x86_insn *in);
+bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in); /* X86_READ/X86_WRITE of the memory operand */
 enum { JIT_RECIPE_NONE, JIT_RECIPE_CMP, JIT_RECIPE_TEST, JIT_RECIPE_ADD, JIT_RECIPE_SUB, JIT_RECIPE_LOGIC };
@@ -245,7 +245,8 @@ enum { JIT_MOVE_NONE, JIT_MOVE_COPY /* dst = src + imm */, JIT_MOVE_ADD /* dst +
 unsigned jit_pointer_move(const x86_insn *in, unsigned *src,
                           int64_t *imm); /* full-width pointer arithmetic the group pass follows */
 unsigned jit_recipe_kind(const x86_insn *in);
-uint16_t jit_changed_regs(const x86_insn *in); /* general-purpose registers a natively handled form may change */
+void jit_bound(const x86_insn *in, uint64_t *most); /* what a native instruction lets one know of its result */
+uint16_t jit_changed_regs(const x86_insn *in);      /* general-purpose registers a natively handled form may change */
 /* opt.c */
 void jit_optimise(jit_unit *u);
 /* emit.c */

@@ -170,6 +170,12 @@ static bool is_bit_string(const x86_insn *in) {
  * functions. */
 bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
 
+bool jit_insn_names_sp(const x86_insn *in) {
+    for (unsigned i = 0; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_GPR && in->op[i].reg == X86_RSP) return true;
+    return false;
+}
+
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
 
 static bool is_x87_store(const x86_insn *in) {
@@ -292,7 +298,16 @@ bool jit_crosses_page(const jit_unit *u, uint64_t rip) {
     return (rip & 0xfff) > 4096 - 15 && !((rip ^ u->rip) & X86_PAGE_MASK) && !decode_at(u, rip & 0xfff, &in);
 }
 
+static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_64 ? rip : (uint32_t)rip; }
+
 enum { LOOK_AHEAD = 8 };
+
+/* Does this branch always end in code that takes its flags from memory? `next` is the address after it. */
+static bool goes_elsewhere(const jit_unit *u, const x86_insn *in, uint64_t next) {
+    unsigned c = class_of(u, in);
+    if (c != C_RET && c != C_JMP && c != C_CALL) return false;
+    return in->op[0].kind != X86_OP_REL || ((wrap(u, next + in->imm) ^ u->rip) & X86_PAGE_MASK);
+}
 
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
     x86_insn in[LOOK_AHEAD];
@@ -313,6 +328,7 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
         offset += in[n].length;
         extent->end = (uint16_t)offset;
         written |= f->written;
+        if (in[n].flags & X86_IF_BRANCH && goes_elsewhere(u, &in[n], rip + (offset - (rip & 0xfff)))) host = 0;
         if (in[n++].flags & (X86_IF_BRANCH | X86_IF_END) || info[n - 1].falls_back) break;
         if (written == X86_FL_ARITH) {
             host = exact = 0;
@@ -397,6 +413,22 @@ uint16_t jit_changed_regs(const x86_insn *in) {
     return changed;
 }
 
+void jit_bound(const x86_insn *in, uint64_t *most) {
+    const x86_operand *to = &in->op[0], *from = &in->op[1];
+    if (in->nops != 2 || to->kind != X86_OP_GPR || to->reg >= 16 || to->size < 4) return;
+    uint64_t width = to->size == 4 ? UINT32_MAX : UINT64_MAX;
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_MOVZX: most[to->reg] = from->size == 1 ? 0xff : 0xffff; break;
+    case ZYDIS_MNEMONIC_AND:
+        if (from->kind == X86_OP_IMM) most[to->reg] = (uint64_t)in->imm & width;
+        break;
+    case ZYDIS_MNEMONIC_MOV:
+        if (from->kind == X86_OP_IMM) most[to->reg] = (uint64_t)in->imm & width;
+        break;
+    default: break;
+    }
+}
+
 /* ---- instructions to IR ---- */
 
 static jit_op *add_op(jit_unit *u, unsigned op, unsigned insn) {
@@ -464,8 +496,6 @@ static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
     o->reg = in->op[0].reg;
     if (in->op[0].reg != X86_RSP) add_sp(u, i, n);
 }
-
-static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_64 ? rip : (uint32_t)rip; }
 
 static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned class) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
@@ -619,7 +649,7 @@ static bool lift_next(jit_unit *u, trace *t) {
 }
 
 bool jit_lift(jit_unit *u, unsigned max_insns) {
-    trace t = {.rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = true};
+    trace t = {.rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = !(u->key & JIT_KEY_PLAIN)};
     u->count = u->nops = u->sides = u->nextents = 0;
     while (t.is_open && u->count < max_insns && lift_next(u, &t))
         ;

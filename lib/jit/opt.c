@@ -8,8 +8,8 @@
  * Groups. Accesses at constant distances from one pointer usually lie on one page. Forwards over the block we follow
  * pointers as symbol + offset (through pushes, pops, LEA, ADD, MOV); accesses near each other on the same symbol form a
  * group, whose first member looks the whole span up once. When that fails (page end, a page with code, device memory)
- * the rest of the block is interpreted, so the group needs no second form; a block that keeps failing is made again
- * without groups.
+ * execution goes on in another block, made without groups from that instruction on, so the group needs no second form;
+ * a block that keeps failing for other reasons than a page end is made again without groups.
  */
 #include "jit/jit.h"
 
@@ -67,7 +67,7 @@ static void flag_pass(jit_unit *u) {
 #define MAX_SPAN 256
 
 typedef struct pointer {
-    uint32_t symbol;
+    uint64_t symbol; /* base | index << 24 | scale << 48, each a value the block has met; 0: none */
     int64_t offset;
 } pointer;
 typedef struct group {
@@ -80,27 +80,55 @@ typedef struct group {
 typedef struct group_pass {
     jit_unit *u;
     pointer reg[16];
-    uint32_t next_symbol;
+    uint64_t most[16]; /* upper bounds of the registers' values */
+    uint64_t next_symbol;
     unsigned count;
     group groups[JIT_GROUPS];
     uint8_t group_of[JIT_MAX_OPS]; /* CHECK op to group + 1 */
     int64_t offset_of[JIT_MAX_OPS];
 } group_pass;
 
-static bool operand_pointer(const group_pass *g, const x86_insn *in, pointer *p) {
-    if (in->base >= 16 || in->index != X86_NOREG || in->seg == X86_FS || in->seg == X86_GS ||
-        in->asz != (in->mode == 8 ? 8 : 4))
-        return false;
-    *p = g->reg[in->base];
-    p->offset += in->disp;
+static bool operand_pointer(const group_pass *g, unsigned i, pointer *p) {
+    const x86_insn *in = &g->u->insn[i];
+    if (in->seg == X86_FS || in->seg == X86_GS || in->asz != (in->mode == 8 ? 8 : 4)) return false;
+    *p = (pointer){0, in->disp};
+    if (in->base == X86_REG_RIP) p->offset += (int64_t)(g->u->insn_rip[i] + in->length);
+    if (in->base < 16) {
+        p->symbol = g->reg[in->base].symbol;
+        p->offset += g->reg[in->base].offset;
+    }
+    if (in->index < 16) {
+        p->symbol |= g->reg[in->index].symbol << 24 | (uint64_t)in->scale << 48;
+        p->offset += g->reg[in->index].offset * in->scale;
+    }
     return true;
+}
+
+/* Without paging: an operand at a fixed address, or one indexed by a register of known range, that lies in the window
+ * whatever happens needs no check at all. */
+static bool is_static(const group_pass *g, const jit_op *c) {
+    const jit_unit *u = g->u;
+    const x86_insn *in = &u->insn[c->insn];
+    unsigned w = c->access & X86_WRITE ? 1 : 0;
+    if ((u->key & (JIT_KEY_WINDOW | JIT_KEY_64)) != (JIT_KEY_WINDOW | JIT_KEY_64) || c[-1].op != IR_EA ||
+        in->asz != 8 || in->base < 16 || in->seg == X86_FS || in->seg == X86_GS || c->align > 1 || jit_insn_is_x87(in))
+        return false;
+    uint64_t low = (uint64_t)in->disp - u->j->window_gpa[w], high = low,
+             limit = u->cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT + w];
+    if (in->base == X86_REG_RIP) high = low += u->insn_rip[c->insn] + in->length;
+    if (in->index < 16) {
+        if (in->index >= X86_R12 || g->most[in->index] >> 32) return false;
+        high += g->most[in->index] * in->scale;
+    }
+    int64_t disp = (int64_t)low + u->j->window_delta[w];
+    return low < limit && high < limit && low <= high && disp == (int32_t)disp;
 }
 
 /* The address that the EA op before CHECK k makes. */
 static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
     const jit_op *ea = &g->u->ops[k - 1];
     switch (ea->op) {
-    case IR_EA: return operand_pointer(g, &g->u->insn[ea->insn], p);
+    case IR_EA: return operand_pointer(g, ea->insn, p);
     case IR_EA_SP:
         *p = g->reg[X86_RSP];
         p->offset += ea->imm;
@@ -127,8 +155,13 @@ static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
 }
 
 static void place_check(group_pass *g, unsigned k) {
-    const jit_op *c = &g->u->ops[k];
+    jit_op *c = &g->u->ops[k];
     pointer p;
+    if (is_static(g, c)) {
+        c->is_direct = true;
+        c->window = c->access & X86_WRITE ? 2 : 1;
+        return;
+    }
     if (!check_pointer(g, k, &p) || jit_insn_is_x87(&g->u->insn[c->insn])) /* x87 keeps each operand's address */
         return;
     g->offset_of[k] = p.offset;
@@ -155,20 +188,30 @@ static void place_check(group_pass *g, unsigned k) {
     g->group_of[k] = (uint8_t)(++g->count);
 }
 
-static void fresh(group_pass *g, unsigned r) { g->reg[r] = (pointer){g->next_symbol++, 0}; }
+static void fresh(group_pass *g, unsigned r) {
+    g->reg[r] = (pointer){g->next_symbol++, 0};
+    g->most[r] = UINT64_MAX;
+}
 
 static void follow_insn(group_pass *g, unsigned i) {
     const x86_insn *in = &g->u->insn[i];
     unsigned src = 0;
     int64_t imm;
     switch (jit_pointer_move(in, &src, &imm)) {
-    case JIT_MOVE_COPY: g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + imm}; return;
-    case JIT_MOVE_ADD: g->reg[in->op[0].reg].offset += imm; return;
+    case JIT_MOVE_COPY:
+        g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + imm};
+        g->most[in->op[0].reg] = imm ? UINT64_MAX : g->most[src];
+        return;
+    case JIT_MOVE_ADD:
+        g->reg[in->op[0].reg].offset += imm;
+        g->most[in->op[0].reg] = UINT64_MAX;
+        return;
     default: break;
     }
     uint16_t changed = jit_changed_regs(in);
     for (unsigned r = 0; r < 16; r++)
         if (changed >> r & 1) fresh(g, r);
+    jit_bound(in, g->most);
 }
 
 static void follow(group_pass *g, unsigned k) {
@@ -179,10 +222,14 @@ static void follow(group_pass *g, unsigned k) {
     case IR_ACCESS:
     case IR_DIV: follow_insn(g, o->insn); break;
     case IR_CHECK: place_check(g, k); break;
-    case IR_ADD_SP: g->reg[X86_RSP].offset += o->imm; break;
+    case IR_ADD_SP:
+        g->reg[X86_RSP].offset += o->imm;
+        g->most[X86_RSP] = UINT64_MAX;
+        break;
     case IR_POP_REG: fresh(g, o->reg); break;
     case IR_LEAVE_SP:
         g->reg[X86_RSP] = (pointer){g->reg[X86_RBP].symbol, g->reg[X86_RBP].offset + o->size};
+        g->most[X86_RSP] = UINT64_MAX;
         fresh(g, X86_RBP);
         break;
     case IR_FALLBACK:
@@ -208,7 +255,7 @@ static void settle(group_pass *g, unsigned k) {
 }
 
 static void group_pass_run(jit_unit *u) {
-    group_pass g = {.u = u};
+    group_pass g = {.u = u, .next_symbol = 1};
     for (unsigned r = 0; r < 16; r++) fresh(&g, r);
     for (unsigned k = 0; k < u->nops; k++) follow(&g, k);
     for (unsigned k = 0; k < u->nops; k++)
@@ -237,7 +284,9 @@ static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w) {
     const jit_op *ea = c - 1;
     const x86_insn *in = &u->insn[c->insn];
     int64_t disp = (ea->op == IR_EA ? in->disp : ea->imm) + u->j->window_delta[w] - (int64_t)u->j->window_gpa[w];
-    return (u->key & JIT_KEY_64) && disp == (int32_t)disp && (ea->op != IR_EA || in->base < X86_R12);
+    enum { ROOM = 1 << 20 }; /* for a stack pointer that is settled late */
+    return (u->key & JIT_KEY_64) && disp - ROOM == (int32_t)(disp - ROOM) && disp + ROOM == (int32_t)(disp + ROOM) &&
+           (ea->op != IR_EA || (in->base < X86_R12 && (in->index == X86_NOREG || in->index < X86_R12)));
 }
 
 static void window_pass(jit_unit *u) {
@@ -245,6 +294,11 @@ static void window_pass(jit_unit *u) {
     for (unsigned k = 1; k < u->nops; k++) {
         jit_op *c = &u->ops[k];
         if (c->op != IR_CHECK) continue;
+        if (c->is_direct) { /* static */
+            c[1].is_direct = c[-1].is_direct = true;
+            c[1].window = c->window;
+            continue;
+        }
         c->window = (uint8_t)(c->role == JIT_CHECK_MEMBER ? by_slot[c->slot] : window_of(u, k));
         if (c->role == JIT_CHECK_LEADER) by_slot[c->slot] = c->window;
         if (c->window && c->role == JIT_CHECK_MEMBER)

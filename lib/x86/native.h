@@ -22,7 +22,7 @@ typedef struct x86_rename {
     bool rename_vec;
     bool mem_gs;
     uint8_t mem_kind;          /* enum x86_rename_mem */
-    uint8_t mem_base;
+    uint8_t mem_base;          /* X86_NOREG: none */
     uint8_t mem_index;         /* X86_NOREG: none; never 4 (RSP) */
     uint8_t mem_scale;         /* 1, 2, 4, 8 */
     int32_t mem_disp;

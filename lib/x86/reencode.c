@@ -212,17 +212,18 @@ static bool is_lost_in_64(const x86_insn *in) {
 
 /* ModRM, SIB and displacement of the memory operand. Returns bytes written. */
 static unsigned put_memory(const spelling *s, const x86_rename *map, uint8_t *out) {
-    unsigned n = 0, base = map->mem_base & 7;
-    bool indexed = map->mem_index != X86_NOREG, need_sib = indexed || base == 4;
+    bool indexed = map->mem_index != X86_NOREG, based = map->mem_base != X86_NOREG;
+    unsigned n = 0, base = based ? map->mem_base & 7 : 5;
+    bool need_sib = indexed || base == 4 || !based;
     bool small = map->mem_disp >= -128 && map->mem_disp <= 127;
-    unsigned mod = map->mem_disp == 0 && base != 5 ? 0 : small ? 1 : 2;
+    unsigned mod = !based || (map->mem_disp == 0 && base != 5) ? 0 : small ? 1 : 2;
     out[n++] = (uint8_t)(mod << 6 | s->reg << 3 | (need_sib ? 4 : base));
     if (need_sib) {
         unsigned scale = map->mem_scale == 8 ? 3 : map->mem_scale == 4 ? 2 : map->mem_scale == 2;
         out[n++] = (uint8_t)(scale << 6 | (indexed ? map->mem_index & 7 : 4) << 3 | base);
     }
     uint32_t disp = (uint32_t)map->mem_disp;
-    for (unsigned i = 0; i < (mod == 0 ? 0 : mod == 1 ? 1u : 4u); i++)
+    for (unsigned i = 0; i < (!based ? 4u : mod == 0 ? 0 : mod == 1 ? 1u : 4u); i++)
         out[n++] = (uint8_t)(disp >> (8 * i));
     return n;
 }
@@ -327,7 +328,7 @@ unsigned x86_reencode(const x86_insn *in, const x86_rename *map, uint8_t *out) {
         bool is_vsib = s.is_vex && in->map == 2 && in->opcode >= 0x90 && in->opcode <= 0x93;
         if (is_vsib)
             return 0;
-        s.b = map->mem_base >= 8;
+        s.b = map->mem_base != X86_NOREG && map->mem_base >= 8;
         s.x = map->mem_kind == X86_RENAME_MEM_BASE && map->mem_index != X86_NOREG && map->mem_index >= 8;
         if (map->mem_kind == X86_RENAME_MEM_REG) {
             s.rm = map->mem_base & 7;
