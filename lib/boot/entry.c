@@ -100,9 +100,7 @@ void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables 
     cpu->halted = false;
     vcpu->is_parked = false;
     x86_mode_changed(cpu);
-    x86_tlb_clear(cpu);
-    if (m->backend->tlb_flushed)
-        m->backend->tlb_flushed(vcpu);
+    cpu->env->root_changed(cpu, false);
     vm_vcpu_changed(vcpu, VM_STATE_ALL);
     if (entry->kind != VM_ENTRY_RESET && m->pc) vm_pc_firmware_state(m);
 }

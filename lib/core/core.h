@@ -55,6 +55,7 @@ typedef enum vm_region_kind { VM_REGION_RAM, VM_REGION_HOST, VM_REGION_FILE, VM_
 #define VM_PAGE_CODE  1u     /* holds bytes some backend has translated or decoded: writes must be seen */
 #define VM_PAGE_CLEAN 2u     /* dirty log on and page not dirty yet: the first write must be seen */
 #define VM_PAGE_DIRTY 4u     /* written since the last fetch */
+#define VM_PAGE_TABLE 8u     /* the MMU strategy wants to hear of writes (vm_mmu_table_written) */
 struct vm_region {
     vm_machine *machine;
     vm_region_kind kind;
@@ -104,6 +105,7 @@ struct vm_vcpu {
     struct { uint64_t gpa, bytes; } requests[16];          /* code that changed */
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
+    void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
     unsigned lock_depth;               /* x86_env.lock_begin without lock_end */
     /* host time (CLOCK_MONOTONIC ns) this run must end; UINT64_MAX: none. For backends that cannot be cut into
      * slices */
@@ -115,10 +117,15 @@ struct vm_vcpu {
     unsigned event_seen;               /* machine->event_seq already reported */
     uint8_t bare_cr8;
     uint64_t random_state;
+    unsigned hooks_seen;               /* vm_machine.hook_seq taken over */
+    bool has_begun;                    /* inside a run that has executed something */
+    bool has_redirect; uint64_t redirect;              /* where a callback wants to go on after the instruction under way */
+    uint64_t irq_reported;             /* 1 + retired when a run was stopped before delivering a vector */
+    struct { bool is_set; int cls; vm_hook *hook; vm_exit_debug debug; } hook_stop;    /* what hooks want to exit with */
     bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
+    bool has_signal_blocked; /* as in vm_run_options */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
-    bool has_signal_blocked; /* as in vm_run_options */
 enum { VM_IDLE, VM_GUEST, VM_BLOCKED, VM_LOOP, VM_WAITED = 0x100 };
 #define VM_REQUESTS 16u
 static inline bool vm_vcpu_is_running(const vm_vcpu *cpu) { return (cpu->state & ~VM_WAITED) != VM_IDLE; }
@@ -167,6 +174,9 @@ typedef struct vm_backend_ops {
      * anything outside of the backend can see it. */
     uint64_t (*retired)(const vm_vcpu *cpu);
     bool takes_interrupts;
+    bool serves_hooks;                 /* hooks, breakpoints, watchpoints, single steps (hook.h) */
+    /* hook_mask or watch of a vCPU changed, or ranges did: translated code is stale. On its thread, at a boundary */
+    void (*hooks_changed)(vm_vcpu *cpu);
 } vm_backend_ops;
 extern const vm_backend_ops vm_backend_interp, vm_backend_jit, vm_backend_kvm;
 
@@ -192,6 +202,8 @@ struct vm_machine {
     const struct vm_mmu_ops *mmu; void *mmu_state;
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
+    struct vm_hooks *hooks;            /* hook.h; NULL: never had any */
+    _Atomic unsigned hook_seq;         /* counts edits of hooks */
     _Atomic unsigned trace_mask;       /* VM_TRACE_* */
     pthread_mutex_t trace_lock;        /* the sink: */
     vm_trace_fn trace_fn; void *trace_user;
@@ -321,6 +333,8 @@ const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa);               /* through th
 unsigned vm_region_prot(const vm_region *r, uint64_t offset);
 void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes);
 void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa);
+bool vm_page_trap(vm_machine *m, uint64_t gpa, bool on);           /* VM_PAGE_TABLE; false: no RAM there */
+bool vm_page_is_trapped(vm_machine *m, uint64_t gpa);
 /* regs.c */
 int  vm_regs_read(vm_vcpu *cpu, int reg_id, void *value);
 int  vm_regs_write(vm_vcpu *cpu, int reg_id, const void *value);
@@ -332,6 +346,12 @@ void vm_fpu_get(vm_vcpu *cpu, vm_fpu *fpu);
 int  vm_fpu_set(vm_vcpu *cpu, const vm_fpu *fpu);
 /* stats.c */
 int  vm_stats_get(vm_machine *m, const char *name, uint64_t *value);
+/* coverage.c; nobody runs, the backend is a software one */
+bool vm_cover_is_on(const vm_machine *m);
+void vm_cover_map(vm_machine *m, uint8_t *map, size_t bytes);
+void vm_cover_range(vm_machine *m, uint64_t begin, uint64_t end);
+void vm_cover_ring(vm_vcpu *cpu, uint64_t *ring, size_t entries, uint64_t *head);
+void vm_cover_log(vm_vcpu *cpu, vm_compare *ring, size_t entries, uint64_t *head);
 /* exit.c */
 void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit);
 void vm_exit_from_exception(vm_vcpu *cpu, vm_exit *exit);

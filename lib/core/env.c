@@ -5,6 +5,7 @@
  * CR8 is a plain register, there is no APIC, random numbers repeat from run to run.
  */
 #include "core/core.h"
+#include "core/hook.h"
 #include "mmu/mmu.h"
 #include "platform/pc.h"
 
@@ -17,11 +18,16 @@ static uint8_t *env_page(x86_cpu *x, uint64_t gpa, unsigned *prot)
     if (!range || range->region->kind > VM_REGION_FILE)
         return NULL;
     const vm_region *r = range->region;
+    x->ram_gpa = range->gpa;
+    x->ram_bytes = range->bytes;
+    x->ram_host = r->host;
     uint64_t offset = gpa - range->gpa;
     uint8_t flags = atomic_load_explicit(&r->page_flags[offset >> 12], memory_order_relaxed);
     *prot = vm_region_prot(r, offset);
-    if (flags & (VM_PAGE_CODE | VM_PAGE_CLEAN))
-        *prot &= ~(unsigned)X86_WRITE;
+    if (flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_TABLE)) {
+        bool is_walkers = (*prot & X86_WRITE) && !(flags & (VM_PAGE_CODE | VM_PAGE_CLEAN));
+        *prot = (*prot & ~(unsigned)X86_WRITE) | (is_walkers ? X86_WALKER : 0);
+    }
     return r->host + offset;
 }
 
@@ -170,4 +176,8 @@ const x86_env vm_env = {
     .hypercall = env_hypercall,
     .lock_begin = env_lock_begin,
     .lock_end = env_lock_end,
+    .hook = vm_env_hook,
+    .hook_before = vm_env_hook_before,
+    .withheld = vm_env_withheld,
+    .watched = vm_env_watched,
 };

@@ -210,10 +210,10 @@ void vm_machine_destroy(vm_machine *m)
 {
     stop_vcpus(m);
     vm_clock_stop(m);
+    vm_mmu_detach(m);
     vm_regions_free(m);
     if (m->has_pc)
         vm_pc_destroy(m);
-    vm_mmu_detach(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         vm_vcpu_free(m->vcpus[i]);
     if (m->has_backend && m->backend->machine_destroy)
@@ -257,12 +257,9 @@ void vm_machine_reset(vm_machine *m)
     }
     if (m->is_pc)
         vm_pc_reset(m);
-    for (unsigned i = 0; i < m->vcpu_count; i++) {
-        x86_tlb_clear(&m->vcpus[i]->x86);
-        if (m->backend->tlb_flushed)
-            m->backend->tlb_flushed(m->vcpus[i]);
+    vm_mmu_forget(m);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
         vm_vcpu_changed(m->vcpus[i], VM_STATE_ALL);
-    }
     vm_resume(m);
     vm_device_unlock(m);
 }

@@ -8,6 +8,7 @@
  *   the page
  *                  is gone; so each later write comes through vm_page_written() and is announced to all of them.
  *   VM_PAGE_CLEAN  the dirty log is on and has not seen a write.
+ *   VM_PAGE_TABLE  the MMU strategy keeps something that was made from the page's content and wants to hear of writes.
  * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it,
  * so that a page that merely once held code, or holds data beside code, does not stay slow.
  *
@@ -25,8 +26,8 @@
 #include <sys/mman.h>
 
 #define PAGE 4096u
-#define WRITE_COUNT 8u                 /* page_flags: one write to a code page */
-#define WRITE_LIMIT 0xf8u
+#define WRITE_COUNT 16u                /* page_flags: one write to a code page */
+#define WRITE_LIMIT 0xf0u
 
 /* ---- views ---- */
 
@@ -145,8 +146,11 @@ static void drop_code(vm_vcpu *cpu, vm_vcpu *self, uint64_t gpa, uint64_t bytes)
 static void map_changed(vm_machine *m)
 {
     for (unsigned i = 0; i < m->vcpu_count; i++)
-        if (m->vcpus[i])
+        if (m->vcpus[i]) {
             m->vcpus[i]->last_range = m->vcpus[i]->last_port = (vm_range){ 0 };
+            m->vcpus[i]->x86.ram_bytes = 0;
+        }
+    vm_mmu_map_changed(m);
     if (m->backend->map_changed)
         m->backend->map_changed(m);
 }
@@ -508,12 +512,33 @@ void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t of
         uint8_t now = atomic_load(flags);
         if (now & VM_PAGE_CLEAN)
             set_flags(flags, VM_PAGE_DIRTY, VM_PAGE_CLEAN);
-        if (now & VM_PAGE_CODE) {
+        if (now & (VM_PAGE_CODE | VM_PAGE_TABLE)) {
             uint64_t first = page * PAGE > offset ? page * PAGE : offset;
+            if (now & VM_PAGE_TABLE)
+                vm_mmu_table_written(m, by, r->gpa + first);
+            if (!(now & VM_PAGE_CODE))
+                continue;
             uint64_t end = (page + 1) * PAGE < offset + bytes ? (page + 1) * PAGE : offset + bytes;
             code_page_written(m, by, flags, r->gpa + first, end - first);
         }
     }
+}
+
+/* Writes to the page of RAM at gpa shall be announced to the MMU strategy, or no longer. The write tags that are there
+ * are for the caller to take. False: no RAM. */
+bool vm_page_trap(vm_machine *m, uint64_t gpa, bool on)
+{
+    const vm_range *range = vm_view_find(&m->view, gpa);
+    if (!range || !is_ram(range->region))
+        return false;
+    set_flags(&range->region->page_flags[(gpa - range->gpa) / PAGE], on ? VM_PAGE_TABLE : 0, on ? 0 : VM_PAGE_TABLE);
+    return true;
+}
+
+bool vm_page_is_trapped(vm_machine *m, uint64_t gpa)
+{
+    const vm_range *range = vm_view_find(&m->view, gpa);
+    return range && is_ram(range->region) && (range->region->page_flags[(gpa - range->gpa) / PAGE] & VM_PAGE_TABLE);
 }
 
 /* SMP: take the page's write tags from the other vCPUs. True if a store to the page may still be under way: one of them
@@ -653,9 +678,12 @@ int vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
             n = next < left ? next : left;
             continue;
         }
-        for (uint64_t page = (at - r->gpa) / PAGE; page <= (at - r->gpa + n - 1) / PAGE; page++)
+        for (uint64_t page = (at - r->gpa) / PAGE; page <= (at - r->gpa + n - 1) / PAGE; page++) {
             if (r->page_flags[page] & VM_PAGE_CLEAN)
                 set_flags(&r->page_flags[page], VM_PAGE_DIRTY, VM_PAGE_CLEAN);
+            if (r->page_flags[page] & VM_PAGE_TABLE)
+                vm_mmu_table_written(m, vm_vcpu_self(m), r->gpa + page * PAGE);
+        }
     }
     drop_all_code(m, gpa, bytes);
     vm_resume(m);

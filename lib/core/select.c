@@ -5,6 +5,7 @@
  * exist side by side. If the new backend fails, the old one is made again; what it needs was there a moment ago.
  */
 #include "core/core.h"
+#include "mmu/mmu.h"
 
 #include <string.h>
 
@@ -36,10 +37,9 @@ static int make(vm_machine *m, const vm_backend_ops *ops) {
 /* Nothing that was derived from the old backend's runs may be believed. */
 static void refresh(vm_machine *m) {
     if (m->backend->map_changed) m->backend->map_changed(m);
+    vm_mmu_forget(m);
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         x86_cpu *x = &m->vcpus[i]->x86;
-        x86_tlb_clear(x);
-        if (m->backend->tlb_flushed) m->backend->tlb_flushed(m->vcpus[i]);
         x86_mode_changed(x);
         m->vcpus[i]->irq_look = m->is_pc;
         vm_vcpu_changed(m->vcpus[i], VM_STATE_ALL);
@@ -67,6 +67,8 @@ int vm_machine_select(vm_machine *m, vm_backend backend) {
     const vm_backend_ops *to = vm_backend_find(&backend);
     if (!to) return VM_E_UNSUPPORTED;
     if (to == m->backend) return VM_OK;
+    if (backend == VM_BACKEND_KVM && vm_cover_is_on(m))
+        return vm_fail(VM_E_UNSUPPORTED, "vm_backend_select: KVM cannot record coverage; turn it off first");
     vm_device_lock(m);
     vm_pause(m);
     int status = VM_OK;

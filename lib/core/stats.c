@@ -1,5 +1,6 @@
 /* stats.c - counters by name, from stat.def. */
 #include "core/core.h"
+#include "mmu/mmu.h"
 
 #include <string.h>
 
@@ -15,6 +16,7 @@ static uint64_t vm_stat_exits(vm_machine *m) { return m->stat_exits; }
 static uint64_t vm_stat_irqs(vm_machine *m) { return m->stat_irqs; }
 static uint64_t vm_stat_msis(vm_machine *m) { return m->stat_msis; }
 static uint64_t vm_stat_ram_bytes(vm_machine *m) { return m->ram_total; }
+static uint64_t vm_stat_shadow_pages(vm_machine *m) { return vm_shadow_pages(m); }
 static uint64_t vm_stat_regions(vm_machine *m) { return m->region_count; }
 
 enum { VCPU, MACHINE };

@@ -13,8 +13,13 @@ static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
     const vm_mmu_ops *ops = cpu->machine->mmu;
     if (ops == &vm_mmu_tlb || (ops == &vm_mmu_flat && !vm_mmu_is_flat(cpu)))
         return vm_mmu_walk_ctx(cpu, la, access, ctx, w);
+    if (ops == &vm_mmu_shadow)
+        return vm_shadow_translate(cpu, la, access, ctx, w);
     if (ops == &vm_mmu_flat) {
-        *w = (x86_walk){ .gpa = la, .page_bytes = 4096, .prot = VM_PROT_RWX };
+        w->gpa = la;
+        w->page_bytes = 4096;
+        w->prot = VM_PROT_RWX;
+        w->global = false;
         return true;
     }
     struct vm_mmu_result result = { .size = sizeof result };
@@ -25,8 +30,12 @@ static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
         return false;
     }
     bool is_size = result.page_bytes >= 4096 && !(result.page_bytes & (result.page_bytes - 1));
-    *w = (x86_walk){ .gpa = result.gpa & x->phys_mask, .page_bytes = is_size ? result.page_bytes : 4096,
-                     .prot = result.prot & (result.trap_writes ? VM_PROT_RX : VM_PROT_RWX), .global = result.global };
+    w->gpa = result.gpa & x->phys_mask;
+    w->page_bytes = is_size ? result.page_bytes : 4096;
+    w->prot = result.prot & VM_PROT_RWX;
+    w->global = result.global;
+    if (result.trap_writes)
+        vm_page_trap(cpu->machine, w->gpa & X86_PAGE_MASK, true);
     return true;
 }
 
@@ -63,7 +72,7 @@ static bool is_device(vm_vcpu *cpu, uint64_t gpa)
 bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
-    x86_walk w = { 0 };
+    x86_walk w;
     unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
     if (x86_tlb_known(x, ctx, la, access, gpa)) {
@@ -133,4 +142,35 @@ void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
 bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa)
 {
     return x86_tlb_protect(&cpu->x86, gpa);
+}
+
+/* ---- writes that the strategy wants to hear of ---- */
+
+void vm_mmu_table_written(vm_machine *m, vm_vcpu *by, uint64_t gpa)
+{
+    vm_vcpu *counts = by ? by : m->vcpus[0];
+    counts->x86.stat[X86_STAT_TABLE_WRITES]++;
+    if (m->mmu && m->mmu->table_written)
+        m->mmu->table_written(m->mmu_state, by, gpa);
+    else
+        vm_page_trap(m, gpa & X86_PAGE_MASK, false);     /* left over */
+}
+
+void vm_mmu_map_changed(vm_machine *m)
+{
+    if (m->mmu == &vm_mmu_shadow)
+        m->mmu->invalidate(m->mmu_state, NULL, 0, 0);
+}
+
+void vm_mmu_forget(vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        vm_vcpu *cpu = m->vcpus[i];
+        if (m->mmu && m->mmu->invalidate)
+            m->mmu->invalidate(m->mmu_state, cpu, 0, 0);
+        cpu->mmu_root = NULL;
+        x86_tlb_clear(&cpu->x86);
+        if (m->backend->tlb_flushed)
+            m->backend->tlb_flushed(cpu);
+    }
 }

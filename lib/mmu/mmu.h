@@ -15,10 +15,27 @@ void vm_mmu_invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes);              
 bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa);          /* true: there was one */
 /* The guest's own walk in a given access context, counted. */
 bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
+/* A walk as the public interface has it. */
+void vm_mmu_to_result(const x86_walk *w, bool ok, struct vm_mmu_result *out);
 /* Give a machine its strategy (nobody runs); detach: destroy the strategy's state. */
 int vm_mmu_attach(vm_machine *m, const char *name);
 void vm_mmu_detach(vm_machine *m);
-extern const vm_mmu_ops vm_mmu_tlb, vm_mmu_flat;
+/* A page with VM_PAGE_TABLE was written from gpa on, `by` NULL: not by a vCPU. Any thread. */
+void vm_mmu_table_written(vm_machine *m, vm_vcpu *by, uint64_t gpa);
+/* Regions came, went or changed their permissions. vCPUs paused. */
+void vm_mmu_map_changed(vm_machine *m);
+/* Memory or registers changed as a whole behind the strategy's back (snapshot restored, back from another backend): it
+ * and the inline TLBs forget everything. vCPUs paused or idle. */
+void vm_mmu_forget(vm_machine *m);
+extern const vm_mmu_ops vm_mmu_tlb, vm_mmu_flat, vm_mmu_shadow, vm_mmu_ept;
 bool vm_mmu_is_flat(const vm_vcpu *cpu);                  /* no page tables in use now */
+/* Under this strategy addresses without paging are physical, and RAM is what the map says. */
+static inline bool vm_mmu_is_plain(const vm_machine *m) {
+    return m->mmu == &vm_mmu_tlb || m->mmu == &vm_mmu_flat || m->mmu == &vm_mmu_shadow;
+}
+
+/* ---- shadow.c ---- */
+bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
+uint64_t vm_shadow_pages(const vm_machine *m);            /* shadow pages that there are now */
 
 #endif

@@ -9,7 +9,7 @@
 
 #define REGISTRY_MAX 64u
 
-static const vm_mmu_ops *const built_in[] = { &vm_mmu_tlb, &vm_mmu_flat };
+static const vm_mmu_ops *const built_in[] = { &vm_mmu_tlb, &vm_mmu_flat, &vm_mmu_shadow };
 #define BUILT_IN (sizeof built_in / sizeof *built_in)
 
 static struct {

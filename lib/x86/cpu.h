@@ -148,7 +148,7 @@ typedef struct x86_tlb {
 typedef struct x86_jumps { uint64_t rip[X86_JUMP_ENTRIES]; const uint8_t *code[X86_JUMP_ENTRIES]; } x86_jumps;
 
 /* Access kinds; the values of vm_prot. */
-enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4 };
+enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4, X86_WALKER = 8 };
 
 /* ---- leaving the CPU ---- */
 typedef enum x86_stop {
@@ -163,7 +163,8 @@ typedef enum x86_stop {
     X86_STOP_BREAKPOINT,   /* rip is a debugger breakpoint */
     X86_STOP_STEP,         /* one instruction done, as asked */
     X86_STOP_HYPERCALL,    /* VMCALL/VMMCALL that nobody handles (rip after it) */
-    X86_STOP_HOOK,         /* a hook asked to stop */
+    X86_STOP_HOOK,         /* a hook asked to stop; the instruction at rip has not been executed */
+    X86_STOP_SKIP,         /* a hook ended the instruction, it counts as retired; inside the backend only */
     X86_STOP_INTERNAL,     /* our bug */
     X86_STOP_HOST          /* the host refused to go on (KVM); the thread's error message says why */
 } x86_stop;
@@ -174,6 +175,7 @@ typedef enum x86_stop {
 #define X86_ATT_REQUEST  0x04u   /* machine-level edit: flush, invalidate, pause */
 #define X86_ATT_EVENT    0x08u   /* reset, power-off, exit device, INIT/SIPI */
 #define X86_ATT_STOP     0x10u   /* a callback asked this run to stop */
+#define X86_ATT_LOOK     0x20u   /* a callback changed registers: begin anew at rip */
 
 typedef struct x86_fault {
     uint8_t vector;
@@ -192,15 +194,44 @@ typedef struct x86_io_access {
     uint16_t port;
     uint8_t width;
     bool is_port, is_write, is_fetch, is_unmapped, done;
+    bool is_hook;              /* no access: an event that has been reported */
 } x86_io_access;
 #define X86_IO_LOG 128    /* XSAVE (832 bytes in pieces of 8) of an instruction fetched byte by byte */
 
 enum { X86_IO_DONE = 0, X86_IO_EXIT = 1 };
 
+/* ---- hooks ----
+ * An event for whoever watches the CPU (lib/core/hook.h). Kinds are numbered as vm_hook_kind; bit 0 of hook_mask stands for
+ * breakpoints. `number` is what ranges are compared with where that is not an address. */
+enum { X86_HOOK_BREAK, X86_HOOK_INSN, X86_HOOK_BLOCK, X86_HOOK_EDGE, X86_HOOK_READ, X86_HOOK_WRITE, X86_HOOK_EXCEPTION,
+       X86_HOOK_SYSCALL, X86_HOOK_CPUID, X86_HOOK_MSR, X86_HOOK_INTERRUPT, X86_HOOK_PORT, X86_HOOK_FETCH, X86_NHOOKS };
+#define X86_HOOK_BIT(kind) (1u << (kind))
+#define X86_HOOK_CODE (X86_HOOK_BIT(X86_HOOK_BREAK) | X86_HOOK_BIT(X86_HOOK_INSN) | X86_HOOK_BIT(X86_HOOK_FETCH) | \
+                       X86_HOOK_BLOCKS)                /* asked before an instruction */
+#define X86_HOOK_BLOCKS (X86_HOOK_BIT(X86_HOOK_BLOCK) | X86_HOOK_BIT(X86_HOOK_EDGE))
+#define X86_HOOK_DATA (X86_HOOK_BIT(X86_HOOK_READ) | X86_HOOK_BIT(X86_HOOK_WRITE))
+enum { X86_HOOK_GO, X86_HOOK_STOP, X86_HOOK_SKIP, X86_HOOK_RETRY };    /* answers; the values of vm_hook_result */
+enum { X86_EVENT_WRITE = 1, X86_EVENT_SOFT = 2, X86_EVENT_ERROR = 4, X86_EVENT_SYSENTER = 8 };   /* VM_EVENT_* */
+typedef struct x86_hook {
+    uint8_t kind, flags;
+    unsigned bytes;
+    uint64_t number, address, from, value, error;
+    const void *data;
+} x86_hook;
+/* x86_cpu.block_state: what the instruction at rip is to basic blocks. Kept while hook_mask & X86_HOOK_BLOCKS. */
+enum { X86_BLOCK_MID, X86_BLOCK_EDGE /* begins one; edge_from led here */, X86_BLOCK_FRESH /* begins one, out of nowhere */ };
+/* x86_cpu.watch */
+#define X86_WATCH_PAGES 1u       /* pages that data hooks cover get no tags (env->withheld) */
+#define X86_WATCH_ALL   2u       /* data hooks on everything: X86_CAREFUL_DATA */
+/* x86_cpu.careful */
+#define X86_CAREFUL_STEP 1u      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
+#define X86_CAREFUL_DATA 2u      /* no data access directly */
+
 /* What a CPU asks of its surroundings. All functions get the cpu back; env_data is the owner's. */
 typedef struct x86_env {
     /* Direct access to the RAM page at gpa (page aligned). Returns its host address or NULL when the page is not RAM;
-     * *prot gets what may be done through the pointer: X86_WRITE is missing while writes must be seen (code, dirty log). */
+     * *prot gets what may be done through the pointer: X86_WRITE is missing while writes must be seen (code, dirty log, page
+     * tables that an MMU strategy watches; with X86_WALKER only the latter, and not the page walker's own). */
     uint8_t *(*page)(x86_cpu *cpu, uint64_t gpa, unsigned *prot);
     /* Physical accesses that `page` cannot serve: MMIO, holes, ROM writes, seen writes, forbidden. n is 1..8, within one page.
      * X86_IO_EXIT: nobody handled it; the record for the caller is made from what was passed. */
@@ -231,6 +262,12 @@ typedef struct x86_env {
     /* Stop-the-world for a locked access that host atomics cannot do (page-crossing, MMIO). */
     void (*lock_begin)(x86_cpu *cpu);
     void (*lock_end)(x86_cpu *cpu);
+    /* An event whose bit in hook_mask is set: X86_HOOK_GO, _STOP, _SKIP. hook_before: the kinds of X86_HOOK_CODE. */
+    unsigned (*hook)(x86_cpu *cpu, const x86_hook *h);
+    unsigned (*hook_before)(x86_cpu *cpu, const x86_insn *in, uint64_t gpa);
+    /* While watch: X86_READ, X86_WRITE that data hooks want to see on the page at la, gpa; are these very bytes covered? */
+    unsigned (*withheld)(x86_cpu *cpu, uint64_t la, uint64_t gpa);
+    bool (*watched)(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access);
 } x86_env;
 
 /* FXSAVE/XSAVE image, standard format: 512 legacy + 64 header + 256 YMM_Hi128 (SDM vol. 1, 13.4). The guest's x87, MMX,
@@ -248,6 +285,17 @@ typedef struct x86_fpu {
 #define X86_FPU_ST(cpu, i)  (&(cpu)->fpu.image[32 + 16 * (i)])   /* stack-relative, as FXSAVE stores it */
 #define X86_FPU_XMM(cpu, i) (&(cpu)->fpu.image[160 + 16 * (i)])
 #define X86_FPU_YMMH(cpu, i) (&(cpu)->fpu.image[576 + 16 * (i)])
+
+/* Where executed branches and comparisons are recorded (cover.h); NULL: nowhere. Not part of the CPU's state. */
+typedef struct x86_cover {
+    uint8_t *map;                      /* edge counters */
+    uint32_t mask;
+    bool is_on;                        /* map or ring */
+    uint64_t begin, bytes;             /* branches elsewhere do not count; bytes 0: all do */
+    uint64_t *ring, *head, ring_mask;  /* blocks entered */
+    struct vm_compare *log;
+    uint64_t *log_head, log_mask;
+} x86_cover;
 
 struct x86_cpu {
     /* -- reached by emitted code -- */
@@ -284,12 +332,18 @@ struct x86_cpu {
                                           where x86_can_interrupt(); see x86_irq_window() */
 
     /* -- how execution is going -- */
-    bool careful;                      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
+    uint8_t careful;                   /* X86_CAREFUL_* */
+    uint8_t watch;                     /* X86_WATCH_* */
     bool step_asked;                   /* debugger stepping: x86_mode_changed() keeps `careful` set while this is */
     uint8_t dr_hit;                    /* data/IO breakpoints met by this instruction: DR6 B0-B3 */
     bool keep_rf;                      /* this instruction loaded RF itself (IRET) */
     bool no_trap;                      /* this instruction swallowed its TF trap (INT n, SYSCALL, task switch) */
     uint8_t ext;                       /* EXT bit of error codes while a hardware event is being delivered */
+    uint8_t block_state;               /* X86_BLOCK_* */
+    bool hook_done;                    /* hooks before the instruction at hook_rip have been called, it has not retired yet */
+    uint32_t hook_mask;                /* X86_HOOK_BIT()s that are active */
+    uint64_t hook_rip, edge_from;
+    uint64_t fault_hooked;             /* 1 + `retired` when a stopped run had reported the exception at hook_rip */
     uint64_t retired;                  /* instructions retired */
     x86_fault fault;
     jmp_buf *fault_jmp;                /* where x86_raise goes */
@@ -309,9 +363,14 @@ struct x86_cpu {
     bool host_known;
     const x86_env *env;
     void *env_data;
+    /* The range of RAM that env->page answered from last: page walks look here first. The environment empties it when
+     * the memory map changes. */
+    uint64_t ram_gpa, ram_bytes;
+    uint8_t *ram_host;
     void *interp;                      /* the interpreter's per-CPU data (decoded blocks) */
     void *native;                      /* one-instruction thunks (native.c) */
-    uint64_t stat[16];                 /* counters, see enum x86_stat */
+    uint64_t stat[32];                 /* counters, see enum x86_stat */
+    x86_cover cover;
 
     uint32_t tlb_touched[X86_NCTX];    /* bit i: chunk i of that TLB table may hold entries (tlb.c) */
     uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
@@ -321,7 +380,8 @@ struct x86_cpu {
 };
 enum x86_stat { X86_STAT_FILLS, X86_STAT_WALKS, X86_STAT_WALK_REFS, X86_STAT_FLUSHES, X86_STAT_EXCEPTIONS, X86_STAT_INTERRUPTS,
                 X86_STAT_IO, X86_STAT_MMIO, X86_STAT_BLOCKS, X86_STAT_DECODED, X86_STAT_FALLBACKS, X86_STAT_CODE_WRITES,
-                X86_STAT_ROOT_SWITCHES, X86_STAT_HALTS, X86_STAT_KVM_EXITS, X86_STAT_KVM_EMULATED };
+                X86_STAT_ROOT_SWITCHES, X86_STAT_HALTS, X86_STAT_KVM_EXITS, X86_STAT_KVM_EMULATED,
+                X86_STAT_TABLE_WRITES, X86_STAT_SHADOW_HITS, X86_STAT_SHADOW_SYNCS, X86_STAT_VIOLATIONS };
 
 /* ---- faults and leaving (fault.c) ---- */
 _Noreturn void x86_raise(x86_cpu *cpu, uint8_t vector);                          /* no error code */
@@ -389,6 +449,27 @@ void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value);
 /* Call when an instruction (or one rep iteration) is final. */
 static inline void x86_io_retire(x86_cpu *cpu) { cpu->io_count = cpu->io_pos = 0; }
 
+/* ---- hooks (hook.c) ----
+ * access: after a read or before a write of n bytes; leaves with X86_STOP_SKIP. event: true: do not execute the
+ * instruction; leaves with X86_STOP_HOOK. exception: the answer for cpu->fault. block_end: the instruction at la was the
+ * last of its block. */
+void x86_hook_access(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, const void *data);
+bool x86_hook_event(x86_cpu *cpu, x86_hook h);
+unsigned x86_hook_exception(x86_cpu *cpu);
+void x86_hook_port(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value, bool is_write);   /* leaves as access does */
+void x86_hook_skipped(x86_cpu *cpu);       /* X86_STOP_SKIP has arrived: the instruction retires, rip = next_rip */
+void x86_hook_left(x86_cpu *cpu);          /* an instruction retired by leaving (HLT): rip is after it */
+void x86_hook_swallowed(x86_cpu *cpu);     /* an exception is not to be delivered: go on at next_rip */
+static inline bool x86_hooked(const x86_cpu *cpu, unsigned kind) { return cpu->hook_mask & X86_HOOK_BIT(kind); }
+static inline void x86_hook_retire(x86_cpu *cpu) { cpu->hook_done = false; }
+static inline void x86_block_end(x86_cpu *cpu, uint64_t la) {
+    cpu->block_state = X86_BLOCK_EDGE;
+    cpu->edge_from = la;
+}
+static inline uint64_t x86_rip_linear(const x86_cpu *cpu) {
+    return cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[1].base + cpu->rip);
+}
+
 /* ---- the inline TLB as a whole (tlb.c); entries are made with x86_tlb_set() only ---- */
 void x86_tlb_init(x86_cpu *cpu);                                 /* fresh, zeroed memory */
 /* Enter the page at la (any address in it): `host` its first byte, `prot` what context ctx may do through it. page_bytes is
@@ -414,14 +495,26 @@ static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool i
 }
 
 /* ---- the guest page walk (walk.c), used by MMU strategies ---- */
+typedef struct x86_step { uint64_t gpa, pte; } x86_step;
 typedef struct x86_walk {
     uint64_t gpa;            /* of la itself */
     uint64_t page_bytes;     /* 4096, 2 MiB, 4 MiB, 1 GiB */
     unsigned prot;           /* what this context may do right now; W only if the dirty bit is set */
     bool global;
     unsigned refs;           /* page-table references made */
-    x86_fault fault;
+    unsigned count;          /* entries on the path, root first; 0 without paging; also of a walk that failed */
+    x86_step steps[4];       /* pte: with the A and D bits that the walk has set */
+    x86_fault fault;         /* if it failed */
 } x86_walk;
+#define X86_PTE_P 1u
+#define X86_PTE_RW 2u
+#define X86_PTE_US 4u
+#define X86_PTE_A 0x20u
+#define X86_PTE_D 0x40u
+#define X86_PTE_G 0x100u
+#define X86_PTE_NX (UINT64_C(1) << 63)
+/* X86_READ, _WRITE, _EXEC that `ctx` has by the AND of RW and US and the OR of NX over the levels, dirty bit aside. */
+unsigned x86_walk_prot(const x86_cpu *cpu, uint64_t rights, bool nx, unsigned ctx);
 /* set_ad false: look only (vm_vcpu_translate): no A/D bits, no state change. False: w->fault is the #PF. */
 bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, bool set_ad, x86_walk *w);
 

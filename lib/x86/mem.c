@@ -74,6 +74,8 @@ static uint8_t *resolve(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, 
 
 static x86_io_access *replay(x86_cpu *cpu)
 {
+    while (cpu->io_pos < cpu->io_count && cpu->io_log[cpu->io_pos].is_hook)
+        cpu->io_pos++;                 /* reported to a hook that is no longer there */
     if (cpu->io_pos >= cpu->io_count || cpu->io_pos >= X86_IO_LOG)
         return NULL;
     return &cpu->io_log[cpu->io_pos++];
@@ -229,6 +231,8 @@ void x86_read_linear(x86_cpu *cpu, uint64_t la, void *buf, unsigned n)
     read_as(cpu, la, buf, n, cpu->ctx);
     if (X86_UNLIKELY(cpu->careful))
         check_access(cpu, la, n, X86_READ);
+    if (X86_UNLIKELY(cpu->watch))
+        x86_hook_access(cpu, la, n, X86_READ, buf);
 }
 
 void x86_write_linear(x86_cpu *cpu, uint64_t la, const void *buf, unsigned n)
@@ -238,6 +242,10 @@ void x86_write_linear(x86_cpu *cpu, uint64_t la, const void *buf, unsigned n)
     if (X86_UNLIKELY(cpu->careful)) {
         x86_probe_write(cpu, la, n);
         check_access(cpu, la, n, X86_WRITE);
+    }
+    if (X86_UNLIKELY(cpu->watch)) {
+        x86_probe_write(cpu, la, n);
+        x86_hook_access(cpu, la, n, X86_WRITE, buf);
     }
     write_as(cpu, la, buf, n, cpu->ctx);
 }
@@ -260,7 +268,7 @@ uint8_t *x86_direct(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access)
     if ((la & 0xfff) + n > 4096)
         return NULL;
     uint8_t *host = resolve(cpu, la, n, access, cpu->ctx, &gpa);
-    return cpu->careful ? NULL : host;
+    return cpu->careful || (X86_UNLIKELY(cpu->watch) && cpu->env->watched(cpu, la, n, access)) ? NULL : host;
 }
 
 void x86_probe_write(x86_cpu *cpu, uint64_t la, unsigned n)
@@ -294,6 +302,8 @@ void x86_rmw_open_slow(x86_cpu *cpu, x86_rmw *m, unsigned n)
         check_access(cpu, m->la, n, X86_READ | X86_WRITE);
     m->value = 0;
     read_as(cpu, m->la, &m->value, n, cpu->ctx);
+    if (X86_UNLIKELY(cpu->watch))
+        x86_hook_access(cpu, m->la, n, X86_READ, &m->value);
 }
 
 void x86_locked_open(x86_cpu *cpu, x86_locked *m, uint64_t la, unsigned n)
@@ -318,10 +328,14 @@ void x86_locked_open(x86_cpu *cpu, x86_locked *m, uint64_t la, unsigned n)
     }
     m->value[0] = m->value[1] = 0;
     read_as(cpu, la, m->value, n, cpu->ctx);
+    if (X86_UNLIKELY(cpu->watch))
+        x86_hook_access(cpu, la, n, X86_READ, m->value);
 }
 
 void x86_locked_close(x86_cpu *cpu, x86_locked *m, unsigned n, const uint64_t *v)
 {
+    if (X86_UNLIKELY(cpu->watch))
+        x86_hook_access(cpu, m->la, n, X86_WRITE, v);
     write_as(cpu, m->la, v, n, cpu->ctx);
     if (m->is_stopped)
         cpu->env->lock_end(cpu);
@@ -376,7 +390,7 @@ bool x86_cmpxchg_phys(x86_cpu *cpu, uint64_t gpa, unsigned n, uint64_t old, uint
     uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
     if (!page || (gpa & 0xfff) + n > 4096 || (gpa & (n - 1)))
         return false;
-    if (prot & X86_WRITE)
+    if (prot & (X86_WRITE | X86_WALKER))
         return cmpxchg_host(page + (gpa & 0xfff), n, old, new_value);
     /* Writes to this page are watched (or dropped: ROM): compare and write with the world stopped. */
     cpu->env->lock_begin(cpu);
@@ -392,8 +406,10 @@ bool x86_cmpxchg_phys(x86_cpu *cpu, uint64_t gpa, unsigned n, uint64_t old, uint
 uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n)
 {
     const x86_io_access *old = replay(cpu);
-    if (old)
+    if (old) {
+        x86_hook_port(cpu, port, n, old->data, false);
         return old->data;
+    }
     x86_io_access a = { .port = port, .width = (uint8_t)n, .is_port = true };
     cpu->stat[X86_STAT_IO]++;
     if (cpu->env->port_in(cpu, port, n, &a.data) == X86_IO_EXIT) {
@@ -401,11 +417,13 @@ uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n)
         x86_leave(cpu, X86_STOP_IO);
     }
     log_port(cpu, &a);
+    x86_hook_port(cpu, port, n, a.data, false);
     return a.data;
 }
 
 void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value)
 {
+    x86_hook_port(cpu, port, n, value, true);
     if (replay(cpu))
         return;
     x86_io_access a = { .port = port, .width = (uint8_t)n, .data = value, .is_port = true, .is_write = true };

@@ -7,35 +7,37 @@
  */
 #include "x86/system.h"
 
-#define PTE_P 1u
-#define PTE_RW 2u
-#define PTE_US 4u
-#define PTE_A 0x20u
-#define PTE_D 0x40u
+#define PTE_P X86_PTE_P
+#define PTE_RW X86_PTE_RW
+#define PTE_US X86_PTE_US
+#define PTE_A X86_PTE_A
+#define PTE_D X86_PTE_D
 #define PTE_PS 0x80u
-#define PTE_G 0x100u
-#define PTE_NX (UINT64_C(1) << 63)
+#define PTE_G X86_PTE_G
+#define PTE_NX X86_PTE_NX
 enum { ERR_P = 1, ERR_W = 2, ERR_U = 4, ERR_RSVD = 8, ERR_I = 16 };
 #define MAX_RESTARTS 64
 
-typedef struct step { uint64_t gpa, pte; } step;
-
 /* What a walk has found so far. `rights` is the AND of RW and US over the levels, `nx` the OR of NX. */
 typedef struct walk_path {
-    step steps[4];
-    unsigned count, entry_bytes;
+    x86_walk *w;                       /* steps, count, gpa, page_bytes: where they are wanted */
+    unsigned entry_bytes;
     uint64_t rights, nx;
-    uint64_t gpa, page_bytes;
     bool is_reserved;
 } walk_path;
 
 static uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
 {
     unsigned prot;
-    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
-    if (!page)
-        return ~UINT64_C(0);
-    page += gpa & 0xfff;
+    const uint8_t *page;
+    if (gpa - cpu->ram_gpa < cpu->ram_bytes) {
+        page = cpu->ram_host + (gpa - cpu->ram_gpa);
+    } else {
+        page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+        if (!page)
+            return ~UINT64_C(0);
+        page += gpa & 0xfff;
+    }
     return bytes == 8 ? __atomic_load_n((const uint64_t *)page, __ATOMIC_ACQUIRE)
                       : __atomic_load_n((const uint32_t *)page, __ATOMIC_ACQUIRE);
 }
@@ -43,7 +45,7 @@ static uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
 static uint64_t take_entry(x86_cpu *cpu, walk_path *p, uint64_t gpa)
 {
     uint64_t pte = read_entry(cpu, gpa, p->entry_bytes);
-    p->steps[p->count++] = (step){ gpa, pte };
+    p->w->steps[p->w->count++] = (x86_step){ gpa, pte };
     p->rights &= pte;
     return pte;
 }
@@ -68,8 +70,9 @@ static bool walk_wide(x86_cpu *cpu, uint64_t la, uint64_t table, int level, uint
         p->nx |= pte & PTE_NX;
         uint64_t base = pte & UINT64_C(0x000ffffffffff000);
         if (is_leaf) {
-            p->page_bytes = UINT64_C(1) << shift;
-            p->gpa = (base & ~(p->page_bytes - 1)) | (la & (p->page_bytes - 1));
+            uint64_t page_bytes = UINT64_C(1) << shift;
+            p->w->page_bytes = page_bytes;
+            p->w->gpa = (base & ~(page_bytes - 1)) | (la & (page_bytes - 1));
             return true;
         }
         table = base;
@@ -83,21 +86,22 @@ static bool walk_narrow(x86_cpu *cpu, uint64_t la, walk_path *p)
     if (!(pde & PTE_P))
         return false;
     if ((pde & PTE_PS) && (cpu->cr4 & X86_CR4_PSE)) { /* PSE-36: bits 20..13 are address bits 39..32 */
-        p->gpa = (pde & 0xffc00000) | (pde >> 13 & 0xff) << 32 | (la & 0x3fffff);
-        p->page_bytes = 0x400000;
-        p->is_reserved = (pde & 0x200000) || (p->gpa & ~cpu->phys_mask);
+        p->w->gpa = (pde & 0xffc00000) | (pde >> 13 & 0xff) << 32 | (la & 0x3fffff);
+        p->w->page_bytes = 0x400000;
+        p->is_reserved = (pde & 0x200000) || (p->w->gpa & ~cpu->phys_mask);
         return !p->is_reserved;
     }
     uint64_t pte = take_entry(cpu, p, (pde & 0xfffff000) + (la >> 12 & 1023) * 4);
-    p->gpa = (pte & 0xfffff000) | (la & 0xfff);
-    p->page_bytes = 0x1000;
+    p->w->gpa = (pte & 0xfffff000) | (la & 0xfff);
+    p->w->page_bytes = 0x1000;
     return pte & PTE_P;
 }
 
-static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p)
+static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p, x86_walk *w)
 {
     uint64_t reserved = ~cpu->phys_mask & UINT64_C(0x000fffffffffffff);
-    *p = (walk_path){ .rights = PTE_RW | PTE_US, .entry_bytes = 8 };
+    *p = (walk_path){ .w = w, .rights = PTE_RW | PTE_US, .entry_bytes = 8 };
+    w->count = 0;
     if (!(cpu->efer & X86_EFER_NXE))
         reserved |= PTE_NX;
     if (x86_lma(cpu))
@@ -111,10 +115,10 @@ static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p)
     return walk_wide(cpu, la, pdpte & cpu->phys_mask & X86_PAGE_MASK, 1, reserved, p);
 }
 
-/* X86_READ, _WRITE, _EXEC that `ctx` has, dirty bit aside (SDM vol. 3, 4.6.1). */
-static unsigned permissions(const x86_cpu *cpu, const walk_path *p, unsigned ctx)
+/* SDM vol. 3, 4.6.1. */
+unsigned x86_walk_prot(const x86_cpu *cpu, uint64_t rights, bool nx, unsigned ctx)
 {
-    bool is_user_page = p->rights & PTE_US, is_writable = p->rights & PTE_RW, is_executable = !p->nx;
+    bool is_user_page = rights & PTE_US, is_writable = rights & PTE_RW, is_executable = !nx;
     if (ctx == X86_CTX_USER) {
         if (!is_user_page)
             return 0;
@@ -131,14 +135,17 @@ static unsigned permissions(const x86_cpu *cpu, const walk_path *p, unsigned ctx
 }
 
 /* False: an entry changed under us. */
-static bool set_accessed_dirty(x86_cpu *cpu, const walk_path *p, bool is_write)
+static bool set_accessed_dirty(x86_cpu *cpu, x86_walk *w, unsigned entry_bytes, bool is_write)
 {
-    for (unsigned i = 0; i < p->count; i++) {
-        uint64_t pte = p->steps[i].pte, want = pte | PTE_A;
-        if (i == p->count - 1 && is_write)
+    for (unsigned i = 0; i < w->count; i++) {
+        uint64_t pte = w->steps[i].pte, want = pte | PTE_A;
+        if (i == w->count - 1 && is_write)
             want |= PTE_D;
-        if (pte != want && !x86_cmpxchg_phys(cpu, p->steps[i].gpa, p->entry_bytes, pte, want))
+        if (pte == want)
+            continue;
+        if (!x86_cmpxchg_phys(cpu, w->steps[i].gpa, entry_bytes, pte, want))
             return false;
+        w->steps[i].pte = want;
     }
     return true;
 }
@@ -170,25 +177,23 @@ bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, boo
 {
     walk_path p;
     w->global = false;
-    w->refs = 0;
+    w->refs = w->count = 0;
     if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat)
         return walk_identity(cpu, la, access, ctx, w);
 
     for (unsigned restarts = 0;; restarts++) {
-        bool is_mapped = walk_tables(cpu, la, &p);
-        w->refs += p.count;
+        bool is_mapped = walk_tables(cpu, la, &p, w);
+        w->refs += w->count;
         if (!is_mapped)
             return page_fault(cpu, la, access, ctx, p.is_reserved ? ERR_P | ERR_RSVD : 0, w);
-        unsigned prot = permissions(cpu, &p, ctx);
+        unsigned prot = x86_walk_prot(cpu, p.rights, p.nx, ctx);
         if ((prot & access) != access)
             return page_fault(cpu, la, access, ctx, ERR_P, w);
-        uint64_t leaf = p.steps[p.count - 1].pte;
-        if (set_ad && !set_accessed_dirty(cpu, &p, access & X86_WRITE) && restarts < MAX_RESTARTS)
+        uint64_t leaf = w->steps[w->count - 1].pte;
+        if (set_ad && !set_accessed_dirty(cpu, w, p.entry_bytes, access & X86_WRITE) && restarts < MAX_RESTARTS)
             continue;                  /* tables in ROM never take the bits: the walk ends all the same */
         if (!(leaf & PTE_D) && !(set_ad && (access & X86_WRITE)))
             prot &= ~(unsigned)X86_WRITE;
-        w->gpa = p.gpa;
-        w->page_bytes = p.page_bytes;
         w->prot = prot;
         w->global = (leaf & PTE_G) && (cpu->cr4 & X86_CR4_PGE);
         return true;

@@ -126,6 +126,7 @@ static void strategy(vm_backend backend, const char *name)
 EACH_BACKEND(default_strategy) { strategy(backend, NULL); }
 EACH_BACKEND(tlb_strategy) { strategy(backend, "tlb"); }
 EACH_BACKEND(flat_strategy) { strategy(backend, "flat"); }
+EACH_BACKEND(shadow_strategy) { strategy(backend, "shadow"); }
 
 EACH_BACKEND(own_strategy)
 {
@@ -144,11 +145,11 @@ EACH_BACKEND(selected_between_runs)
 {
     if (backend == VM_BACKEND_KVM)
         test_skip("the host's hardware translates");
-    static const char *const names[] = { "flat", "own", "tlb", "own", NULL };
+    static const char *const names[] = { "flat", "own", "shadow", "tlb", "own", "shadow", NULL };
     uint64_t rip = 0;
     OK(vm_mmu_register(&own));
     vm_machine *m = paging_machine(backend, NULL);
-    for (unsigned i = 0; i < 5; i++) {
+    for (unsigned i = 0; i < 7; i++) {
         uint32_t entry = 0x20003, zero = 0;
         OK(vm_mmu_select(m, names[i]));
         OK(vm_write(m, 0x110c0, &entry, 4));
@@ -165,10 +166,12 @@ TEST(strategies_by_number)
 {
     CHECK(!strcmp(vm_mmu_name(0), "tlb"));
     CHECK(!strcmp(vm_mmu_name(1), "flat"));
-    CHECK(vm_mmu_name(2) == NULL);
+    unsigned count = 2;
+    while (vm_mmu_name(count))
+        count++;
     OK(vm_mmu_register(&own));
-    CHECK(!strcmp(vm_mmu_name(2), "own"));
-    CHECK(vm_mmu_name(3) == NULL);
+    CHECK(!strcmp(vm_mmu_name(count), "own"));
+    CHECK(vm_mmu_name(count + 1) == NULL);
     CHECK(vm_mmu_name(UINT32_MAX) == NULL);
 }
 
