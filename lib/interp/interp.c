@@ -11,6 +11,7 @@
 #include "interp/blocks.h"
 #include "interp/interp.h"
 #include "x86/access.h"
+#include "x86/cover.h"
 
 static inline uint64_t rip_mask(const x86_cpu *cpu)
 {
@@ -211,11 +212,18 @@ static inline void retire(x86_cpu *cpu, unsigned n)
     cpu->budget -= n;
 }
 
+/* Coverage: instruction `in` at linear address `from` has retired; rip is the next. */
+static inline void cover(x86_cpu *cpu, const x86_insn *in, uint64_t from)
+{
+    if (X86_UNLIKELY(cpu->cover.is_on) && (in->flags & X86_IF_BRANCH))
+        x86_cover_branch(cpu, from);
+}
+
 /* The whole hot path. */
 static void run_block(x86_cpu *cpu, block_cache *c, const block *b, unsigned n)
 {
     const x86_insn *in = b->insn, *end = in + n;
-    const uint64_t generation = c->generation, mask = rip_mask(cpu);
+    const uint64_t generation = c->generation, mask = rip_mask(cpu), cs_base = code_la(cpu, cpu->rip) - cpu->rip;
     uint64_t rip = cpu->rip, here;
     c->running_rip = rip;
     c->running = (block *)b;
@@ -230,6 +238,7 @@ static void run_block(x86_cpu *cpu, block_cache *c, const block *b, unsigned n)
     } while (in != end && X86_LIKELY(c->generation == generation));
     c->running = NULL;
     retire(cpu, (unsigned)(in - b->insn) - is_unfinished_string(cpu, in - 1, here));
+    cover(cpu, in - 1, b->mode == 8 ? here : (uint32_t)(here + cs_base));
 }
 
 /* One instruction, with shadows and careful mode. */
@@ -237,7 +246,7 @@ static void run_one(x86_cpu *cpu, block_cache *c)
 {
     const bool is_careful = cpu->careful;
     const uint8_t inhibit = cpu->inhibit;
-    const uint64_t rflags = cpu->rflags, rip = cpu->rip;
+    const uint64_t rflags = cpu->rflags, rip = cpu->rip, la = code_la(cpu, rip);
     c->running = NULL;
     if (is_careful)
         x86_before_careful(cpu);
@@ -255,6 +264,7 @@ static void run_one(x86_cpu *cpu, block_cache *c)
     if (!is_unfinished_string(cpu, in, rip))
         retire(cpu, 1);
     cpu->rip = cpu->next_rip;
+    cover(cpu, in, la);
     if (is_careful)
         x86_after_careful(cpu, rflags, inhibit);
 }

@@ -618,6 +618,7 @@ static void emit_leader_stub(emitter *e, slow_stub *s) {
     e_rr(w, 8, 0x85, T0, T0);
     e_jcc_to(w, CC_NE, s->resume);
     if (crosses) e_patch(crosses, w->p);
+    jit_cover_leave(e->u, w, i);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)i);
     jit_link *l = new_link(e, e->u->insn_rip[i], e->block->key | JIT_KEY_PLAIN);
     l->needs_mem_entry = true;
@@ -662,6 +663,7 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
     e8(w, 0);
     uint8_t *stay = e_jcc(w, CC_E);
+    jit_cover_leave(e->u, w, i + 1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
     e_gs_load(w, 8, T0, JIT_OFF(next_rip));
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
@@ -676,6 +678,7 @@ static void emit_leave_dead(emitter *e, const slow_stub *s) {
     jit_writer *w = e->w;
     unsigned i = s->check->insn;
     bool is_done = s->access->op == IR_ACCESS;
+    jit_cover_leave(e->u, w, i + is_done);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + is_done));
     if (is_done)
         e_gs_load(w, 8, T0, JIT_OFF(next_rip));
@@ -729,6 +732,7 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         emit_restore(w);
         e_jmp_to(w, s->resume);
         e_patch(leave, w->p);
+        jit_cover_leave(e->u, w, s->check->insn + 1);
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->check->insn + 1));
         e_gs_load(w, 8, T0, JIT_OFF(rip));
         e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
@@ -746,6 +750,7 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
     e_rr(w, 8, 0x39, T0, T1);
     uint8_t *fine = e_jcc(w, CC_E);
     if (s->sp_delta) e_lea(w, 8, R12, R12, 0xff, 1, -s->sp_delta);
+    jit_cover_undo_indirect(e->u, w, T0, T1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, 1);
     e_mov_imm(w, T0, s->branch_rip);
     e_mov_imm(w, T1, JIT_LEAVE_STEP);
@@ -767,6 +772,7 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
     }
     if (s->regen) emit_regen(e, s->recipe);
     if (s->save) emit_save(w);
+    if (s->index) jit_cover_leave(e->u, w, s->index);
     if (s->index) e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->index);
     if (s->rip_in_memory || s->rip_in_tmp)
         e_gs_load(w, 8, T0, JIT_OFF(rip));
@@ -797,6 +803,7 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK),
          is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
     bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true;
+    jit_cover_edge(u, w, i, target, is_live && target > u->insn_rip[i]);
     if (is_live && target > u->insn_rip[i]) {
         counted = false;
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
@@ -845,6 +852,11 @@ static void new_indirect_leave(emitter *e, unsigned reason, unsigned cc) {
 static void emit_indirect(emitter *e) {
     jit_writer *w = e->w;
     need_mem(e);
+    if (e->u->cpu->cover.is_on && e->tmp_reg == RSP) {
+        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        e->tmp_reg = T0;
+    }
+    jit_cover_indirect(e->u, w, e->tmp_reg);
     emit_count(e, e->u->count);
     new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
     if (e->tmp_reg == RSP || e->tmp_reg == T1) {
@@ -960,6 +972,7 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
     e_call_to(w, e->j->fallback[level]);
     e_rr(w, 8, 0x85, T0, T0);
     uint8_t *stay = e_jcc(w, CC_E);
+    jit_cover_leave(e->u, w, s->insn + 1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->insn + 1));
     e_gs_load(w, 8, T0, JIT_OFF(rip));
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
@@ -1097,6 +1110,7 @@ static void emit_block(emitter *e) {
     e->recipe = e->t0_group = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
+    jit_cover_stubs(u, e->w);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
@@ -1118,14 +1132,18 @@ static void place_lists(emitter *e) {
     b->nextents = (uint8_t)e->u->nextents;
     b->extents = arena_take(e->j, b->nextents * sizeof *b->extents);
     memcpy(b->extents, e->u->extents, b->nextents * sizeof *b->extents);
+    b->nedges = (uint8_t)e->u->nedges;
+    b->edges = arena_take(e->j, b->nedges * sizeof *b->edges);
+    memcpy(b->edges, e->u->edges, b->nedges * sizeof *b->edges);
 }
 
 jit_block *jit_emit(jit_unit *u, int *failed) {
     jit *j = u->j;
     emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
     *failed = -1;
-    if (j->w.end - j->w.p < JIT_BLOCK_BYTES ||
-        j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_SITES * (sizeof(jit_site) + 16))
+    if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
+        j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_INSNS * sizeof(jit_edge) +
+                                             JIT_MAX_SITES * (sizeof(jit_site) + 16))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
@@ -1135,6 +1153,7 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     b->gpa = u->gpa;
     b->key = u->key;
     b->count = (uint16_t)u->count;
+    jit_cover_unit(u);
     place_lists(&e);
     emit_block(&e);
     if (e.failed >= 0) {

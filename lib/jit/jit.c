@@ -34,6 +34,7 @@
 #include "interp/interp.h"
 #include "jit/jit.h"
 #include "mmu/mmu.h"
+#include "x86/cover.h"
 #include "x86/simd.h"
 
 #define SLICE      16384
@@ -472,6 +473,7 @@ static jit_site *begin_helper(x86_cpu *cpu, uint32_t at) {
     jit_site *s = (jit_site *)(j->arena + at);
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     count_retired(j, cpu, s->index);
+    if (s->block->nedges) jit_cover_look(cpu, s, 1);
     load_flags(cpu);
     cpu->rip = s->rip;
     cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
@@ -490,6 +492,7 @@ static void hurry(jit *j, x86_cpu *cpu) {
 static void end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
     if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
+    if (s->block->nedges) jit_cover_look(cpu, s, -1);
     store_flags(cpu);
     if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
         cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
@@ -513,6 +516,7 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
         cpu->next_rip = next;
     }
     cpu->rip = cpu->next_rip;
+    if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
     return s->block->is_dead || j->must_flush || cpu->rip != next || cpu->careful || cpu->inhibit ||
            ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
            atomic_load_explicit(&cpu->attention, memory_order_relaxed);

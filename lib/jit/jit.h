@@ -66,6 +66,13 @@ typedef struct jit_extent {
     uint16_t begin, end;
 } jit_extent; /* page offsets */
 
+/* Coverage: the counter of a branch inside a block, followed by the next instruction of its trace. */
+typedef struct jit_edge {
+    uint16_t insn;
+    uint32_t index;
+    const uint8_t *code; /* counts this one and those before; writable view */
+} jit_edge;
+
 struct jit_block {
     uint64_t rip, gpa;
     uint32_t key;
@@ -78,6 +85,8 @@ struct jit_block {
     jit_block *twin;
     jit_link *in;
     uint8_t nlinks, nextents;
+    uint8_t nedges;
+    jit_edge *edges;
     jit_link *links;
     jit_extent *extents; /* bytes it was made from: itself, looked-ahead targets */
 };
@@ -136,6 +145,9 @@ typedef struct jit_unit { /* one block being translated */
     unsigned sides;
     unsigned nextents;
     jit_extent extents[JIT_MAX_EXTENTS];
+    unsigned nedges; /* coverage.c */
+    jit_edge edges[JIT_MAX_INSNS];
+    const uint8_t *edge_code;
     uint64_t forced; /* instructions that must fall back */
     bool no_groups;
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
@@ -253,6 +265,16 @@ void jit_optimise(jit_unit *u);
 /* NULL: out of room (*failed < 0: flush and try again), or instruction *failed cannot be spelled natively. */
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
+/* coverage.c: nothing unless something is recorded. Flags may be lost where it is not said otherwise. */
+#define JIT_COVER_BYTES 12288 /* that it may add to a block */
+void jit_cover_unit(jit_unit *u); /* a block begins */
+/* The block is left after instruction i for `target`: its edge and those before. Uses both scratch registers. */
+void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, bool keep_flags);
+void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned reg); /* for the address in reg; keeps reg */
+void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare); /* the last edge only */
+void jit_cover_stubs(jit_unit *u, jit_writer *w); /* out of line, before the first stub that leaves in the middle */
+void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn); /* edges of instructions before `insn` */
+void jit_cover_look(x86_cpu *cpu, const jit_site *site, int sign); /* +1 somebody looks, -1 the block goes on */
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* jit.c: helpers called by emitted code */

@@ -7,6 +7,7 @@
  */
 #include <Zydis/Zydis.h>
 #include "jit/jit.h"
+#include "x86/cover.h"
 #include "x86/ops.h"
 #include "x86/native.h"
 
@@ -203,6 +204,7 @@ static bool stack_form(const jit_unit *u, const x86_insn *in) {
 /* The class under which this very form is handled, or C_FALLBACK. */
 static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     unsigned c = classes[in->mnemonic];
+    if (x86_is_logged(in)) return C_FALLBACK;
     if (is_vector(u, in)) {
         if (!(u->key & JIT_KEY_VEC) || ((in->flags & X86_IF_VEX) && !(u->key & JIT_KEY_AVX)) || !native_form(u, in))
             return C_FALLBACK;
@@ -594,7 +596,8 @@ static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
 static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
-    if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES)
+    if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES ||
+        u->cpu->cover.ring)
         return false;
     if (may_repeat(u, t, target)) {
         if (class == C_JCC) add_side(u, i, in->cc ^ 1u, next);

@@ -4,6 +4,7 @@
  * then need not think of it again. System and vector instructions check their features themselves.
  */
 #include <Zydis/Mnemonic.h>
+#include "x86/cover.h"
 #include "x86/ops.h"
 #include "x86/system.h"
 
@@ -56,6 +57,8 @@ static void make_scan(x86_insn *in, unsigned mnemonic, x86_exec_fn exec)
 void x86_offer(x86_cpu *cpu, x86_insn *in)
 {
     unsigned feature = feature_of(in);
+    if (cpu->cover.log)
+        x86_log_compare(in);
     if (!feature || x86_has(cpu, feature - 1))
         return;
     if (in->mnemonic == ZYDIS_MNEMONIC_TZCNT)

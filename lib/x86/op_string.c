@@ -7,6 +7,7 @@
 #include "x86/access.h"
 #include <stdatomic.h>
 #include "x86/alu.h"
+#include "x86/cover.h"
 #include "x86/ops.h"
 
 enum { VISIT = 4096 };          /* iterations, or units of 64 bytes moved in bulk, a visit */
@@ -188,6 +189,8 @@ static bool cmps_step(x86_cpu *cpu, const x86_insn *in, const string_state *s)
     uint64_t b = x86_load(cpu, destination(cpu, s, X86_READ), s->n);
     uint64_t a = x86_load(cpu, source(cpu, in, s), s->n);
     compare[X86_SIZE_INDEX(s->n)](&cpu->rflags, a, b);
+    if (X86_UNLIKELY(cpu->cover.log != NULL))
+        x86_log_element(cpu, VM_COMPARE_STRING, s->n, a, b);
     advance(cpu, X86_RSI, s, s->delta);
     advance(cpu, X86_RDI, s, s->delta);
     return is_repeated(cpu, in);
@@ -197,6 +200,8 @@ static bool scas_step(x86_cpu *cpu, const x86_insn *in, const string_state *s)
 {
     uint64_t b = x86_load(cpu, destination(cpu, s, X86_READ), s->n);
     compare[X86_SIZE_INDEX(s->n)](&cpu->rflags, cpu->gpr[X86_RAX], b);
+    if (X86_UNLIKELY(cpu->cover.log != NULL))
+        x86_log_element(cpu, VM_COMPARE_SCAN, s->n, cpu->gpr[X86_RAX], b);
     advance(cpu, X86_RDI, s, s->delta);
     return is_repeated(cpu, in);
 }
