@@ -26,3 +26,6 @@ tests_api_api_pc_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_hostile
 tests_api_api_hostile_SOURCES = tests/api/hostile.c
 tests_api_api_hostile_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_determinism
+tests_api_api_determinism_SOURCES = tests/api/determinism.c
+tests_api_api_determinism_LDADD = $(TEST_LIBS)
