@@ -32,6 +32,7 @@ extern "C" {
  *  POWEROFF    the guest switched the machine off.
  *  GUEST_EXIT  the guest wrote to the exit device (guest_exit.code).
  *  INTERNAL    a bug in libvm was noticed. The machine is poisoned: later runs return VM_E_INTERNAL.
+ *  REPLAY      a recording or a replay cannot go on (replay): the log ended, or the machine left it; see replay.h.
  *  VIOLATION   strategy "ept": the vCPU's view forbids an access (mmio), and the callback, if any, said to stop. The next
  *              run makes the access again, and ends here again if it is still forbidden.
  *  HOOK        a hook asked to stop (hook); RIP as said there, see hook.h.
@@ -77,6 +78,12 @@ typedef struct vm_exit_hypercall {
     uint64_t result;                    /* fill in: goes to RAX at the next run; preset to all ones */
 } vm_exit_hypercall;
 
+/* End of a recording or a replay. */
+typedef struct vm_exit_replay {
+    uint64_t position;                  /* instructions since the log's begin */
+    int32_t  status;                    /* VM_OK: the end, as recorded; else what went wrong */
+} vm_exit_replay;
+
 typedef struct vm_exit_guest {
     uint64_t code;                      /* what the guest wrote to the exit device */
 } vm_exit_guest;
@@ -107,6 +114,7 @@ typedef struct vm_exit {
         vm_exit_exception exception;    /* EXCEPTION */
         vm_exit_hypercall hypercall;    /* HYPERCALL */
         vm_exit_guest     guest_exit;   /* GUEST_EXIT */
+        vm_exit_replay    replay;       /* REPLAY */
         vm_exit_hook      hook;         /* HOOK */
         vm_exit_debug     debug;        /* BREAKPOINT */
     };

@@ -35,5 +35,6 @@
 #include <libvm/boot.h>
 #include <libvm/snapshot.h>
 #include <libvm/call.h>
+#include <libvm/replay.h>
 
 #endif
