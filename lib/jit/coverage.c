@@ -122,12 +122,6 @@ static void emit_append(jit_writer *w, const jit_unit *u, unsigned spare, unsign
     e8(w, 0x83), e8(w, 0x40u | (spare & 7)), e8(w, 0), e8(w, 1);
 }
 
-static void emit_take_back(jit_writer *w, unsigned spare) {
-    e_gs_load(w, 8, spare, COVER(head));
-    e_rex(w, 8, 0, 0, spare); /* sub qword [spare], 1 */
-    e8(w, 0x83), e8(w, 0x68u | (spare & 7)), e8(w, 0), e8(w, 1);
-}
-
 /* T0 = the flags; and back. Both use T1. */
 static void emit_flags_to_t0(jit_writer *w) {
     e_mov(w, 8, T1, RAX);
@@ -161,6 +155,20 @@ void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, boo
     if (keep_flags) emit_flags_from_t0(w);
 }
 
+/* A non-canonical address is not entered, for the branch is going to fault. */
+static void append_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare) {
+    uint8_t *skip = NULL;
+    if (u->key & JIT_KEY_64) {
+        e_mov(w, 8, spare, reg);
+        e_shift_imm(w, 8, 4, spare, 16);
+        e_shift_imm(w, 8, 7, spare, 16); /* sar */
+        e_rr(w, 8, 0x39, reg, spare);
+        skip = e_jcc(w, CC_NE);
+    }
+    emit_append(w, u, spare, reg, 0);
+    if (skip) e_patch(skip, w->p);
+}
+
 /* The hash of `reg` is made in `spare`, which may be neither `reg` nor anything that is needed. */
 static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare, bool take_back) {
     const x86_cover *c = cover_of(u);
@@ -175,10 +183,7 @@ static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spar
         e_rex(w, 4, 0, 0, spare); /* add or sub byte [spare], 1 */
         e8(w, 0x80), e8(w, (take_back ? 0x68u : 0x40u) | (spare & 7)), e8(w, 0), e8(w, 1);
     }
-    if (c->ring && take_back)
-        emit_take_back(w, spare);
-    else if (c->ring)
-        emit_append(w, u, spare, reg, 0);
+    if (c->ring && !take_back) append_dynamic(u, w, reg, spare);
 }
 
 void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned reg) {

@@ -519,6 +519,9 @@ typedef struct column {
     vm_fpu fpu;
     vm_exit exit;
     uint64_t retired, device_calls, device_hash;
+    uint8_t map[256];                  /* what is recorded: see record() */
+    uint64_t ring[64], entered, compared;
+    vm_compare log[64];
 } column;
 static column interp, jit;
 static const uint8_t *ram_at(const column *c, uint32_t at)
@@ -528,13 +531,39 @@ static const uint8_t *ram_at(const column *c, uint32_t at)
 }
 static uint64_t stops[32], runs, retired, jit_blocks, jit_decoded;
 
+/* Some cases record edges, blocks or comparisons: the records must agree too, and be up to date in callbacks. */
+static bool has_map, has_ring, has_log;
+static void record(column *c, uint64_t seed)
+{
+    has_map = seed % 4;
+    has_ring = seed % 4 == 2;
+    has_log = seed % 4 == 3;
+    memset(c->map, 0, sizeof c->map), memset(c->ring, 0, sizeof c->ring), memset(c->log, 0, sizeof c->log);
+    c->entered = c->compared = 0;
+    if (has_map)
+        OK(vm_coverage(c->m, c->map, sizeof c->map));
+    if (has_map && seed % 8 == 5)
+        OK(vm_coverage_range(c->m, BASE + CODE, BASE + CODE + PAGE));
+    if (has_ring)
+        OK(vm_block_trace(c->cpu, c->ring, 64, &c->entered));
+    if (has_log)
+        OK(vm_compare_log(c->cpu, c->log, 64, &c->compared));
+}
+static uint64_t record_hash(const column *c)
+{
+    uint64_t h = c->entered * 3 + c->compared * 5;
+    for (unsigned i = 0; has_map && i < sizeof c->map; i++)
+        h = h * 31 + c->map[i];
+    return h;
+}
+
 static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *v)
 {
     column *c = user;
     (void)cpu;
     if (offset >= 0x180)
         return -1;
-    c->device_hash = c->device_hash * 31 + offset * 16 + width;
+    c->device_hash = c->device_hash * 31 + offset * 16 + width + record_hash(c);
     *v = (offset + ++c->device_calls) * UINT64_C(0x9e3779b97f4a7c15);
     return 0;
 }
@@ -545,7 +574,7 @@ static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned widt
     if (offset >= 0x180)
         return -1;
     v &= width < 8 ? (UINT64_C(1) << 8 * width) - 1 : UINT64_MAX;
-    c->device_hash = c->device_hash * 31 + offset * 16 + width + v * 7;
+    c->device_hash = c->device_hash * 31 + offset * 16 + width + v * 7 + record_hash(c);
     c->device_calls++;
     return 0;
 }
@@ -658,6 +687,22 @@ static bool is_after_division(uint64_t rip)
 /* Fetches ahead may set accessed bits early. */
 static bool is_accessed_bit(uint32_t at, uint32_t changed) { return at >= PTABLES && changed == 0x20; }
 
+static const char *record_difference(void)
+{
+    SAME("blocks entered", interp.entered, jit.entered);
+    SAME("comparisons", interp.compared, jit.compared);
+    for (unsigned i = 0; i < sizeof interp.map; i++)
+        if (interp.map[i] != jit.map[i])
+            DIFFERS("edge counter %u is %u, not %u", i, jit.map[i], interp.map[i]);
+    for (unsigned i = 0; i < 64; i++) {
+        if (interp.ring[i] != jit.ring[i])
+            DIFFERS("block %u of the ring is %#" PRIx64 ", not %#" PRIx64, i, jit.ring[i], interp.ring[i]);
+        if (memcmp(&interp.log[i], &jit.log[i], sizeof interp.log[i]))
+            DIFFERS("comparison %u, at %#" PRIx64 ", differs (%#" PRIx64 ")", i, interp.log[i].address, jit.log[i].address);
+    }
+    return NULL;
+}
+
 static const char *difference(void)
 {
     const uint64_t *ra = &interp.regs.rax, *rb = &jit.regs.rax;
@@ -690,7 +735,7 @@ static const char *difference(void)
     }
     if (memcmp(ram_at(&interp, RAM - PAGE), ram_at(&jit, RAM - PAGE), PAGE))
         DIFFERS("the last page of memory differs");
-    return NULL;
+    return record_difference();
 }
 
 
@@ -740,6 +785,8 @@ static const char *run_case(enum mode m, uint64_t seed, const bool *is_nop)
 {
     const char *what = NULL;
     columns_renew();
+    record(&interp, seed);
+    record(&jit, seed);
     has_64 = m != FLAT32;
     state = seed * UINT64_C(0x9e3779b97f4a7c15) + (uint64_t)m;
     rnd();
