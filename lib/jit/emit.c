@@ -1,9 +1,14 @@
 /* emit.c - IR to x86-64 code.
  *
  * Register plan. GS base points at the x86_cpu, so its fields need no register. Guest RAX RCX RDX RBX RBP RSI RDI
- * R8-R11 live in the host registers of the same name and guest RSP in host R12, across blocks; guest R12-R15 stay in
- * memory. Host R13 and R14 are scratch (R14 the address), R15 counts instructions down, RSP is the host's stack. Guest
- * XMM/YMM registers and MXCSR are the host's in blocks with JIT_KEY_VEC.
+ * R8-R11 live in the host registers of the same name and guest RSP in host R12, across blocks. Host R13 and R14 are
+ * scratch (R14 the address), R15 counts instructions down, RSP is the host's stack. Guest XMM/YMM registers and MXCSR
+ * are the host's in blocks with JIT_KEY_VEC.
+ *
+ * Frame. Guest R12-R15, the flags' slots, the windows' limits and the groups' addresses lie in a frame on the host's
+ * stack (JIT_FRAME_*): [RSP + disp8] is the shortest address there is, and processors forward such stores to loads
+ * without any latency, so a guest register there costs little more than a host's. The thunks copy it from and to the
+ * x86_cpu, which C looks at.
  *
  * Flags. The guest's arithmetic flags are the host's flags wherever an instruction needs them. An address check
  * destroys them, and whoever looks at the CPU (a fault, a callback, the run loop) wants them exact, so at each point
@@ -83,23 +88,39 @@ typedef struct emitter {
     int32_t sp;       /* not yet added to the stack pointer: settle_sp() before anybody can look at it */
 } emitter;
 
+/* ---- the frame: what blocks use most lies at [RSP + displacement], see the essay ---- */
+
+#define JIT_FRAME_REG(guest) (JIT_FRAME_R12 + (guest) - X86_R12)
+
+static void frame_op(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned slot) {
+    e_r_mem(w, size, op, reg, RSP, 0xff, 1, (int32_t)(8 * slot));
+}
+static void frame_load(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+    frame_op(w, size, 0x8b, reg, slot);
+}
+static void frame_store(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+    frame_op(w, size, 0x89, reg, slot);
+}
+
 /* ---- flags ---- */
 
 static void emit_save(jit_writer *w) {
     e_mov(w, 8, T1, RAX);
     e8(w, 0x9f);                           /* lahf */
     e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
-    e_gs_store(w, 2, RAX, JIT_SLOT(JIT_SLOT_FLAGS));
+    frame_store(w, 4, RAX, JIT_FRAME_FLAGS); /* what is above AX does not matter */
     e_mov(w, 8, RAX, T1);
 }
 
-static void emit_restore(jit_writer *w) {
+/* `pushed`: bytes on the stack above the frame. */
+static void emit_restore_from(jit_writer *w, int32_t pushed) {
     e_mov(w, 8, T1, RAX);
-    e_r_gs(w, 4, 0x0fb7, RAX, JIT_SLOT(JIT_SLOT_FLAGS)); /* movzx eax, word */
-    e8(w, 0x04), e8(w, 0x7f);                            /* add al, 127: OF */
-    e8(w, 0x9e);                                         /* sahf */
+    e_r_mem(w, 4, 0x8b, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + pushed);
+    e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */
+    e8(w, 0x9e);              /* sahf */
     e_mov(w, 8, RAX, T1);
 }
+static void emit_restore(jit_writer *w) { emit_restore_from(w, 0); }
 
 static bool recipe_uses_t1(const jit_unit *u, int i) {
     const x86_operand *op = u->insn[i].op;
@@ -114,26 +135,26 @@ static void emit_lazy(emitter *e, int i) {
     jit_writer *w = e->w;
     unsigned kind = jit_recipe_kind(in);
     if (!IN_MEMORY(a->reg))
-        e_gs_store(w, 8, home[a->reg], JIT_SLOT(JIT_SLOT_FLAG_A));
+        frame_store(w, 8, home[a->reg], JIT_FRAME_FLAG_A);
     else {
-        e_gs_load(w, 8, T1, GPR(a->reg));
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_FLAG_A));
+        frame_load(w, 8, T1, JIT_FRAME_REG(a->reg));
+        frame_store(w, 8, T1, JIT_FRAME_FLAG_A);
     }
     if (kind != JIT_RECIPE_LOGIC && b->kind == X86_OP_IMM && (int64_t)in->imm == (int16_t)in->imm) {
-        e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAGS));
+        frame_op(w, 4, 0xc7, 0, JIT_FRAME_FLAGS);
         e32(w, JIT_LAZY_FLAGS(kind, a->size) | JIT_LAZY_IMM | (uint32_t)(in->imm << 16));
         return;
     }
     if (kind != JIT_RECIPE_LOGIC && b->kind == X86_OP_IMM) {
-        e_r_gs(w, 8, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAG_B));
+        frame_op(w, 8, 0xc7, 0, JIT_FRAME_FLAG_B);
         e32(w, (uint32_t)in->imm);
     } else if (kind != JIT_RECIPE_LOGIC && !IN_MEMORY(b->reg))
-        e_gs_store(w, 8, home[b->reg], JIT_SLOT(JIT_SLOT_FLAG_B));
+        frame_store(w, 8, home[b->reg], JIT_FRAME_FLAG_B);
     else if (kind != JIT_RECIPE_LOGIC) {
-        e_gs_load(w, 8, T1, GPR(b->reg));
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_FLAG_B));
+        frame_load(w, 8, T1, JIT_FRAME_REG(b->reg));
+        frame_store(w, 8, T1, JIT_FRAME_FLAG_B);
     }
-    e_r_gs(w, 4, 0xc7, 0, JIT_SLOT(JIT_SLOT_FLAGS));
+    frame_op(w, 4, 0xc7, 0, JIT_FRAME_FLAGS);
     e32(w, JIT_LAZY_FLAGS(kind, a->size));
 }
 
@@ -183,7 +204,7 @@ static void recipe_op(jit_writer *w, unsigned size, unsigned n, unsigned reg, co
         } else
             e_alu_imm(w, size, n, reg, (int32_t)in->imm);
     } else if (IN_MEMORY(b->reg))
-        e_r_gs(w, size, n == 8 ? 0x85 : n << 3 | 3, reg, GPR(b->reg));
+        frame_op(w, size, n == 8 ? 0x85 : n << 3 | 3, reg, JIT_FRAME_REG(b->reg));
     else
         e_rr(w, size, n == 8 ? 0x85 : n << 3 | 1, home[b->reg], reg);
 }
@@ -195,7 +216,7 @@ static void emit_regen(emitter *e, int i) {
     unsigned size = a->size, kind = jit_recipe_kind(in), reg = T1;
     bool is_result = kind == JIT_RECIPE_ADD || kind == JIT_RECIPE_SUB;
     if (IN_MEMORY(a->reg))
-        e_gs_load(e->w, size, T1, GPR(a->reg));
+        frame_load(e->w, size, T1, JIT_FRAME_REG(a->reg));
     else if (is_result)
         e_mov(e->w, size, T1, home[a->reg]);
     else
@@ -259,7 +280,7 @@ static void after_insn(emitter *e, unsigned i) {
 
 static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned guest) {
     if (IN_MEMORY(guest))
-        e_gs_load(w, size, host, GPR(guest));
+        frame_load(w, size, host, JIT_FRAME_REG(guest));
     else
         e_mov(w, size, host, home[guest]);
 }
@@ -335,7 +356,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
         used[nused] = o->reg;
         if (spare[nused] == T0) e->t0_group = -1;
         map.gpr[o->reg] = spare[nused];
-        e_gs_load(e->w, 8, spare[nused], GPR(o->reg));
+        frame_load(e->w, 8, spare[nused], JIT_FRAME_REG(o->reg));
         nused++;
     }
     if (in->flags & X86_IF_LOCK) e8(e->w, 0xf0);
@@ -347,7 +368,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     e->w->p += n;
     uint16_t changed = jit_changed_regs(in);
     for (unsigned k = 0; k < nused; k++)
-        if (changed >> used[k] & 1) e_gs_store(e->w, 8, spare[k], GPR(used[k]));
+        if (changed >> used[k] & 1) frame_store(e->w, 8, spare[k], JIT_FRAME_REG(used[k]));
 }
 
 static void emit_lea(emitter *e, unsigned i) {
@@ -364,11 +385,11 @@ static void emit_lea(emitter *e, unsigned i) {
     else {
         unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
         unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
-        if (base == T0) e_gs_load(e->w, 8, T0, GPR(in->base));
-        if (index == T1) e_gs_load(e->w, 8, T1, GPR(in->index));
+        if (base == T0) frame_load(e->w, 8, T0, JIT_FRAME_REG(in->base));
+        if (index == T1) frame_load(e->w, 8, T1, JIT_FRAME_REG(in->index));
         e_lea(e->w, size, reg, base, index, in->scale, (int32_t)in->disp);
     }
-    if (reg == T0) e_gs_store(e->w, 8, T0, GPR(dst));
+    if (reg == T0) frame_store(e->w, 8, T0, JIT_FRAME_REG(dst));
 }
 
 /* T0 = linear address of instruction i's memory operand; flags untouched. */
@@ -385,8 +406,8 @@ static void emit_ea(emitter *e, const jit_op *o) {
     } else {
         unsigned base = in->base == X86_NOREG ? 0xff : IN_MEMORY(in->base) ? T0 : home[in->base];
         unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
-        if (base == T0) e_gs_load(e->w, 8, T0, GPR(in->base));
-        if (index == T1) e_gs_load(e->w, 8, T1, GPR(in->index));
+        if (base == T0) frame_load(e->w, 8, T0, JIT_FRAME_REG(in->base));
+        if (index == T1) frame_load(e->w, 8, T1, JIT_FRAME_REG(in->index));
         e_lea(e->w, size, T0, base, index, in->scale, (int32_t)(in->disp + o->adjust));
     }
     if (in->seg == X86_FS || in->seg == X86_GS) {
@@ -412,7 +433,7 @@ static void emit_access(emitter *e, const jit_op *o) {
     case IR_PUSH_REG:
         if (o->reg == X86_RSP) settle_sp(e);
         if (IN_MEMORY(o->reg)) {
-            e_gs_load(w, 8, T1, GPR(o->reg));
+            frame_load(w, 8, T1, JIT_FRAME_REG(o->reg));
             emit_mem(e, o, 0x89, T1);
         } else
             emit_mem(e, o, 0x89, home[o->reg]);
@@ -427,20 +448,20 @@ static void emit_access(emitter *e, const jit_op *o) {
         }
         break;
     case IR_PUSH_TMP:
-        e_gs_load(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        frame_load(w, 8, T1, JIT_FRAME_TMP);
         emit_mem(e, o, 0x89, T1);
         break;
     case IR_POP_REG:
         if (IN_MEMORY(o->reg)) {
             emit_mem(e, o, 0x8b, T1);
-            e_gs_store(w, 8, T1, GPR(o->reg));
+            frame_store(w, 8, T1, JIT_FRAME_REG(o->reg));
         } else
             emit_mem(e, o, 0x8b, home[o->reg]);
         if (o->reg == X86_RSP) e->sp = 0;
         break;
     case IR_LOAD_TMP:
         emit_mem(e, o, 0x8b, T1);
-        if (!o->reg) e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        if (!o->reg) frame_store(w, 8, T1, JIT_FRAME_TMP);
         break;
     case IR_LEAVE_SP:
         e_mov(w, o->size, T1, RBP);
@@ -501,7 +522,7 @@ _Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by
 /* Without paging: T0 is an offset into a window (EA took its address off). */
 static void emit_window_lookup(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
-    e_r_gs(w, 8, 0x3b, T0, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT + s->check->window - 1));
+    frame_op(w, 8, 0x3b, T0, JIT_FRAME_LIMIT + s->check->window - 1);
     s->jump[0] = e_jcc(w, CC_AE);
     s->hit = w->p;
 }
@@ -568,7 +589,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
     if (check->role == JIT_CHECK_MEMBER || check->is_direct) {
         if (!check->window && e->t0_group != check->slot) {
-            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+            frame_load(w, 8, T0, JIT_FRAME_GROUP + check->slot);
             e->t0_group = check->slot;
         }
         if (live) need_host(e);
@@ -589,7 +610,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
                 (is_leader ? check->span_access : check->access) & X86_WRITE);
     if (is_leader) {
         s->resume = w->p;
-        if (!check->window) e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_GROUP + check->slot));
+        if (!check->window) frame_store(w, 8, T0, JIT_FRAME_GROUP + check->slot);
     }
     e->host = false;
     if (live) {
@@ -688,6 +709,20 @@ static void emit_leave_dead(emitter *e, const slow_stub *s) {
     e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
 }
 
+/* C gave no pointer for a part of an instruction: somebody watches, and the interpreter does it from its start. */
+static void emit_step_if_null(emitter *e, const slow_stub *s) {
+    jit_writer *w = e->w;
+    unsigned i = s->check->insn;
+    e_rr(w, 8, 0x85, T0, T0);
+    uint8_t *fine = e_jcc(w, CC_NE);
+    jit_cover_leave(e->u, w, i);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)i);
+    e_mov_imm(w, T0, e->u->insn_rip[i]);
+    e_mov_imm(w, T1, JIT_LEAVE_STEP);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
+    e_patch(fine, w->p);
+}
+
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
@@ -713,6 +748,7 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         handled = e_jcc(w, CC_B);
         leave = e_jcc(w, CC_E);
     }
+    if (e->u->cpu->watch && s->access->op != IR_ACCESS) emit_step_if_null(e, s);
     if (s->check->window) emit_host_to_offset(e, s);
     if (s->restore) emit_restore(w);
     emit_access(e, s->access);
@@ -764,7 +800,7 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
     if (s->link) s->link->stub = w->p;
     if (s->rip_in_tmp) {
         if (s->tmp_reg == RSP)
-            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+            frame_load(w, 8, T0, JIT_FRAME_TMP);
         else if (s->tmp_reg != T0)
             e_mov(w, 8, T0, s->tmp_reg);
         e_gs_store(w, 8, T0, JIT_OFF(rip));
@@ -780,7 +816,7 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
         e_mov_imm(w, T0, s->rip);
     if (s->link) {
         e_mov_imm(w, T1, (uint64_t)(uintptr_t)s->link);
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_LINK));
     }
     e_mov_imm(w, T1, s->reason);
     e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
@@ -853,7 +889,7 @@ static void emit_indirect(emitter *e) {
     jit_writer *w = e->w;
     need_mem(e);
     if (e->u->cpu->cover.is_on && e->tmp_reg == RSP) {
-        e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+        frame_load(w, 8, T0, JIT_FRAME_TMP);
         e->tmp_reg = T0;
     }
     jit_cover_indirect(e->u, w, e->tmp_reg);
@@ -861,7 +897,7 @@ static void emit_indirect(emitter *e) {
     new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
     if (e->tmp_reg == RSP || e->tmp_reg == T1) {
         if (e->tmp_reg == RSP)
-            e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+            frame_load(w, 8, T0, JIT_FRAME_TMP);
         else
             e_mov(w, 8, T0, T1);
         e->tmp_reg = T0;
@@ -941,7 +977,7 @@ static void emit_div(emitter *e, const jit_op *o) {
     unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = IN_MEMORY(reg) ? T0 : home[reg];
     bool is_signed = jit_insn_is_idiv(in);
     need_mem(e);
-    if (divisor == T0) e_gs_load(w, 8, T0, GPR(reg));
+    if (divisor == T0) frame_load(w, 8, T0, JIT_FRAME_REG(reg));
     div_stub *s = &e->div[e->ndiv++];
     *s = (div_stub){.insn = o->insn};
     if (is_signed) {
@@ -989,7 +1025,7 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
     }
     e->tmp_reg = RSP;
     emit_reg_load(e->w, o->size, T1, o->reg);
-    e_gs_store(e->w, 8, T1, JIT_SLOT(JIT_SLOT_TMP));
+    frame_store(e->w, 8, T1, JIT_FRAME_TMP);
 }
 
 /* x87 keeps pointers to its last instruction and operand. Which it was is noted; C tells the image when it looks. */
@@ -1019,7 +1055,7 @@ static bool needs_address(emitter *e, const jit_op *ea) {
 static void emit_canon(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     before_clobber(e);
-    e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_TMP));
+    frame_load(w, 8, T0, JIT_FRAME_TMP);
     e_mov(w, 8, T1, T0);
     e_shift_imm(w, 8, 4, T1, 16);
     e_shift_imm(w, 8, 7, T1, 16); /* sar */
@@ -1033,7 +1069,8 @@ static void emit_canon(emitter *e, const jit_op *o) {
 /* Ops at which the state may be seen, besides accesses. */
 static const bool op_is_seen[] = {
     [IR_DIV] = true,  [IR_CANON] = true, [IR_FALLBACK] = true, [IR_FALLBACK_END] = true, [IR_JUMP] = true,
-    [IR_SIDE] = true, [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true};
+    [IR_SIDE] = true, [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
+    [IR_NEED_STEP] = true};
 
 static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
@@ -1087,8 +1124,10 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_SIDE: emit_side(e, o); break;
     case IR_JUMP_TMP: emit_indirect(e); break;
     case IR_NEED_VEC:
-    case IR_NEED_X87: {
-        leave_stub *s = new_leave(e, o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC, NULL);
+    case IR_NEED_X87:
+    case IR_NEED_STEP: {
+        unsigned reason = o->op == IR_NEED_STEP ? JIT_LEAVE_STEP : o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC;
+        leave_stub *s = new_leave(e, reason, NULL);
         s->rip = u->rip;
         emit_leave_stub(e, s);
         e->nleave--;
@@ -1167,10 +1206,38 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
 
 /* ---- thunks ---- */
 
-static void emit_spill(jit_writer *w) {
+/* The frame's slots and where C knows them. All go out; what C may have changed comes back. */
+static const struct {
+    uint8_t slot;
+    bool comes_back;
+    int32_t at;
+} frame_map[] = {{JIT_FRAME_R12 + 0, true, GPR(X86_R12)},
+                 {JIT_FRAME_R12 + 1, true, GPR(X86_R13)},
+                 {JIT_FRAME_R12 + 2, true, GPR(X86_R14)},
+                 {JIT_FRAME_R12 + 3, true, GPR(X86_R15)},
+                 {JIT_FRAME_FLAGS, true, JIT_SLOT(JIT_SLOT_FLAGS)},
+                 {JIT_FRAME_FLAG_A, false, JIT_SLOT(JIT_SLOT_FLAG_A)},
+                 {JIT_FRAME_FLAG_B, false, JIT_SLOT(JIT_SLOT_FLAG_B)}};
+enum { FRAME_MAP = sizeof frame_map / sizeof *frame_map, FRAME_BYTES = (8 * JIT_FRAME_SLOTS + 15) & ~15 };
+
+/* Registers to the x86_cpu. `pushed`: bytes on the stack above the frame. */
+static void emit_spill(jit_writer *w, int32_t pushed) {
     for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
+    for (unsigned i = 0; i < FRAME_MAP; i++) {
+        e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * frame_map[i].slot + pushed);
+        e_gs_store(w, 8, RAX, frame_map[i].at);
+    }
 }
-static void emit_reload(jit_writer *w) {
+static void emit_reload(jit_writer *w, int32_t pushed) {
+    for (unsigned i = 0; i < FRAME_MAP; i++) {
+        if (!frame_map[i].comes_back) continue;
+        e_gs_load(w, 8, RAX, frame_map[i].at);
+        e_r_mem(w, 8, 0x89, RAX, RSP, 0xff, 1, 8 * frame_map[i].slot + pushed);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        e_gs_load(w, 8, RAX, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT + i));
+        e_r_mem(w, 8, 0x89, RAX, RSP, 0xff, 1, (int32_t)(8 * (JIT_FRAME_LIMIT + i)) + pushed);
+    }
     for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
 }
 
@@ -1244,14 +1311,14 @@ static uint8_t *emit_enter(jit *j, unsigned vec) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     for (unsigned i = 0; i < sizeof saved; i++) emit_push_pop(w, saved[i], true);
-    e_alu_imm(w, 8, 5, RSP, 8);
+    e_alu_imm(w, 8, 5, RSP, 8 + FRAME_BYTES);
     e_mov(w, 8, T0, RDI);
     if (vec) {
         emit_mxcsr(w, 3, JIT_SLOT(JIT_SLOT_MXCSR));
         emit_vec_reload(j, vec);
     }
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
-    emit_reload(w);
+    emit_reload(w, 0);
     e_rex(w, 4, 0, 0, T0);
     e8(w, 0xff), e8(w, 0xe0u | (T0 & 7)); /* jmp r14 */
     return start;
@@ -1264,9 +1331,9 @@ static uint8_t *emit_leave(jit *j, unsigned vec) {
     e_gs_store(w, 8, T0, JIT_OFF(rip));
     e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_REASON));
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
-    emit_spill(w);
+    emit_spill(w, 0);
     if (vec) emit_vec_spill(j, vec);
-    e_alu_imm(w, 8, 0, RSP, 8);
+    e_alu_imm(w, 8, 0, RSP, 8 + FRAME_BYTES);
     for (unsigned i = sizeof saved; i-- > 0;) emit_push_pop(w, saved[i], false);
     if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
     e8(w, 0xc3);
@@ -1277,7 +1344,7 @@ static uint8_t *emit_leave(jit *j, unsigned vec) {
 static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
-    emit_spill(w);
+    emit_spill(w, 8);
     if (vec) emit_vec_spill(j, vec);
     if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
@@ -1291,36 +1358,36 @@ static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has
     e_mov(w, 8, T0, RAX);
     if (vec) emit_vec_reload(j, vec);
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
-    emit_reload(w);
+    emit_reload(w, 8);
     e8(w, 0xc3);
     return start;
 }
 
 /* One recipe in memory, carried out: the host's flags. */
 static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size) {
-    int32_t b = JIT_SLOT(JIT_SLOT_FLAG_B);
-    e_gs_load(w, size, T1, JIT_SLOT(JIT_SLOT_FLAG_A));
-    switch (kind) {
-    case JIT_RECIPE_CMP: e_r_gs(w, size, 0x3b, T1, b); break;
-    case JIT_RECIPE_TEST: e_r_gs(w, size, 0x85, T1, b); break;
-    case JIT_RECIPE_ADD: e_r_gs(w, size, 0x2b, T1, b), e_r_gs(w, size, 0x03, T1, b); break;
-    case JIT_RECIPE_SUB: e_r_gs(w, size, 0x03, T1, b), e_r_gs(w, size, 0x2b, T1, b); break;
-    default: e_rr(w, size, 0x85, T1, T1); break;
-    }
+    static const uint8_t ops[][2] = {[JIT_RECIPE_CMP] = {0x3b},
+                                     [JIT_RECIPE_TEST] = {0x85},
+                                     [JIT_RECIPE_ADD] = {0x2b, 0x03},
+                                     [JIT_RECIPE_SUB] = {0x03, 0x2b},
+                                     [JIT_RECIPE_LOGIC] = {0}};
+    e_r_mem(w, size, 0x8b, T1, RSP, 0xff, 1, 8 * JIT_FRAME_FLAG_A + 8);
+    if (kind == JIT_RECIPE_LOGIC) e_rr(w, size, 0x85, T1, T1);
+    for (unsigned i = 0; i < 2; i++)
+        if (ops[kind][i]) e_r_mem(w, size, ops[kind][i], T1, RSP, 0xff, 1, 8 * JIT_FRAME_FLAG_B + 8);
 }
 
 /* The flags in memory, image or recipe, become the host's. Keeps T0. */
 static uint8_t *emit_flags_thunk(jit *j) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
-    e_gs_load(w, 4, T1, JIT_SLOT(JIT_SLOT_FLAGS));
+    e_r_mem(w, 4, 0x8b, T1, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + 8);
     e_rr(w, 1, 0x84, T1, T1); /* test r13b, r13b: the immediate's bit is the sign */
     uint8_t *no_imm = e_jcc(w, CC_NS);
     emit_push_pop(w, T0, true);
     e_mov(w, 4, T0, T1);
     e_shift_imm(w, 4, 7, T0, 16);
     e_rr(w, 8, 0x63, T0, T0); /* movsxd */
-    e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_FLAG_B));
+    e_r_mem(w, 8, 0x89, T0, RSP, 0xff, 1, 8 * JIT_FRAME_FLAG_B + 16);
     emit_push_pop(w, T0, false);
     e_patch(no_imm, w->p);
     e_alu_imm(w, 4, 4, T1, 0xff7f);
@@ -1332,7 +1399,7 @@ static uint8_t *emit_flags_thunk(jit *j) {
             e8(w, 0xc3);
             e_patch(other, w->p);
         }
-    emit_restore(w);
+    emit_restore_from(w, 8);
     e8(w, 0xc3);
     return start;
 }

@@ -102,7 +102,7 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
 
 /* Modes and moments that the interpreter handles. */
 static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
-    if (cpu->code_size == 2 || cpu->careful || cpu->inhibit || cpu->io_count || j->step_one ||
+    if (jit_hooks_want_interpreter(cpu) || cpu->code_size == 2 || cpu->inhibit || cpu->io_count || j->step_one ||
         (cpu->rflags & X86_FL_RF))
         return true;
     return cpu->code_size == 4 && (cpu->seg[X86_CS].base || cpu->seg[X86_CS].limit != 0xffffffffu);
@@ -272,6 +272,7 @@ static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
     if (((la ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
         return (t->meta[i] & X86_PAGE_MASK) | (la & 0xfff);
     uint64_t gpa;
+    cpu->next_rip = cpu->rip; /* what faults now has no length */
     if (cpu->code_size == 8 && !x86_canonical(la)) x86_raise_error(cpu, X86_GP, 0);
     if (!cpu->env->fill(cpu, la, X86_EXEC, cpu->ctx, &gpa)) x86_raise_fault(cpu, &cpu->fault);
     return gpa;
@@ -382,9 +383,16 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     return main;
 }
 
+/* Fetches from the page at gpa are forbidden now, whatever has been translated there: the interpreter will meet that. */
+static bool is_forbidden(x86_cpu *cpu, uint64_t gpa) {
+    unsigned prot = 0;
+    return cpu->exec_varies && (!cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot) || !(prot & X86_EXEC));
+}
+
 static jit_block *find_block(jit *j, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     uint64_t gpa = fetch_gpa(cpu, cpu->rip);
+    if (is_forbidden(cpu, gpa) || (cpu->exec_varies && (gpa & 0xfff) > 4096 - 15)) return NULL;
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
@@ -517,7 +525,7 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
     }
     cpu->rip = cpu->next_rip;
     if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
-    return s->block->is_dead || j->must_flush || cpu->rip != next || cpu->careful || cpu->inhibit ||
+    return s->block->is_dead || j->must_flush || cpu->rip != next || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
            ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
            atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
@@ -560,6 +568,10 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     x86_io_retire(cpu);
     j->bounce_active = false;
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);
+    if (!p && jit_hook_steps(cpu, s, la)) {
+        end_helper(j, cpu, s);
+        return NULL;
+    }
     if (!p && s->access == (X86_READ | X86_WRITE))
         p = (uint8_t *)(uintptr_t)(execute(j, cpu, s) ? 1 : 0);
     else if (!p) {
@@ -684,7 +696,7 @@ static void place_windows(jit *j) {
         if (is_window_region(r) && (!best || r->bytes > best->bytes)) best = r;
     }
     slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
-    if (!best) return;
+    if (!best || j->vcpu->x86.watch) return;
     const uint8_t *host = best->region->host + best->offset;
     int64_t delta = host - (const uint8_t *)&j->vcpu->x86;
     vm_range r = *best;
@@ -694,7 +706,7 @@ static void place_windows(jit *j) {
     j->must_flush |= r.gpa != j->window_gpa[0] || delta != j->window_delta[0];
     j->window_gpa[0] = r.gpa;
     j->window_delta[0] = (int32_t)delta;
-    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log) find_write_window(j, &r, delta);
+    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log && !m->track) find_write_window(j, &r, delta);
 }
 
 static void find_windows(jit *j) {
@@ -749,7 +761,7 @@ static x86_stop run_loop(jit *j) {
         } else {
             unsigned reason = enter(j, cpu, key, code);
             if (reason == JIT_LEAVE_LINK)
-                link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_TMP];
+                link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
             else if (reason == JIT_LEAVE_STEP)
                 j->step_one = true;
             else if (reason == JIT_LEAVE_VEC) {
@@ -774,6 +786,11 @@ static x86_stop caught(jit *j, x86_cpu *cpu) {
     if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
         cpu->retired++;
         cpu->budget--;
+        x86_hook_left(cpu);
+    }
+    if (cpu->stop == X86_STOP_SKIP) {
+        x86_hook_skipped(cpu);
+        cpu->stop = X86_STOP_NONE;
     }
     return cpu->stop;
 }
@@ -979,7 +996,16 @@ static void jit_look_again(vm_vcpu *cpu) {
     if (j && j->is_cold) vm_backend_interp.look_again(cpu);
 }
 
+/* Hooks changed: translate anew. */
+static void jit_hooks_changed(vm_vcpu *cpu) {
+    jit *j = cpu->x86.jit;
+    if (!j->write_base) return;
+    j->must_flush = j->window_stale = true;
+}
+
 const vm_backend_ops vm_backend_jit = {
+    .serves_hooks = true,
+    .hooks_changed = jit_hooks_changed,
     .retired = jit_retired,
     .look_again = jit_look_again,
     .name = "jit",

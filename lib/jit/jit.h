@@ -197,13 +197,24 @@ typedef struct jit {
     uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags; /* writable view, for e_call_to */
 } jit;
 
-#define JIT_GROUPS 13 /* slots JIT_SLOT_GROUP.. */
-/* Slots of x86_cpu.jit_scratch that emitted code uses. */
+#define JIT_GROUPS 13
+/* Slots of the frame on the host's stack, 8 bytes each: what blocks use most. */
+enum {
+    JIT_FRAME_R12, /* and R13-R15 */
+    JIT_FRAME_FLAGS = 4 /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */,
+    JIT_FRAME_FLAG_A,
+    JIT_FRAME_FLAG_B,
+    JIT_FRAME_TMP,
+    JIT_FRAME_LIMIT, /* of the two windows: copies */
+    JIT_FRAME_GROUP = 10,
+    JIT_FRAME_SLOTS = JIT_FRAME_GROUP + JIT_GROUPS
+};
+/* Slots of x86_cpu.jit_scratch: what emitted code shares with C. */
 enum {
     JIT_SLOT_SELF,
     JIT_SLOT_R15,
-    JIT_SLOT_FLAGS /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */,
-    JIT_SLOT_TMP,
+    JIT_SLOT_FLAGS /* as in the frame */,
+    JIT_SLOT_LINK,
     JIT_SLOT_REASON,
     JIT_SLOT_MXCSR,
     JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */,
@@ -214,8 +225,7 @@ enum {
     JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
     JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */,
     JIT_SLOT_X87_LA,
-    JIT_SLOT_X87_NEXT_LA,
-    JIT_SLOT_GROUP
+    JIT_SLOT_X87_NEXT_LA
 };
 /* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result),
  * FLAG_B its second. */
@@ -277,6 +287,10 @@ void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn); /* edges of ins
 void jit_cover_look(x86_cpu *cpu, const jit_site *site, int sign); /* +1 somebody looks, -1 the block goes on */
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
+/* hook.c */
+bool jit_is_hooked(const jit_unit *u, uint64_t rip, unsigned length);
+bool jit_hooks_want_interpreter(const x86_cpu *cpu);
+bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
 /* jit.c: helpers called by emitted code */
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
 uint64_t jit_help_commit(x86_cpu *cpu,

@@ -325,7 +325,8 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
         if (!decode_at(u, offset, &in[n])) break;
         jit_info *f = &info[n];
         jit_classify_flags(&in[n], f);
-        f->falls_back = class_of(u, &in[n]) == C_FALLBACK || (n && jit_is_stop(u->j, rip + (offset - (rip & 0xfff))));
+        f->falls_back = class_of(u, &in[n]) == C_FALLBACK || (n && jit_is_stop(u->j, rip + (offset - (rip & 0xfff)))) ||
+                       jit_is_hooked(u, rip + (offset - (rip & 0xfff)), in[n].length);
         f->can_leave = f->falls_back || jit_insn_can_leave(u, &in[n]) || (in[n].flags & X86_IF_BRANCH);
         offset += in[n].length;
         extent->end = (uint16_t)offset;
@@ -622,6 +623,13 @@ static bool lift_next(jit_unit *u, trace *t) {
     if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
         return false;
     if (!decode_at(u, offset, in)) return false;
+    if (jit_is_hooked(u, t->rip, in->length)) {
+        if (!i) {
+            add_op(u, IR_NEED_STEP, 0);
+            t->is_open = false;
+        }
+        return false;
+    }
     if (is_vector(u, in) &&
         !(u->key & JIT_KEY_VEC)) { /* starts a block of its own, entered with the vector registers loaded */
         if (!i) {

@@ -2,5 +2,5 @@
 if BUILD_JIT
 LIBVM_FEATURES += -DVM_HAVE_JIT=1
 noinst_HEADERS += lib/jit/asm.h lib/jit/jit.h lib/jit/ir.def
-libvm_la_SOURCES += lib/jit/coverage.c lib/jit/emit.c lib/jit/jit.c lib/jit/lift.c lib/jit/opt.c lib/jit/print.c
+libvm_la_SOURCES += lib/jit/coverage.c lib/jit/emit.c lib/jit/hook.c lib/jit/jit.c lib/jit/lift.c lib/jit/opt.c lib/jit/print.c
 endif
