@@ -43,6 +43,48 @@ VM_API int vm_irq_set(vm_machine *m, unsigned gsi, bool level);
  * Interrupts"). VM_E_INVALID address outside of that range; VM_E_UNSUPPORTED on BARE machines. Any thread. */
 VM_API int vm_irq_msi(vm_machine *m, uint64_t address, uint32_t data);
 
+/* ---- writes and interrupts without a callback ----
+ * The same on every backend; on KVM the host's kernel serves them, without an exit of the guest. They stay with the
+ * machine when it moves to another backend, and are not part of snapshots. */
+
+/* A write of the guest that rings an eventfd. */
+typedef struct vm_doorbell {
+    uint32_t size;                      /* sizeof(vm_doorbell): VM_DOORBELL_INIT */
+    int      fd;                        /* an eventfd; it may be closed after the call */
+    uint64_t address;                   /* guest-physical address, not of RAM, or port */
+    uint32_t width;                     /* bytes of the write: 1, 2, 4, 8; 0: any */
+    bool     is_port;
+    bool     has_match;                 /* only writes of `match` (with a width) */
+    uint64_t match;
+} vm_doorbell;
+#define VM_DOORBELL_INIT VM_STRUCT_INIT(vm_doorbell)
+#define VM_MAX_DOORBELLS 1024u
+
+/* From now on such a write at exactly this address adds 1 to the eventfd, which poll() then shows to any thread, and does
+ * nothing else: no callback, no exit. It works with and without a region there. Accesses of another width or value, and
+ * reads, are as before. on = false takes it away again (all members must be those it was made with).
+ * VM_E_INVALID bad member, or `fd` is no eventfd; VM_E_EXISTS the same write has a doorbell; VM_E_NOTFOUND nothing to take
+ * away; VM_E_NOMEM, VM_E_HOST (descriptors, VM_MAX_DOORBELLS). Any thread, callbacks too. */
+VM_API int vm_ioeventfd(vm_machine *m, const vm_doorbell *doorbell, bool on);
+
+/* An eventfd that interrupts the guest: when its counter is not zero it is read (so set to zero) and line `gsi` gets one
+ * edge. `fd` is read by a thread of the machine and may be closed by the caller after the call; a descriptor is one
+ * source of interrupts. on = false: no longer (the edge of an earlier signal may still come).
+ * VM_E_INVALID no such line, or `fd` is no eventfd; VM_E_EXISTS `fd` has a line; VM_E_NOTFOUND; VM_E_UNSUPPORTED on BARE
+ * machines; VM_E_NOMEM, VM_E_HOST. Any thread. */
+VM_API int vm_irqfd(vm_machine *m, int fd, unsigned gsi, bool on);
+/* The same with a message-signalled interrupt, as vm_irq_msi(). Taken away by vm_irqfd(m, fd, 0, false). */
+VM_API int vm_irqfd_msi(vm_machine *m, int fd, uint64_t address, uint32_t data);
+
+/* Writes to [offset, offset + bytes) of a port or MMIO region may be collected instead of ending the guest's run one by
+ * one: for registers that are only written, often, and with no effect that the guest waits for (a framebuffer, an index
+ * register). Each still becomes one call of ops->write, in order, before the next callback of this machine that is not
+ * collected and before vm_vcpu_run() returns; `cpu` is then some vCPU of the machine, whose registers are not those at the
+ * write and must not be changed. Software backends call at once. Ends with on = false (same range) or with the region.
+ * VM_E_INVALID the range is not inside the region, or the region has no write callback; VM_E_NOTFOUND no such region, or
+ * no such range to end; VM_E_EXISTS. Any thread, callbacks too. */
+VM_API int vm_coalesce(vm_machine *m, vm_region *r, uint64_t offset, uint64_t bytes, bool on);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE 1
 #endif
 #include "api/api.h"
+#include "core/doorbell.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -189,6 +190,7 @@ VM_API int vm_unmap(vm_machine *m, vm_region *r)
         status = vm_fail(VM_E_INVALID, "vm_unmap: the region at 0x%llx belongs to the platform", (ull)r->gpa);
     if (status == VM_OK) {
         kind = r->kind;
+        vm_zones_forget(m, r);
         vm_region_detach(r);
     }
     vm_machine_unlock(m);

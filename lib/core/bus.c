@@ -6,6 +6,7 @@
  * machines and all ones (writes: nothing) on a PC.
  */
 #include "core/core.h"
+#include "core/doorbell.h"
 #include "x86/access.h"
 
 #include <string.h>
@@ -142,7 +143,8 @@ int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
     unsigned width;
     int status = X86_IO_DONE;
     cpu->x86.stat[X86_STAT_MMIO]++;
-    if (write_ram(cpu, gpa, n, value))
+    if (write_ram(cpu, gpa, n, value) ||
+        (cpu->machine->events && vm_doorbell_ring(cpu->machine, false, gpa, n, value)))
         return X86_IO_DONE;
     vm_device_lock(cpu->machine);
     for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width)
@@ -184,6 +186,10 @@ static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, u
     uint64_t result = 0;
     unsigned width;
     int status = X86_IO_DONE;
+    if (is_write && cpu->machine->events && vm_doorbell_ring(cpu->machine, true, port, n, *value)) {
+        cpu->x86.stat[X86_STAT_IO]++;
+        return status;
+    }
     vm_device_lock(cpu->machine);
     for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width) {
         uint64_t part = is_write ? *value >> 8 * done : 0;

@@ -174,6 +174,9 @@ typedef struct vm_backend_ops {
      * anything outside of the backend can see it. */
     uint64_t (*retired)(const vm_vcpu *cpu);
     bool takes_interrupts;
+    /* World stopped: a doorbell or a zone of collected writes comes or goes (doorbell.h). NULL: the bus does it. */
+    void (*doorbell)(vm_machine *m, const vm_doorbell *d, int fd, bool on);
+    void (*coalesce)(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on);
     bool serves_hooks;                 /* hooks, breakpoints, watchpoints, single steps (hook.h) */
     /* hook_mask or watch of a vCPU changed, or ranges did: translated code is stale. On its thread, at a boundary */
     void (*hooks_changed)(vm_vcpu *cpu);
@@ -219,6 +222,7 @@ struct vm_machine {
     uint64_t tsc_hz;                   /* VM_TSC_HZ otherwise */
     bool has_backend, has_pc;          /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
+    struct vm_events *events;          /* doorbells and their like; NULL: none ever */
 };
 static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
     if (cpu->machine->backend->get_state)

@@ -4,6 +4,9 @@
  * through vm_machine_destroy(), which copes with whatever is missing.
  */
 #include "core/core.h"
+#include "core/track.h"
+#include "core/doorbell.h"
+#include "core/hook.h"
 #include "mmu/mmu.h"
 #if VM_HAVE_KVM
 #include "kvm/select.h"
@@ -209,6 +212,7 @@ static void stop_vcpus(vm_machine *m)
 void vm_machine_destroy(vm_machine *m)
 {
     stop_vcpus(m);
+    vm_events_stop(m);
     vm_clock_stop(m);
     vm_mmu_detach(m);
     vm_regions_free(m);
@@ -218,6 +222,7 @@ void vm_machine_destroy(vm_machine *m)
         vm_vcpu_free(m->vcpus[i]);
     if (m->has_backend && m->backend->machine_destroy)
         m->backend->machine_destroy(m);
+    vm_events_free(m);
     vm_clock_destroy(m);
     pthread_mutex_destroy(&m->trace_lock);
     free(m->vcpus);

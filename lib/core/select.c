@@ -5,6 +5,8 @@
  * exist side by side. If the new backend fails, the old one is made again; what it needs was there a moment ago.
  */
 #include "core/core.h"
+#include "core/doorbell.h"
+#include "core/hook.h"
 #include "mmu/mmu.h"
 
 #include <string.h>
@@ -37,6 +39,7 @@ static int make(vm_machine *m, const vm_backend_ops *ops) {
 /* Nothing that was derived from the old backend's runs may be believed. */
 static void refresh(vm_machine *m) {
     if (m->backend->map_changed) m->backend->map_changed(m);
+    vm_events_announce(m);
     vm_mmu_forget(m);
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         x86_cpu *x = &m->vcpus[i]->x86;

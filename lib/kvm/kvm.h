@@ -2,6 +2,7 @@
  *
  *   kvm_machine.c  discovery, file descriptors, memory slots, identity page tables for VM_MODE_FLAT64
  *   kvm_dirty.c    which pages the guest wrote, by rings or by bitmaps
+ *   kvm_events.c   doorbells and collected writes that the kernel serves
  *   kvm_cpuid.c    CPUID: what libvm shows, cut down to what this host's KVM can do
  *   kvm_state.c    x86_cpu <-> KVM's structures, by parts (VM_STATE_*)
  *   kvm_exit.c     exits made into the accesses and stops that the software backends make, exact RIP for them
@@ -65,6 +66,8 @@ typedef struct kvm_machine {
     uint64_t flat_gpa;
     size_t flat_bytes, flat_used;
     unsigned flat_slot;
+    size_t coalesced_page;    /* offset of the ring of collected writes in a vCPU's shared pages; 0: none */
+    bool can_coalesce_ports, collects;
     _Atomic uint64_t entries; /* KVM_RUN calls that may have run guest code: software caches age by it */
 } kvm_machine;
 
@@ -163,6 +166,11 @@ void kvm_dirty_choose(kvm_machine *km); /* before the first vCPU */
 int kvm_dirty_ring_map(kvm_vcpu *kv);
 void kvm_dirty_ring_unmap(kvm_vcpu *kv);
 void kvm_dirty_sync(vm_machine *m); /* what KVM knows goes to the regions' page flags */
+
+/* kvm_events.c */
+void kvm_doorbell(vm_machine *m, const vm_doorbell *d, int fd, bool on);
+void kvm_coalesce(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on);
+void kvm_collected(kvm_vcpu *kv); /* make the calls for collected writes; after each KVM_RUN */
 
 /* kvm_cpuid.c */
 int kvm_cpuid_read(kvm_machine *km); /* fills km->supported */

@@ -504,6 +504,9 @@ static void read_capabilities(kvm_machine *km) {
     km->has_xcrs = check(fd, KVM_CAP_XCRS);
     km->has_shadow = check(fd, KVM_CAP_INTR_SHADOW);
     km->xsave_bytes = xsave > (int)sizeof(struct kvm_xsave) ? (size_t)xsave : sizeof(struct kvm_xsave);
+    int page = check(fd, KVM_CAP_COALESCED_MMIO);
+    km->coalesced_page = page > 0 && ((size_t)page + 1) * 4096 <= km->run_bytes ? (size_t)page * 4096 : 0;
+    km->can_coalesce_ports = check(fd, KVM_CAP_COALESCED_PIO);
     int slots = check(fd, KVM_CAP_NR_MEMSLOTS);
     km->max_slots = slots > 0 ? (unsigned)slots : 32;
 }

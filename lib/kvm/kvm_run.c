@@ -570,6 +570,7 @@ static x86_stop run_guest(kvm_vcpu *kv) {
         if (rc < 0 && error != EINTR && error != EAGAIN) return entry_failed(kv, error);
         absorb(kv);
         sync_cr8(kv);
+        kvm_collected(kv);
         if (rc < 0) {
             if (kv->is_kicked || kv->is_timer_armed) drain_kicks(kv);
             kv->is_late = is_late(kv);
@@ -619,6 +620,7 @@ void kvm_leave(vm_vcpu *cpu) {
     kv->valid = kv->dirty = VM_STATE_ALL;
     kv->is_reported = false;
     kv->open = KVM_OPEN_NONE;
+    kvm_collected(kv);
     if (kv->has_soft) interp_destroy(cpu);
     kv->has_soft = false;
     if (kv->debug.control) {
@@ -665,4 +667,6 @@ const vm_backend_ops vm_backend_kvm = {
     .kick = kvm_kick,
     .leave = kvm_leave,
     .takes_interrupts = true,
+    .doorbell = kvm_doorbell,
+    .coalesce = kvm_coalesce,
 };
