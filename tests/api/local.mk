@@ -35,3 +35,7 @@ tests_api_api_doorbell_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_ept
 tests_api_api_ept_SOURCES = tests/api/ept.c
 tests_api_api_ept_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_coverage
+tests_api_api_coverage_SOURCES = tests/api/coverage.c
+tests_api_api_coverage_LDADD = $(TEST_LIBS)
+check-local: bench/kernels.elf
