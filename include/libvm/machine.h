@@ -65,7 +65,8 @@ VM_API int vm_reset(vm_machine *m);
  *   "phys-bits"        width of guest-physical addresses
  * and of KVM besides: "hardware-ring0" (0: this host emulates guest ring 0 in software, about a million instructions
  * a second; "auto" then chooses another backend), "max-slots" (ranges of memory mapped at full speed; more work,
- * slower), "dirty-ring".
+ * slower), "dirty-ring", "nested-paging" (1: the hardware walks a second level of tables, 0: KVM keeps shadow page
+ * tables).
  * On KVM exact budgets and exception exits are the interpreter's work; hypercalls (VMCALL, VMMCALL) are KVM's own:
  * "hypercall" is 0.
  * VM_E_NOTFOUND unknown capability; VM_E_INVALID NULL or unknown backend. Any thread. */

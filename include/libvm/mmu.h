@@ -63,7 +63,7 @@ VM_API int vm_mmu_register(const vm_mmu_ops *ops);
 /* Names of the strategies, built in and registered; NULL past the last. */
 VM_API const char *vm_mmu_name(unsigned i);
 /* Changes a machine's strategy; NULL is the default. VM_E_BUSY while a vCPU runs; VM_E_NOTFOUND no such strategy;
- * VM_E_UNSUPPORTED with KVM. */
+ * VM_E_UNSUPPORTED with KVM, but for "tlb", "flat" (both: the hardware) and "ept". */
 VM_API int vm_mmu_select(vm_machine *m, const char *name);
 /* The name of the strategy in use. */
 VM_API const char *vm_mmu_current(const vm_machine *m);
@@ -141,7 +141,7 @@ typedef enum vm_ept_action {
     VM_EPT_STEP         /* the instruction may access the page this once; the next one may not */
 } vm_ept_action;
 /* Called on the vCPU's thread inside the instruction, registers exact; may call what callbacks may. An instruction that
- * makes several forbidden accesses (a fetch is one of 1 byte each) calls for each, but after STEP no more for that
+ * makes several forbidden accesses (a fetch is one of 1 byte each) calls for each, but (not with KVM) after STEP no more for that
  * page. */
 typedef vm_ept_action (*vm_ept_fn)(void *user, vm_vcpu *cpu, vm_ept_violation *violation);
 /* Sets the machine's callback for violations in any view; NULL: every violation is VM_EPT_STOP. While no vCPU runs. */

@@ -153,8 +153,6 @@ VM_API int vm_debugcon_output(vm_machine *m, vm_console_fn fn, void *user)
 VM_API int vm_mmu_select(vm_machine *m, const char *name)
 {
     VM_CHECK_NULL("vm_mmu_select", m);
-    if (m->options.backend == VM_BACKEND_KVM)
-        return vm_fail(VM_E_UNSUPPORTED, "vm_mmu_select: with KVM the host's hardware translates");
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (vm_vcpu_is_running(m->vcpus[i]))
             return vm_fail(VM_E_BUSY, "vm_mmu_select: vCPU %u is running", i);

@@ -106,6 +106,10 @@ struct vm_vcpu {
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
     void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
+    struct vm_ept_view *ept_view;      /* strategy "ept": what memory is looked at through; else NULL */
+    unsigned ept_index;
+    bool ept_stopped;                  /* X86_STOP_IO is a violation */
+    struct { bool is_set; uint64_t page, rip, retired; } ept_step;     /* VM_EPT_STEP was said */
     unsigned lock_depth;               /* x86_env.lock_begin without lock_end */
     /* host time (CLOCK_MONOTONIC ns) this run must end; UINT64_MAX: none. For backends that cannot be cut into
      * slices */
@@ -339,6 +343,9 @@ void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t of
 void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa);
 bool vm_page_trap(vm_machine *m, uint64_t gpa, bool on);           /* VM_PAGE_TABLE; false: no RAM there */
 bool vm_page_is_trapped(vm_machine *m, uint64_t gpa);
+/* World stopped: the views of "ept" show other permissions in the range (0, 0: anywhere; then backends that map memory
+ * themselves only). */
+void vm_memory_view_changed(vm_machine *m, uint64_t gpa, uint64_t bytes);
 /* regs.c */
 int  vm_regs_read(vm_vcpu *cpu, int reg_id, void *value);
 int  vm_regs_write(vm_vcpu *cpu, int reg_id, const void *value);

@@ -6,6 +6,7 @@
  */
 #include "core/core.h"
 #include "core/hook.h"
+#include "mmu/ept.h"
 #include "mmu/mmu.h"
 #include "platform/pc.h"
 
@@ -24,23 +25,38 @@ static uint8_t *env_page(x86_cpu *x, uint64_t gpa, unsigned *prot)
     uint64_t offset = gpa - range->gpa;
     uint8_t flags = atomic_load_explicit(&r->page_flags[offset >> 12], memory_order_relaxed);
     *prot = vm_region_prot(r, offset);
-    if (flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_TABLE)) {
-        bool is_walkers = (*prot & X86_WRITE) && !(flags & (VM_PAGE_CODE | VM_PAGE_CLEAN));
+    if (flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_KEPT | VM_PAGE_TABLE)) {
+        bool is_walkers = (*prot & X86_WRITE) && !(flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_KEPT));
         *prot = (*prot & ~(unsigned)X86_WRITE) | (is_walkers ? X86_WALKER : 0);
+    }
+    if (__builtin_expect(cpu->ept_view != NULL, 0)) {
+        if (*prot & X86_WRITE)
+            *prot |= X86_WALKER;       /* page walks are not the view's concern */
+        *prot &= vm_ept_prot(cpu, gpa) | X86_WALKER;
     }
     return r->host + offset;
 }
 
 static int env_phys_read(x86_cpu *x, uint64_t gpa, uint64_t gva, unsigned n, unsigned access, uint64_t *value)
 {
-    (void)gva;
-    return vm_bus_read(vm_vcpu_of(x), gpa, n, access, value);
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    if (__builtin_expect(cpu->ept_view != NULL, 0)) {
+        int answer = vm_ept_check(cpu, gpa, gva, n, access, value);
+        if (answer != VM_EPT_GO)
+            return answer == VM_EPT_DONE ? X86_IO_DONE : X86_IO_EXIT;
+    }
+    return vm_bus_read(cpu, gpa, n, access, value);
 }
 
 static int env_phys_write(x86_cpu *x, uint64_t gpa, uint64_t gva, unsigned n, uint64_t value)
 {
-    (void)gva;
-    return vm_bus_write(vm_vcpu_of(x), gpa, n, value);
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    if (__builtin_expect(cpu->ept_view != NULL, 0) && !x->is_walking) {
+        int answer = vm_ept_check(cpu, gpa, gva, n, X86_WRITE, &value);
+        if (answer != VM_EPT_GO)
+            return answer == VM_EPT_DONE ? X86_IO_DONE : X86_IO_EXIT;
+    }
+    return vm_bus_write(cpu, gpa, n, value);
 }
 
 static int env_port_in(x86_cpu *x, uint16_t port, unsigned n, uint64_t *value)

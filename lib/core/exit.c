@@ -116,7 +116,9 @@ void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit)
                                  .data = data };
     } else {
         const vm_range *range = vm_find(cpu, a->gpa);
-        exit->reason = range && range->region->kind == VM_REGION_MMIO ? VM_EXIT_MMIO : VM_EXIT_UNMAPPED;
+        exit->reason = cpu->ept_stopped ? VM_EXIT_VIOLATION
+                       : range && range->region->kind == VM_REGION_MMIO ? VM_EXIT_MMIO : VM_EXIT_UNMAPPED;
+        cpu->ept_stopped = false;
         exit->mmio = (vm_exit_mmio){ .gpa = a->gpa, .gva = a->gva, .width = a->width, .is_write = a->is_write,
                                      .is_fetch = a->is_fetch, .data = data };
     }
@@ -178,6 +180,8 @@ void vm_exit_complete(vm_vcpu *cpu, const vm_exit *given)
         x->gpr[X86_RAX] = is_given ? given->hypercall.result : ~UINT64_C(0);
         return;
     }
+    if (reason == VM_EXIT_VIOLATION)
+        return;                        /* the access is made again */
     x86_io_access done = x->io;
     if (done.is_fetch || (reason == VM_EXIT_UNMAPPED && would_succeed(cpu, &done)))
         return;

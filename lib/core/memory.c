@@ -445,6 +445,14 @@ int vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot)
     return status;
 }
 
+void vm_memory_view_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    if (bytes)
+        range_gone(m, gpa, bytes);
+    if (m->backend->map_changed)
+        m->backend->map_changed(m);
+}
+
 /* ---- writes that must be seen ---- */
 
 static void set_flags(_Atomic uint8_t *f, uint8_t set, uint8_t clear)

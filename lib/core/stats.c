@@ -17,6 +17,11 @@ static uint64_t vm_stat_irqs(vm_machine *m) { return m->stat_irqs; }
 static uint64_t vm_stat_msis(vm_machine *m) { return m->stat_msis; }
 static uint64_t vm_stat_ram_bytes(vm_machine *m) { return m->ram_total; }
 static uint64_t vm_stat_shadow_pages(vm_machine *m) { return vm_shadow_pages(m); }
+static uint64_t vm_stat_nested_paging(vm_machine *m)
+{
+    uint64_t value = 0;
+    return m->options.backend == VM_BACKEND_KVM && vm_query(VM_BACKEND_KVM, "nested-paging", &value) == VM_OK && value;
+}
 static uint64_t vm_stat_regions(vm_machine *m) { return m->region_count; }
 
 enum { VCPU, MACHINE };

@@ -152,6 +152,8 @@ static block *find_block(x86_cpu *cpu, block_cache *c)
     (void)code_room(cpu, rip);
     uint64_t gpa = code_gpa(cpu, la);
     block *b = block_find(c, gpa, cpu->code_size);
+    if (X86_UNLIKELY(cpu->exec_varies) && !code_page(cpu, gpa))
+        return fetch_slow(cpu, c, rip);
     if (b && b->crosses)
         return fetch_crossing(cpu, c, rip, b);
     if (!b) {

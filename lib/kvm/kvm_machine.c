@@ -28,6 +28,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include "interp/interp.h"
+#include "mmu/ept.h"
 #include "x86/system.h"
 
 #ifndef KVM_CAP_XSAVE2
@@ -92,6 +93,19 @@ bool kvm_is_hardware_ring0(void) {
            (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & 1u << 2));
 }
 
+/* Whether the hardware walks the host's second level of tables; otherwise KVM keeps shadow page tables. */
+static bool has_nested_paging(void) {
+    static const char *const files[] = {"/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"};
+    char c = 0;
+    for (unsigned i = 0; i < 2 && !c; i++) {
+        int fd = open(files[i], O_RDONLY | O_CLOEXEC);
+        if (fd < 0) continue;
+        if (read(fd, &c, 1) != 1) c = 0;
+        close(fd);
+    }
+    return c == 'Y' || c == '1';
+}
+
 /* What needs the device; the rest is known without it. */
 static int query_open(const char *capability, uint64_t *value) {
     int fd, rc = open_kvm(&fd);
@@ -107,6 +121,8 @@ static int query_open(const char *capability, uint64_t *value) {
         *value = (uint64_t)check(fd, KVM_CAP_NR_MEMSLOTS);
     else if (!strcmp(capability, "dirty-ring"))
         *value = kvm_is_hardware_ring0() ? (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING) : 0;
+    else if (!strcmp(capability, "nested-paging"))
+        *value = has_nested_paging();
     if (!strcmp(capability, "max-vcpus") && *value > VM_MAX_VCPUS) *value = VM_MAX_VCPUS;
     if (!strcmp(capability, "auto")) {
         *value = kvm_is_hardware_ring0();
@@ -119,7 +135,8 @@ static int query_open(const char *capability, uint64_t *value) {
 
 int kvm_query(const char *capability, uint64_t *value) {
     static const char *const open_names[] = {"available", "auto",      "hardware-ring0",
-                                             "max-vcpus", "max-slots", "dirty-ring"};
+                                             "max-vcpus", "max-slots", "dirty-ring",
+                                             "nested-paging"};
     for (unsigned i = 0; i < sizeof open_names / sizeof open_names[0]; i++)
         if (!strcmp(capability, open_names[i])) return query_open(capability, value);
     if (!strcmp(capability, "exact-budget") || !strcmp(capability, "exception-exits") || !strcmp(capability, "until")) {
@@ -190,6 +207,11 @@ static bool slot_flags(const kvm_machine *km, const vm_machine *m, unsigned prot
     return true;
 }
 
+/* What the region and, under strategy "ept", the view allow at an offset into a range. */
+static unsigned slot_prot(const vm_machine *m, const vm_range *r, uint64_t offset) {
+    return vm_region_prot(r->region, r->offset + offset) & vm_ept_machine_prot(m, r->gpa + offset);
+}
+
 static bool next_piece(run_iter *it, kvm_slot *out) {
     kvm_machine *km = kvm_machine_of(it->m);
     for (; it->range < it->view->count; it->range++, it->offset = 0) {
@@ -197,12 +219,12 @@ static bool next_piece(run_iter *it, kvm_slot *out) {
         if (r->region->kind == VM_REGION_MMIO || r->region->kind == VM_REGION_PIO) continue;
         while (it->offset < r->bytes) {
             uint64_t start = it->offset, in_region = r->offset + start;
-            unsigned prot = vm_region_prot(r->region, in_region);
-            if (!r->region->page_prot)
+            unsigned prot = slot_prot(it->m, r, start);
+            if (!r->region->page_prot && !it->m->vcpus[0]->ept_view)
                 it->offset = r->bytes;
             else
                 do it->offset += 4096;
-                while (it->offset < r->bytes && vm_region_prot(r->region, r->offset + it->offset) == prot);
+                while (it->offset < r->bytes && slot_prot(it->m, r, it->offset) == prot);
             *out = (kvm_slot){.gpa = r->gpa + start, .bytes = it->offset - start, .host = r->region->host + in_region};
             if (slot_flags(km, it->m, prot, &out->flags)) return true;
         }

@@ -2,7 +2,8 @@
  *
  * "tlb" and "flat", the built-in strategies, are recognised and called without the public vtable's copying.
  */
-#include "mmu/mmu.h"
+#include "core/track.h"
+#include "mmu/ept.h"
 
 #include <stdatomic.h>
 
@@ -15,6 +16,8 @@ static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
         return vm_mmu_walk_ctx(cpu, la, access, ctx, w);
     if (ops == &vm_mmu_shadow)
         return vm_shadow_translate(cpu, la, access, ctx, w);
+    if (ops == &vm_mmu_ept)
+        return vm_ept_translate(cpu, la, access, ctx, w);
     if (ops == &vm_mmu_flat) {
         w->gpa = la;
         w->page_bytes = 4096;
@@ -76,6 +79,12 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
     unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
     if (x86_tlb_known(x, ctx, la, access, gpa)) {
+        /* The first write since a snapshot, mostly: all that it needs is a note. */
+        if (cpu->machine->track && access == X86_WRITE && cpu->machine->vcpu_count == 1 && !x->watch &&
+            vm_track_write(cpu, *gpa & X86_PAGE_MASK)) {
+            x86_tlb_allow(x, ctx, la);
+            return true;
+        }
         /* Device memory; or a write that has to be seen, unless that has ended: then translate once more for the tag.
          * */
         if (access != X86_WRITE || !x->env->page(x, *gpa & X86_PAGE_MASK, &prot) || !(prot & X86_WRITE))
@@ -86,6 +95,8 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
         return false;
     }
     *gpa = w.gpa;
+    if (cpu->machine->track && (access & X86_WRITE) && (w.prot & X86_WRITE))
+        vm_track_write(cpu, w.gpa & X86_PAGE_MASK);
     uint8_t *host = x->env->page(x, w.gpa & X86_PAGE_MASK, &prot);
     if (host && (prot & w.prot))
         enter_ram(cpu, la, ctx, &w, host, prot);

@@ -20,6 +20,7 @@ void vm_mmu_to_result(const x86_walk *w, bool ok, struct vm_mmu_result *out);
 /* Give a machine its strategy (nobody runs); detach: destroy the strategy's state. */
 int vm_mmu_attach(vm_machine *m, const char *name);
 void vm_mmu_detach(vm_machine *m);
+bool vm_mmu_suits(const vm_mmu_ops *ops, vm_backend backend);          /* can be used with it */
 /* A page with VM_PAGE_TABLE was written from gpa on, `by` NULL: not by a vCPU. Any thread. */
 void vm_mmu_table_written(vm_machine *m, vm_vcpu *by, uint64_t gpa);
 /* Regions came, went or changed their permissions. vCPUs paused. */

@@ -9,7 +9,7 @@
 
 #define REGISTRY_MAX 64u
 
-static const vm_mmu_ops *const built_in[] = { &vm_mmu_tlb, &vm_mmu_flat, &vm_mmu_shadow };
+static const vm_mmu_ops *const built_in[] = { &vm_mmu_tlb, &vm_mmu_flat, &vm_mmu_shadow, &vm_mmu_ept };
 #define BUILT_IN (sizeof built_in / sizeof *built_in)
 
 static struct {
@@ -66,12 +66,19 @@ VM_API int vm_mmu_register(const vm_mmu_ops *ops)
 
 /* ---- a machine's strategy ---- */
 
+bool vm_mmu_suits(const vm_mmu_ops *ops, vm_backend backend)
+{
+    return backend != VM_BACKEND_KVM || ops == &vm_mmu_tlb || ops == &vm_mmu_flat || ops == &vm_mmu_ept;
+}
+
 int vm_mmu_attach(vm_machine *m, const char *name)
 {
     const vm_mmu_ops *ops = vm_mmu_find(name);
     void *state = NULL;
     if (!ops)
         return vm_fail(VM_E_NOTFOUND, "no MMU strategy \"%s\"", name);
+    if (!vm_mmu_suits(ops, m->options.backend))
+        return vm_fail(VM_E_UNSUPPORTED, "MMU strategy \"%s\": with KVM the host's hardware translates", ops->name);
     if (ops->create) {
         int status = ops->create(m, &state);
         if (status != VM_OK)
@@ -80,6 +87,8 @@ int vm_mmu_attach(vm_machine *m, const char *name)
     vm_mmu_detach(m);
     m->mmu = ops;
     m->mmu_state = state;
+    if (m->options.backend == VM_BACKEND_KVM)
+        vm_memory_view_changed(m, 0, 0);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus && m->vcpus[i]) {
             x86_tlb_clear(&m->vcpus[i]->x86);

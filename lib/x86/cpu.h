@@ -354,6 +354,8 @@ struct x86_cpu {
     uint8_t visits;                    /* to unfinished repeats */
     unsigned io_count, io_pos;         /* entries logged; entries taken by this attempt */
     uint64_t exception_exits;          /* vectors reported instead of delivered */
+    bool exec_varies;                  /* env->page may forbid fetches from where code has been cached */
+    bool is_walking;                   /* the page walker writes an entry: no access of the program's */
     bool has_until;
     uint64_t until;
     uint64_t phys_mask;                /* guest-physical address bits: (1 << MAXPHYADDR) - 1 */

@@ -395,8 +395,10 @@ bool x86_cmpxchg_phys(x86_cpu *cpu, uint64_t gpa, unsigned n, uint64_t old, uint
     /* Writes to this page are watched (or dropped: ROM): compare and write with the world stopped. */
     cpu->env->lock_begin(cpu);
     bool is_equal = x86_load_host(page + (gpa & 0xfff), n) == old;
+    cpu->is_walking = true;
     if (is_equal)
         (void)cpu->env->phys_write(cpu, gpa, gpa, n, new_value);
+    cpu->is_walking = false;
     cpu->env->lock_end(cpu);
     return is_equal;
 }
