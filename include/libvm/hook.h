@@ -15,7 +15,7 @@
  *
  * Several hooks at one place are called in the order in which they were added, each kind by itself: EDGE, BLOCK, FETCH,
  * INSN. All of them are called, also if one of the first asks to stop or to skip; the strongest answer counts: STOP, then
- * SKIP, then CONTINUE.
+ * RETRY, SKIP, CONTINUE.
  *
  * Each event is reported once: an instruction that had to leave the run half-way (an access that nobody handles, a
  * budget that ended inside a repeated string instruction) does not call its hooks again when it goes on.
@@ -89,17 +89,20 @@ typedef enum vm_hook_kind {
 } vm_hook_kind;
 
 /* What a callback wants.
- *  STOP  the run ends with VM_EXIT_HOOK and exit.hook.hook: before the instruction for hooks that are called before one,
- *        else after it (EXCEPTION, INTERRUPT: instead of delivering it, with RIP at the instruction; a hardware
+ *  STOP  the run ends with VM_EXIT_HOOK and exit.hook.hook: after the instruction for MEM_READ, MEM_WRITE and PORT,
+ *        before it for the others (EXCEPTION, INTERRUPT: instead of delivering it, with RIP at the instruction; a hardware
  *        interrupt stays pending). The next run, if RIP is still the same, goes on with the very instruction (or
  *        delivery) and does not call the hooks for it again.
  *  SKIP  the instruction is not executed and the guest goes on after it (or at the RIP that the callback set); it counts
  *        as retired. MEM_READ, MEM_WRITE, BLOCK, EDGE: skips the instruction too; what it has done already (earlier
- *        accesses, iterations) stays done. */
+ *        accesses, iterations) stays done.
+ *  RETRY EXCEPTION: not delivered, the instruction is executed again (the callback has removed the cause). Elsewhere as
+ *        CONTINUE. */
 typedef enum vm_hook_result {
     VM_HOOK_CONTINUE,
     VM_HOOK_STOP,
     VM_HOOK_SKIP,
+    VM_HOOK_RETRY,
     VM_HOOK_RESULT_FORCE_INT = 0x7fffffff
 } vm_hook_result;
 

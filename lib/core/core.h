@@ -56,6 +56,8 @@ typedef enum vm_region_kind { VM_REGION_RAM, VM_REGION_HOST, VM_REGION_FILE, VM_
 #define VM_PAGE_CLEAN 2u     /* dirty log on and page not dirty yet: the first write must be seen */
 #define VM_PAGE_DIRTY 4u     /* written since the last fetch */
 #define VM_PAGE_TABLE 8u     /* the MMU strategy wants to hear of writes (vm_mmu_table_written) */
+#define VM_PAGE_KEPT 16u     /* as in the current snapshot: the first write must be seen (track.h) */
+typedef struct vm_note vm_note;
 struct vm_region {
     vm_machine *machine;
     vm_region_kind kind;
@@ -71,6 +73,12 @@ struct vm_region {
     bool is_dying;                     /* unmapped while one of its callbacks was running */
     unsigned busy;                     /* callbacks running; under device_lock */
     vm_region *next, **link;           /* all regions of the machine */
+    /* track.h: */
+    uint8_t **base;                    /* a page: its contents in the current snapshot; NULL: those of the image */
+    struct vm_image *image;            /* NULL: no snapshot has seen it */
+    struct vm_image *backing;          /* `host` is a private mapping of this; NULL: of nothing */
+    unsigned keepers, mark;            /* snapshots that contain it */
+    bool is_parked;                    /* out of the map, kept by snapshots */
 };
 typedef struct vm_range { uint64_t gpa, bytes; vm_region *region; uint64_t offset; } vm_range;
 typedef struct vm_view { size_t count, capacity; vm_range *ranges; } vm_view;

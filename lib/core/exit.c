@@ -48,6 +48,12 @@ VM_API int vm_exit_format(const vm_exit *e, char *buffer, size_t bytes)
     case VM_EXIT_HYPERCALL:
         snprintf(detail, sizeof detail, " number 0x%llx", (unsigned long long)e->hypercall.number);
         break;
+    case VM_EXIT_BREAKPOINT:
+        if (e->debug.is_watchpoint)
+            snprintf(detail, sizeof detail, " %s 0x%llx width %u value 0x%llx",
+                     e->debug.access == VM_PROT_W ? "write" : "read", (unsigned long long)e->debug.address,
+                     e->debug.bytes, (unsigned long long)e->debug.value);
+        break;
     case VM_EXIT_GUEST_EXIT:
         snprintf(detail, sizeof detail, " code 0x%llx", (unsigned long long)e->guest_exit.code);
         break;

@@ -214,6 +214,8 @@ void vm_machine_destroy(vm_machine *m)
     stop_vcpus(m);
     vm_events_stop(m);
     vm_clock_stop(m);
+    vm_hooks_free(m);
+    vm_track_destroy(m);
     vm_mmu_detach(m);
     vm_regions_free(m);
     if (m->has_pc)

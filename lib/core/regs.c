@@ -48,8 +48,15 @@ static bool in_callback(const vm_vcpu *cpu)
 
 static void set_rip(vm_vcpu *cpu, uint64_t rip)
 {
+    x86_cpu *x = &cpu->x86;
     if (!in_callback(cpu)) {
-        cpu->x86.rip = rip;
+        if (rip != x->rip && !cpu->has_pending)
+            x86_io_retire(x);          /* what the instruction there had done half-way */
+        if (rip != x->rip) {
+            x->hook_done = false;
+            x->block_state = X86_BLOCK_FRESH;
+        }
+        x->rip = rip;
     } else if (rip != cpu->x86.rip) {  /* in bulk, the current one comes back unchanged */
         cpu->x86.next_rip = rip;
         vm_vcpu_look_again(cpu);

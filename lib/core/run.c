@@ -5,6 +5,7 @@
  * or the world is stopped.
  */
 #include "core/core.h"
+#include "core/hook.h"
 #include "platform/pc.h"
 
 #include <string.h>
@@ -21,6 +22,7 @@ typedef struct run {
     vm_exit *exit;
     int status;                        /* of the call, if the host failed */
     bool is_window;                    /* an interrupt waits */
+    bool is_delivered;                 /* an event has been, since guest code last ran */
     bool skips_until;                  /* the run began at `until`: execute one instruction before looking */
 } run;
 
@@ -50,12 +52,26 @@ static int attend(vm_vcpu *cpu, run *r)
         vm_vcpu_safe_point(cpu);
         vm_vcpu_take_requests(cpu);
     }
+    if (cpu->has_redirect) {
+        cpu->has_redirect = false;
+        cpu->x86.rip = cpu->redirect;
+        x86_io_retire(&cpu->x86);
+        cpu->x86.block_state = X86_BLOCK_FRESH;
+    }
+    if (cpu->hooks_seen != atomic_load(&cpu->machine->hook_seq))
+        vm_hooks_take(cpu);
     if (bits & X86_ATT_IRQ)
         cpu->irq_look = true;
     if (bits & X86_ATT_EVENT)
         reason = machine_event(cpu, r->exit);
     if (cpu->machine->is_ending)
         reason = VM_EXIT_KICK;
+    if (bits & X86_ATT_STOP) {
+        if (reason)
+            atomic_fetch_or(&cpu->x86.attention, X86_ATT_STOP);
+        else
+            reason = vm_hook_exit(cpu, r->exit);
+    }
     if (bits & X86_ATT_KICK) {
         if (reason)
             atomic_fetch_or(&cpu->x86.attention, X86_ATT_KICK);
@@ -76,6 +92,7 @@ static int shut_down(vm_vcpu *cpu)
 static int deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint32_t error)
 {
     x86_cpu *x = &cpu->x86;
+    r->is_delivered = true;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_IRQ)
         vm_trace_line(cpu->machine, VM_TRACE_IRQ, "cpu%u vector 0x%x rip 0x%llx", cpu->index, vector,
                       (unsigned long long)x->rip);
@@ -111,8 +128,11 @@ static bool take_interrupt(vm_vcpu *cpu, run *r, int *reason)
         r->is_window = true;
         return false;
     }
+    unsigned answer = vm_hook_interrupt(cpu, (uint8_t)vm_pc_irq_source.pending(cpu));
+    if (answer == X86_HOOK_STOP)
+        return (*reason = vm_hook_exit(cpu, r->exit)) != 0;
     int vector = vm_pc_irq_source.acknowledge(cpu);
-    if (vector < 0)
+    if (vector < 0 || answer == X86_HOOK_SKIP)
         return false;
     *reason = deliver(cpu, r, (uint8_t)vector, false, 0);
     return true;
@@ -163,10 +183,22 @@ static int events(vm_vcpu *cpu, run *r)
     if (cpu->is_parked)
         return (reason = sleep_until_needed(cpu, r)) ? reason : -1;
     if (cpu->inject.is_set) {
+        unsigned answer = cpu->inject.vector >= 32 ? vm_hook_interrupt(cpu, cpu->inject.vector) : X86_HOOK_GO;
+        if (answer == X86_HOOK_STOP)
+            return vm_hook_exit(cpu, r->exit);
         cpu->inject.is_set = false;
+        if (answer == X86_HOOK_SKIP)
+            return -1;
         return (reason = deliver(cpu, r, cpu->inject.vector, cpu->inject.has_error, cpu->inject.error)) ? reason : -1;
     }
     if (x->nmi_pending && !cpu->machine->backend->takes_interrupts) {
+        unsigned answer = !x->nmi_blocked && !x->inhibit ? vm_hook_interrupt(cpu, X86_NMI) : X86_HOOK_GO;
+        if (answer == X86_HOOK_STOP)
+            return vm_hook_exit(cpu, r->exit);
+        if (answer == X86_HOOK_SKIP) {
+            x->nmi_pending = false;
+            return -1;
+        }
         if (!x->nmi_blocked && !x->inhibit)
             return (reason = deliver(cpu, r, X86_NMI, false, 0)) ? reason : -1;
         r->is_window = true;
@@ -215,7 +247,8 @@ static int stopped(vm_vcpu *cpu, run *r, x86_stop stop)
     case X86_STOP_BREAKPOINT: return VM_EXIT_BREAKPOINT;
     case X86_STOP_STEP: return VM_EXIT_STEP;
     case X86_STOP_HYPERCALL: vm_exit_from_hypercall(cpu, r->exit); return VM_EXIT_HYPERCALL;
-    case X86_STOP_HOOK: return VM_EXIT_HOOK;
+    case X86_STOP_HOOK: return vm_hook_exit(cpu, r->exit);
+    case X86_STOP_SKIP: return 0;
     case X86_STOP_HOST: r->status = VM_E_HOST; return VM_EXIT_INTERNAL;
     case X86_STOP_INTERNAL: break;
     }
@@ -249,6 +282,7 @@ static x86_stop execute(vm_vcpu *cpu, run *r)
     x->irq_waiting = r->is_window;
     x->budget = slice;
     x86_stop stop = cpu->machine->backend->run(cpu);
+    cpu->has_begun = true;
     r->left -= (uint64_t)(slice - x->budget);
     if (__builtin_expect(cpu->lock_depth != 0, 0))
         while (cpu->lock_depth)        /* a fault or an exit under it */
@@ -268,10 +302,16 @@ static int run_loop(vm_vcpu *cpu, run *r)
             return reason;
         if (__builtin_expect(has_events(cpu), 0) && (reason = events(cpu, r)) > 0)
             return reason;
+        if (reason < 0 && r->options->single_step && r->is_delivered)
+            return VM_EXIT_STEP;
         if (reason < 0)
             continue;
         if ((reason = stopped(cpu, r, execute(cpu, r))) != 0)
             return reason;
+        if (__builtin_expect(cpu->hook_stop.is_set, 0) && (reason = vm_hook_exit(cpu, r->exit)) != 0) {
+            atomic_fetch_and(&cpu->x86.attention, ~X86_ATT_STOP);
+            return reason;
+        }
         if (r->left == 0)
             return VM_EXIT_BUDGET;
         if (r->deadline != UINT64_MAX && vm_host_now() >= r->deadline)
@@ -301,6 +341,13 @@ static void begin(vm_vcpu *cpu, run *r)
     cpu->deadline = r->deadline;
     cpu->has_signal_blocked = o->has_signal_blocked;
     x->has_deadline = o->deadline_ns != 0;
+    cpu->has_begun = false;
+    if (cpu->hooks_seen != atomic_load(&cpu->machine->hook_seq))
+        vm_hooks_take(cpu);
+    if (o->single_step != x->step_asked) {
+        x->step_asked = o->single_step;
+        x86_mode_changed(x);
+    }
 }
 
 static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
@@ -325,6 +372,8 @@ int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
     run r = { .options = options ? options : &no_options, .exit = exit };
     if (m->vcpu_count > 1 && vm_vcpu_self(m))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: this thread is already inside a run of this machine");
+    if (r.options->single_step && !m->backend->serves_hooks)
+        return vm_fail(VM_E_UNSUPPORTED, "vm_vcpu_run: backend %s does not step", m->backend->name);
     if (!vm_vcpu_claim(cpu))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);
     if (m->poisoned) {
@@ -336,6 +385,8 @@ int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
     memset((char *)exit + offsetof(vm_exit, reason), 0, sizeof *exit - offsetof(vm_exit, reason));
     begin(cpu, &r);
     int reason = run_loop(cpu, &r);
+    if (__builtin_expect(cpu->hooks_seen != atomic_load_explicit(&m->hook_seq, memory_order_relaxed), 0))
+        vm_hooks_take(cpu);
     finish(cpu, exit, reason);
     vm_vcpu_release(cpu);
     return r.status;

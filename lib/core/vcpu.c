@@ -23,6 +23,9 @@ void vm_vcpu_reset(vm_vcpu *cpu)
     cpu->inject.is_set = false;
     cpu->irq_look = cpu->machine->is_pc;
     cpu->x86.halted = false;
+    cpu->x86.hook_done = false;
+    cpu->x86.block_state = X86_BLOCK_FRESH;
+    cpu->has_redirect = false;
     x86_io_retire(&cpu->x86);
 }
 

@@ -48,4 +48,5 @@ const vm_backend_ops vm_backend_interp = {
     .tlb_flushed = interp_tlb_flushed,
     .retired = retired,
     .look_again = look_again,
+    .serves_hooks = true,
 };

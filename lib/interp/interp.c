@@ -149,6 +149,7 @@ static block *find_block(x86_cpu *cpu, block_cache *c)
     block_jump *j = &c->jumps[(la ^ la >> 12) & (BLOCK_JUMPS - 1)];
     if (X86_LIKELY(j->la == la && j->key == key))
         return j->b;
+    cpu->next_rip = rip;               /* what faults now has no length */
     (void)code_room(cpu, rip);
     uint64_t gpa = code_gpa(cpu, la);
     block *b = block_find(c, gpa, cpu->code_size);
@@ -243,10 +244,57 @@ static void run_block(x86_cpu *cpu, block_cache *c, const block *b, unsigned n)
     cover(cpu, in - 1, b->mode == 8 ? here : (uint32_t)(here + cs_base));
 }
 
-/* One instruction, with shadows and careful mode. */
-static void run_one(x86_cpu *cpu, block_cache *c)
+static void end_shadow(x86_cpu *cpu, uint8_t inhibit)
 {
-    const bool is_careful = cpu->careful;
+    if (inhibit && cpu->inhibit == inhibit) {
+        cpu->inhibit = 0;
+        x86_irq_window(cpu);
+    }
+}
+
+/* The instruction at `la` is done, or a hook has done it. */
+static void hooked_end(x86_cpu *cpu, const x86_insn *in, uint64_t la)
+{
+    cpu->hook_done = false;
+    if (in->flags & (X86_IF_BRANCH | X86_IF_END) || cpu->next_rip != ((cpu->rip + in->length) & rip_mask(cpu)))
+        x86_block_end(cpu, la);
+    else
+        cpu->block_state = X86_BLOCK_MID;
+}
+
+/* Hooks before an instruction. False: it is not to be executed now; *stop says what comes instead. */
+static bool hooked_begin(x86_cpu *cpu, block_cache *c, const block *b, x86_stop *stop)
+{
+    const uint64_t generation = c->generation, la = code_la(cpu, cpu->rip);
+    const uint8_t inhibit = cpu->inhibit;
+    *stop = X86_STOP_NONE;
+    if (cpu->hook_done && cpu->hook_rip == cpu->rip)
+        return true;
+    cpu->hook_done = false;
+    unsigned answer = cpu->env->hook_before(cpu, b->insn, b->gpa);
+    if (answer == X86_HOOK_STOP) {
+        *stop = cpu->stop;
+        cpu->stop = X86_STOP_NONE;
+        return false;
+    }
+    if (answer == X86_HOOK_SKIP) {
+        hooked_end(cpu, b->insn, la);
+        x86_io_retire(cpu);
+        end_shadow(cpu, inhibit);
+        retire(cpu, 1);
+        cpu->rip = cpu->next_rip;
+        return false;
+    }
+    cpu->hook_done = true;
+    cpu->hook_rip = cpu->rip;
+    return c->generation == generation;                      /* else decode anew: the hooks are not called again */
+}
+
+/* One instruction, with hooks, shadows and careful mode. */
+static x86_stop run_one(x86_cpu *cpu, block_cache *c)
+{
+    const bool is_careful = cpu->careful & X86_CAREFUL_STEP;
+    x86_stop stop;
     const uint8_t inhibit = cpu->inhibit;
     const uint64_t rflags = cpu->rflags, rip = cpu->rip, la = code_la(cpu, rip);
     c->running = NULL;
@@ -257,18 +305,20 @@ static void run_one(x86_cpu *cpu, block_cache *c)
     if (cpu->code_size != 8 && rip + in->length - 1 > cpu->seg[X86_CS].limit)
         x86_raise_error(cpu, X86_GP, 0);
     cpu->next_rip = (rip + in->length) & rip_mask(cpu);
+    if (X86_UNLIKELY(cpu->hook_mask & X86_HOOK_CODE) && !hooked_begin(cpu, c, b, &stop))
+        return stop;
     in->exec(cpu, in);
     x86_io_retire(cpu);
-    if (inhibit && cpu->inhibit == inhibit) {
-        cpu->inhibit = 0;
-        x86_irq_window(cpu);
-    }
-    if (!is_unfinished_string(cpu, in, rip))
+    end_shadow(cpu, inhibit);
+    if (!is_unfinished_string(cpu, in, rip)) {
         retire(cpu, 1);
+        hooked_end(cpu, in, la);
+    }
     cpu->rip = cpu->next_rip;
     cover(cpu, in, la);
     if (is_careful)
         x86_after_careful(cpu, rflags, inhibit);
+    return X86_STOP_NONE;
 }
 
 /* Instructions of the running block before the one at rip. */
@@ -305,6 +355,12 @@ static void settle(x86_cpu *cpu, block_cache *c)
     const bool has_retired = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL;
     retire(cpu, c->running ? count_before(cpu, c) : has_retired);
     c->running = NULL;
+    if (has_retired)
+        x86_hook_left(cpu);
+    if (cpu->stop == X86_STOP_SKIP) {
+        x86_hook_skipped(cpu);
+        cpu->stop = X86_STOP_NONE;
+    }
 }
 
 enum { FAULTS_IN_A_ROW = 256 };
@@ -319,8 +375,10 @@ static x86_stop loop(x86_cpu *cpu, block_cache *c)
         if (cpu->budget <= 0)
             return X86_STOP_SLICE;
         uint64_t retired = cpu->retired;
-        if (X86_UNLIKELY(cpu->careful || cpu->inhibit)) {
-            run_one(cpu, c);
+        if (X86_UNLIKELY((cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit || (cpu->hook_mask & X86_HOOK_CODE))) {
+            x86_stop stop = run_one(cpu, c);
+            if (stop != X86_STOP_NONE)
+                return stop;
             if (cpu->step_asked && cpu->retired != retired)
                 return X86_STOP_STEP;
         } else {
@@ -359,13 +417,18 @@ x86_stop interp_run_cpu(x86_cpu *cpu)
     c->running = NULL;
     c->has_begun = false;
     if (setjmp(here)) {
+        const bool is_fault = cpu->stop == X86_STOP_NONE, is_skip = cpu->stop == X86_STOP_SKIP;
         settle(cpu, c);
         stop = cpu->stop;
-        if (stop == X86_STOP_NONE) {
+        if (is_fault) {
             stop = x86_deliver_fault(cpu);
             faults = cpu->retired == retired ? faults + 1 : 0;
             retired = cpu->retired;
+        }
+        if (is_fault || is_skip) {
             c->has_begun = true;
+            if (stop == X86_STOP_NONE && cpu->step_asked)
+                stop = X86_STOP_STEP;
         }
     }
     if (faults >= FAULTS_IN_A_ROW && stop == X86_STOP_NONE)
@@ -387,12 +450,18 @@ x86_stop interp_step_cpu(x86_cpu *cpu)
     cpu->fault_jmp = &here;
     cpu->io_pos = 0;
     cpu->stop = X86_STOP_NONE;
+    const uint64_t retired = cpu->retired;
+    bool is_event = false;
     if (setjmp(here) == 0) {
-        run_one(cpu, c);
+        stop = run_one(cpu, c);
     } else {
+        const bool is_fault = cpu->stop == X86_STOP_NONE;
         settle(cpu, c);
-        stop = cpu->stop != X86_STOP_NONE ? cpu->stop : x86_deliver_fault(cpu);
+        stop = is_fault ? x86_deliver_fault(cpu) : cpu->stop;
+        is_event = is_fault;
     }
+    if (stop == X86_STOP_NONE && cpu->step_asked && (is_event || cpu->retired != retired))
+        stop = X86_STOP_STEP;
     cpu->fault_jmp = saved;
     cpu->io_pos = 0;
     return stop;

@@ -797,7 +797,10 @@ static x86_stop caught(jit *j, x86_cpu *cpu) {
 
 enum { FAULTS_IN_A_ROW = 256 }; /* then the run loop looks at its deadline: nothing retires, no slice ends */
 
-enum { COLD_INSTRUCTIONS = 2000 };
+#ifndef VM_COLD_INSTRUCTIONS
+#define VM_COLD_INSTRUCTIONS 2000
+#endif
+enum { COLD_INSTRUCTIONS = VM_COLD_INSTRUCTIONS };
 
 /* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm
  * now. */

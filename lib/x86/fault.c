@@ -114,6 +114,7 @@ static x86_stop deliver(x86_cpu *cpu, const x86_event *first)
     jmp_buf here, *saved = cpu->fault_jmp;
     volatile x86_stop result = X86_STOP_NONE;
     volatile bool is_done = false;
+    const uint64_t from = x86_rip_linear(cpu);
 
     cpu->stop = X86_STOP_NONE;
     cpu->fault_jmp = &here;
@@ -137,6 +138,8 @@ static x86_stop deliver(x86_cpu *cpu, const x86_event *first)
     cpu->fault_jmp = saved;
     cpu->stop = X86_STOP_NONE;
     if (result == X86_STOP_NONE) {
+        x86_block_end(cpu, from);
+        x86_hook_retire(cpu);
         cpu->inhibit = 0;
         cpu->halted = false;
         cpu->no_trap = false;
@@ -151,6 +154,17 @@ x86_stop x86_deliver_fault(x86_cpu *cpu)
     x86_fault *f = &cpu->fault;
     cpu->ext = 0;
     cpu->stat[X86_STAT_EXCEPTIONS]++;
+    if (x86_hooked(cpu, X86_HOOK_EXCEPTION) && !f->is_soft) {
+        unsigned answer = x86_hook_exception(cpu);
+        if (answer == X86_HOOK_STOP)
+            return X86_STOP_HOOK;
+        if (answer == X86_HOOK_SKIP || answer == X86_HOOK_RETRY) {
+            if (answer == X86_HOOK_RETRY)
+                cpu->next_rip = cpu->rip;
+            x86_hook_swallowed(cpu);
+            return X86_STOP_NONE;
+        }
+    }
     if (f->vector < 64 && (cpu->exception_exits >> f->vector & 1)) {
         x86_io_retire(cpu);
         return X86_STOP_EXCEPTION;
@@ -228,6 +242,12 @@ static void v86_redirect(x86_cpu *cpu, uint8_t vector)
 
 void x86_software_interrupt(x86_cpu *cpu, uint8_t vector, unsigned kind)
 {
+    x86_hook h = { .kind = X86_HOOK_INTERRUPT, .flags = X86_EVENT_SOFT, .number = vector, .value = vector,
+                   .address = x86_rip_linear(cpu) };
+    if (x86_hooked(cpu, X86_HOOK_INTERRUPT) && x86_hook_event(cpu, h)) {
+        cpu->no_trap = true;
+        return;
+    }
     if (vector < 64 && (cpu->exception_exits >> vector & 1)) {
         x86_fault fault = { .vector = vector, .is_soft = true };
         x86_raise_fault(cpu, &fault);

@@ -9,4 +9,4 @@ libvm_la_SOURCES += lib/x86/decode.c lib/x86/offer.c lib/x86/specialise.c lib/x8
 libvm_la_SOURCES += lib/x86/op_alu.c lib/x86/op_mov.c lib/x86/op_mul.c lib/x86/op_bit.c lib/x86/op_flow.c lib/x86/op_string.c
 noinst_HEADERS += lib/x86/system.h
 libvm_la_SOURCES += lib/x86/fault.c lib/x86/gate.c lib/x86/segment.c lib/x86/op_far.c lib/x86/task.c lib/x86/state.c lib/x86/walk.c
-libvm_la_SOURCES += lib/x86/debug.c lib/x86/op_sys.c lib/x86/cpuid.c lib/x86/msr.c
+libvm_la_SOURCES += lib/x86/debug.c lib/x86/hook.c lib/x86/op_sys.c lib/x86/cpuid.c lib/x86/msr.c

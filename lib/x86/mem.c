@@ -268,7 +268,8 @@ uint8_t *x86_direct(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access)
     if ((la & 0xfff) + n > 4096)
         return NULL;
     uint8_t *host = resolve(cpu, la, n, access, cpu->ctx, &gpa);
-    return cpu->careful || (X86_UNLIKELY(cpu->watch) && cpu->env->watched(cpu, la, n, access)) ? NULL : host;
+    unsigned seen = access & X86_WRITE ? access | X86_READ : access;        /* the pointer may serve a read-modify-write */
+    return cpu->careful || (X86_UNLIKELY(cpu->watch) && cpu->env->watched(cpu, la, n, seen)) ? NULL : host;
 }
 
 void x86_probe_write(x86_cpu *cpu, uint64_t la, unsigned n)

@@ -50,7 +50,7 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
         return;
     }
     uint64_t count = cpu->gpr[X86_RCX] & s.mask;
-    int work = cpu->careful ? 1 : VISIT;
+    int work = cpu->careful & X86_CAREFUL_STEP ? 1 : VISIT;
     bool more = true;
     while (count && more && work > 0) {
         uint64_t done = 0;

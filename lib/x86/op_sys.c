@@ -467,11 +467,29 @@ void x86_op_rdpmc(x86_cpu *cpu, const x86_insn *in)                   /* four co
     set_edx_eax(cpu, 0);
 }
 
+/* True: a hook has done the instruction. */
+static bool is_msr_hooked(x86_cpu *cpu, uint64_t value, unsigned flags)
+{
+    x86_hook h = { .kind = X86_HOOK_MSR, .number = (uint32_t)cpu->gpr[X86_RCX], .address = (uint32_t)cpu->gpr[X86_RCX],
+                   .value = value, .bytes = 8, .flags = (uint8_t)flags };
+    return x86_hooked(cpu, X86_HOOK_MSR) && x86_hook_event(cpu, h);
+}
+
+static bool is_call_hooked(x86_cpu *cpu, unsigned flags)
+{
+    uint64_t la = x86_rip_linear(cpu);
+    x86_hook h = { .kind = X86_HOOK_SYSCALL, .number = la, .address = la, .value = cpu->gpr[X86_RAX],
+                   .flags = (uint8_t)flags };
+    return x86_hooked(cpu, X86_HOOK_SYSCALL) && x86_hook_event(cpu, h);
+}
+
 void x86_op_rdmsr(x86_cpu *cpu, const x86_insn *in)
 {
     uint64_t v;
     (void)in;
     x86_require_cpl0(cpu);
+    if (is_msr_hooked(cpu, 0, 0))
+        return;
     if (!x86_msr_read(cpu, (uint32_t)cpu->gpr[X86_RCX], &v))
         raise_gp(cpu);
     set_edx_eax(cpu, v);
@@ -482,6 +500,8 @@ void x86_op_wrmsr(x86_cpu *cpu, const x86_insn *in)
     (void)in;
     x86_require_cpl0(cpu);
     uint64_t v = (uint32_t)cpu->gpr[X86_RAX] | cpu->gpr[X86_RDX] << 32;
+    if (is_msr_hooked(cpu, v, X86_EVENT_WRITE))
+        return;
     if (!x86_msr_write(cpu, (uint32_t)cpu->gpr[X86_RCX], v))
         raise_gp(cpu);
 }
@@ -490,6 +510,10 @@ void x86_op_cpuid(x86_cpu *cpu, const x86_insn *in)
 {
     uint32_t out[4];
     (void)in;
+    x86_hook h = { .kind = X86_HOOK_CPUID, .number = (uint32_t)cpu->gpr[X86_RAX], .address = (uint32_t)cpu->gpr[X86_RAX],
+                   .from = (uint32_t)cpu->gpr[X86_RCX] };
+    if (x86_hooked(cpu, X86_HOOK_CPUID) && x86_hook_event(cpu, h))
+        return;
     x86_cpuid(cpu, (uint32_t)cpu->gpr[X86_RAX], (uint32_t)cpu->gpr[X86_RCX], out);
     cpu->gpr[X86_RAX] = out[0];
     cpu->gpr[X86_RBX] = out[1];
@@ -609,6 +633,8 @@ void x86_op_syscall(x86_cpu *cpu, const x86_insn *in)
     (void)in;
     if (!(cpu->efer & X86_EFER_SCE) || !x86_is_protected(cpu))
         x86_raise(cpu, X86_UD);
+    if (is_call_hooked(cpu, 0))
+        return;
     uint16_t sel = (uint16_t)(cpu->star >> 32) & 0xfffc;
     if (x86_lma(cpu)) {
         bool is_long = x86_is_long(cpu);
@@ -666,6 +692,8 @@ void x86_op_sysenter(x86_cpu *cpu, const x86_insn *in)
 {
     (void)in;
     check_sysenter(cpu);
+    if (is_call_hooked(cpu, X86_EVENT_SYSENTER))
+        return;
     uint16_t sel = cpu->sysenter_cs & 0xfffc;
     cpu->rflags &= ~(uint64_t)(X86_FL_VM | X86_FL_IF | X86_FL_RF);
     set_flat(cpu, X86_CS, sel, FLAT_CODE32);

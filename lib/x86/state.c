@@ -33,8 +33,9 @@ void x86_mode_changed(x86_cpu *cpu)
     cpu->code_size = is_long ? 8 : cpu->seg[X86_CS].attr & X86_SEG_DB ? 4 : 2;
     cpu->stack_size = is_long ? 8 : cpu->seg[X86_SS].attr & X86_SEG_DB ? 4 : 2;
     bool checks_alignment = cpu->cpl == 3 && (cpu->rflags & X86_FL_AC) && (cpu->cr0 & X86_CR0_AM);
-    cpu->careful = cpu->step_asked || checks_alignment || (cpu->rflags & (X86_FL_TF | X86_FL_RF)) ||
+    bool is_step = cpu->step_asked || checks_alignment || (cpu->rflags & (X86_FL_TF | X86_FL_RF)) ||
                    (cpu->dr[7] & DR7_ENABLES);
+    cpu->careful = (uint8_t)((is_step ? X86_CAREFUL_STEP : 0) | (cpu->watch & X86_WATCH_ALL ? X86_CAREFUL_DATA : 0));
     x86_irq_window(cpu);
 }
 

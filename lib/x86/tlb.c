@@ -77,6 +77,8 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     e->tag_r = prot & X86_READ ? page : none;
     e->tag_x = prot & X86_EXEC ? page : none;
     __atomic_store_n(&e->tag_w, prot & X86_WRITE ? page : none, __ATOMIC_RELEASE);
+    if (cpu->watch & X86_WATCH_PAGES)
+        prot &= ~cpu->env->withheld(cpu, page, gpa & X86_PAGE_MASK);
 }
 
 void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global,

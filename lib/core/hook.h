@@ -1,0 +1,94 @@
+/* hook.h - hooks inside the machine: the registry, and how backends and semantics ask it.
+ *
+ * vm_hooks holds, for each kind, an immutable list in the order of adding. Lists are replaced, and entries blanked
+ * (vm_hook_none), only while the world is stopped; a callback that is iterating meanwhile (it made the edit, or waits for
+ * a lock) sees the blank. Nothing that such a callback may still touch is freed before its vCPU has passed an instruction
+ * boundary: graves wait for a set of vCPUs.
+ *
+ * Each vCPU takes over what changed at its own next boundary (vm_hooks_take): x86.hook_mask, x86.watch, TLB tags,
+ * translated code. Between an edit and that nothing of the guest executes.
+ *
+ * To ask "is anything of kind K active?": `cpu->x86.hook_mask & X86_HOOK_BIT(K)` (K a vm_hook_kind; bit 0: breakpoints
+ * and stops), "...for this address?": vm_hook_covers(). hook_mask & X86_HOOK_BLOCKS: x86.block_state is kept, so that
+ * at each instruction boundary one knows whether a basic block begins there and where control came from.
+ */
+#ifndef LIBVM_CORE_HOOK_H
+#define LIBVM_CORE_HOOK_H
+
+#include "core/core.h"
+
+typedef enum vm_hook_class { VM_HOOKED_USER, VM_HOOKED_BREAK, VM_HOOKED_WATCH, VM_HOOKED_STOP } vm_hook_class;
+
+typedef struct vm_grave {
+    struct vm_grave *next;
+    uint64_t waits;                      /* vCPUs that must pass a boundary */
+    bool is_hook;                        /* a vm_hook, else a list */
+} vm_grave;
+
+struct vm_hook {
+    vm_grave grave;                      /* first */
+    vm_machine *machine;
+    vm_hook *next, **link;               /* all hooks of the machine, in order of adding */
+    vm_hook_desc desc;
+    uint64_t lo, hi;                     /* desc.begin, .end with "everything" spelled out */
+    uint8_t cls;
+    bool is_gpa;
+    unsigned count;                      /* VM_HOOKED_STOP: references */
+};
+
+typedef struct vm_hook_list {
+    vm_grave grave;                      /* first */
+    unsigned count;
+    bool has_gpa;                        /* some range is guest-physical */
+    uint64_t lo, hi;                     /* around all linear (or number) ranges */
+    vm_hook *hook[];
+} vm_hook_list;
+
+/* Kind 0: breakpoints and stops, in a list of their own. */
+struct vm_hooks {
+    vm_hook *first, **end;
+    vm_hook_list *list[VM_HOOK_KINDS];
+    uint32_t mask;
+    uint8_t watch;                       /* X86_WATCH_* */
+    unsigned seq;                        /* counts edits */
+    vm_grave *graves;
+};
+
+/* Is some hook of `kind` on any of the n bytes (or the number) at `at`, whose page lies at gpa (UINT64_MAX: not known, then
+ * guest-physical ranges count as hits)? */
+bool vm_hook_covers(const vm_machine *m, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa);
+
+/* Before an instruction: X86_HOOK_GO, _STOP (rip stays: leave with X86_STOP_HOOK, or X86_STOP_BREAKPOINT if
+ * cpu->x86.stop says so), or _SKIP (next_rip holds where to go on; it counts as retired). */
+unsigned vm_hook_before(vm_vcpu *cpu, const x86_insn *in, uint64_t gpa);
+/* One event to one list; the strongest answer. For translated code that has more than one hook at a place. */
+unsigned vm_hook_fire(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, vm_hook_event *e);
+
+/* Run loop. take: at an instruction boundary, when hooks_seen is not the machine's. exit: why a hook stopped the run; 0:
+ * none did. boundary: graves that waited for this vCPU. */
+void vm_hooks_take(vm_vcpu *cpu);
+int  vm_hook_exit(vm_vcpu *cpu, vm_exit *exit);
+void vm_hooks_boundary(vm_vcpu *cpu);
+/* A hardware vector or injected one is about to be delivered: GO, STOP, SKIP. */
+unsigned vm_hook_interrupt(vm_vcpu *cpu, uint8_t vector);
+
+/* Stops: linear addresses at which every backend leaves with X86_STOP_BREAKPOINT before executing, also at the start of
+ * a run; vm_hook_is_stop() tells them from breakpoints. Counted for each address. */
+int  vm_stop_add(vm_machine *m, uint64_t la);
+void vm_stop_drop(vm_machine *m, uint64_t la);
+bool vm_hook_is_stop(const vm_machine *m, uint64_t la);
+
+/* hook.c, for lib/api */
+int  vm_hook_insert(vm_machine *m, const vm_hook_desc *desc, vm_hook_class cls, vm_hook **out);
+int  vm_hook_delete(vm_machine *m, vm_hook *hook);
+int  vm_hook_breakpoint(vm_machine *m, uint64_t gva, bool on);
+int  vm_hook_watchpoint(vm_machine *m, uint64_t gva, uint64_t bytes, vm_prot access, bool on);
+void vm_hooks_free(vm_machine *m);                       /* destruction */
+
+/* env.c's part */
+unsigned vm_env_hook(x86_cpu *x, const x86_hook *h);
+unsigned vm_env_withheld(x86_cpu *x, uint64_t la, uint64_t gpa);
+bool vm_env_watched(x86_cpu *x, uint64_t la, unsigned n, unsigned access);
+unsigned vm_env_hook_before(x86_cpu *x, const x86_insn *in, uint64_t gpa);
+
+#endif
