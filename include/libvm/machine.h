@@ -67,8 +67,9 @@ VM_API int vm_reset(vm_machine *m);
  * a second; "auto" then chooses another backend), "max-slots" (ranges of memory mapped at full speed; more work,
  * slower), "dirty-ring", "nested-paging" (1: the hardware walks a second level of tables, 0: KVM keeps shadow page
  * tables).
- * On KVM exact budgets and exception exits are the interpreter's work; hypercalls (VMCALL, VMMCALL) are KVM's own:
- * "hypercall" is 0.
+ * On KVM exact budgets, exception exits, breakpoints, watchpoints and single steps are the interpreter's work; of
+ * hypercalls the host's own instruction (VMCALL on Intel's CPUs, VMMCALL on AMD's) is answered by KVM and the other is
+ * #UD: "hypercall" is 0.
  * VM_E_NOTFOUND unknown capability; VM_E_INVALID NULL or unknown backend. Any thread. */
 VM_API int vm_query(vm_backend backend, const char *capability, uint64_t *value);
 

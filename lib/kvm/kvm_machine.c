@@ -87,7 +87,7 @@ static int open_kvm(int *out) {
  * about a million instructions a second: right, but slower than the JIT for anything with a kernel. Their CPUs show
  * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs nothing; timing a guest would cost
  * every vm_create. */
-bool kvm_is_hardware_ring0(void) {
+__attribute__((weak)) bool kvm_is_hardware_ring0(void) { /* weak: tests pretend */
     unsigned a, b, c, d;
     return (__get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 5)) ||
            (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & 1u << 2));
@@ -518,6 +518,21 @@ static void ask_for_failures(kvm_machine *km) {
     if (check(km->vm_fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE)) kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
 }
 
+#ifndef KVM_CAP_DISABLE_QUIRKS2
+#define KVM_CAP_DISABLE_QUIRKS2 213
+#endif
+#ifndef KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+#define KVM_X86_QUIRK_FIX_HYPERCALL_INSN (1 << 5)
+#endif
+
+/* KVM shall not write over a VMCALL or VMMCALL that is not the host's own: no CPU rewrites programs, the dirty log would
+ * not see it, and there are hosts on which it never ends. The guest gets #UD. */
+static void leave_hypercalls(kvm_machine *km) {
+    struct kvm_enable_cap cap = {.cap = KVM_CAP_DISABLE_QUIRKS2, .args = {KVM_X86_QUIRK_FIX_HYPERCALL_INSN}};
+    if (check(km->vm_fd, KVM_CAP_DISABLE_QUIRKS2) & KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
+        kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
+}
+
 static void read_capabilities(kvm_machine *km) {
     int fd = km->vm_fd, sync = check(fd, KVM_CAP_SYNC_REGS), xsave = check(fd, KVM_CAP_XSAVE2);
     km->can_sync = (sync & KVM_SYNC_X86_VALID_FIELDS) == KVM_SYNC_X86_VALID_FIELDS;
@@ -632,6 +647,7 @@ int kvm_machine_create(vm_machine *m) {
     pthread_mutex_init(&km->lock, NULL);
     filter_msrs(km);
     ask_for_failures(km);
+    leave_hypercalls(km);
     kvm_dirty_choose(km);
     m->backend_data = km;
     return VM_OK;

@@ -9,9 +9,10 @@
  * callback changed needs an instruction boundary first: then KVM is entered with immediate_exit, which completes and
  * comes back. Changes are merged: what a callback left as it was shown comes from KVM, what it changed wins.
  *
- * The interpreter in KVM's place. Three things KVM cannot do are done by lib/interp on the vCPU's state, with the same
- * results: an exact instruction budget, exceptions reported instead of delivered, and instructions that KVM's own
- * emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate
+ * The interpreter in KVM's place. What KVM cannot do is done by lib/interp on the vCPU's state, with the same results: an
+ * exact instruction budget, exceptions reported instead of delivered, breakpoints, watchpoints and single steps (at any
+ * number and exact; KVM_SET_GUEST_DEBUG has four addresses, and some hosts take it and do nothing), and instructions
+ * that KVM's own emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate
  * guest ring 0; where failures follow each other closely the interpreter keeps going for a growing number of
  * instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself. Some hosts' KVM
  * also holds fewer modes than a CPU (probe()): what it cannot hold is interpreted until the mode ends.
@@ -372,7 +373,7 @@ static bool is_beyond(kvm_vcpu *kv) {
 
 static bool needs_interpreter(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
-    if (kv->cpu->has_budget || x->budget == 1 || x->exception_exits || x->step_asked)
+    if (kv->cpu->has_budget || x->budget == 1 || x->exception_exits || x->step_asked || x->hook_mask)
         return true; /* a slice of one: the run loop wants one instruction done before it looks */
     if (!x->has_until) return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);

@@ -8,6 +8,7 @@
 #include "kvm/kvm.h"
 #include "../test.h"
 
+#include <cpuid.h>
 #include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
@@ -643,6 +644,97 @@ TEST(dirty_log_of_many_pages) {
     OK(vm_unmap(g.m, r));
     OK(vm_dirty_log(g.m, false));
     vm_destroy(g.m);
+}
+
+/* In place of the library's: rings are used only where guest ring 0 runs on the CPU, but a guest in ring 3 fills them one
+ * entry an exit on every host. */
+static bool is_pretending;
+bool kvm_is_hardware_ring0(void) {
+    unsigned a, b, c, d;
+    return is_pretending || (__get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 5)) ||
+           (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & 1u << 2));
+}
+
+/* Ring 3 of long mode, the first GiB mapped to itself, ports open. */
+static void enter_ring3(guest *g, uint64_t rdi, uint64_t rcx) {
+    vm_sregs s = VM_SREGS_INIT;
+    vm_regs r = VM_REGS_INIT;
+    const uint64_t tables = 0x100000;
+    OK(vm_vcpu_set_mode(g->cpu, VM_MODE_FLAT64));
+    OK(vm_write(g->m, tables, &(uint64_t){(tables + 0x1000) | 7}, 8));
+    OK(vm_write(g->m, tables + 0x1000, &(uint64_t){(tables + 0x2000) | 7}, 8));
+    for (uint64_t i = 0; i < 512; i++) OK(vm_write(g->m, tables + 0x2000 + i * 8, &(uint64_t){i << 21 | 0xe7}, 8));
+    OK(vm_vcpu_get_sregs(g->cpu, &s));
+    s.cr3 = tables;
+    s.cs = (vm_segment){.limit = 0xffffffff, .selector = 0x33, .attributes = 0xa0fb};
+    s.ss = s.ds = s.es = (vm_segment){.limit = 0xffffffff, .selector = 0x2b, .attributes = 0xc0f3};
+    OK(vm_vcpu_set_sregs(g->cpu, &s));
+    OK(vm_vcpu_get_regs(g->cpu, &r));
+    r.rip = CODE, r.rsp = 0x8000, r.rflags = 0x3002, r.rdi = rdi, r.rcx = rcx;
+    OK(vm_vcpu_set_regs(g->cpu, &r));
+}
+
+TEST(dirty_log_by_ring) {
+    need_kvm();
+    is_pretending = true;
+    /* mov [rdi],al; add rdi,4096; dec ecx; jnz; out 80h,al */
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9,
+                   0x75, 0xf3, 0xe6, 0x80);
+    enum { PAGES = 9000, BASE = 0x10000000 };
+    static uint64_t bits[PAGES / 64 + 1];
+    vm_region *r;
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t offered = 0;
+    if (!kvm_machine_of(g.m)->ring_entries) test_skip("this kernel has no dirty rings");
+    OK(vm_query(VM_BACKEND_KVM, "dirty-ring", &offered));
+    CHECK(offered >= kvm_machine_of(g.m)->ring_entries);
+    OK(vm_map_ram(g.m, BASE, PAGES * UINT64_C(4096), VM_PROT_RW, &r));
+    OK(vm_dirty_log(g.m, true));
+    for (unsigned round = 0; round < 4; round++) { /* all, more than a ring holds; some; all; none */
+        const unsigned counts[] = {PAGES, 7, PAGES, 1};
+        enter_ring3(&g, BASE + (round == 3 ? 0 : round * 4096), round == 2 ? PAGES - 2 : counts[round]);
+        OK(vm_dirty_fetch(g.m, BASE, PAGES * UINT64_C(4096), bits));
+        OK(vm_vcpu_run(g.cpu, NULL, &e));
+        CHECK_EQ(e.reason, VM_EXIT_IO);
+        OK(vm_dirty_fetch(g.m, BASE, PAGES * UINT64_C(4096), bits));
+        unsigned count = 0;
+        for (unsigned i = 0; i < PAGES; i++) count += bits[i / 64] >> i % 64 & 1;
+        CHECK_EQ(count, round == 2 ? PAGES - 2 : counts[round]);
+        if (round == 1) CHECK_EQ(bits[0], 0xfe);
+    }
+    OK(vm_dirty_fetch(g.m, BASE, PAGES * UINT64_C(4096), bits));
+    CHECK_EQ(bits[0], 0);
+    OK(vm_unmap(g.m, r));
+    vm_destroy(g.m);
+}
+
+/* A hypercall is KVM's own affair (vm_query says so), and with what it makes of it, an error in RAX or #UD, the guest goes
+ * on or shuts down; where libvm's interpreter meets it, it is an exit. */
+TEST(hypercalls_end_somehow) {
+    need_kvm();
+    static const uint8_t calls[][4] = {{0x0f, 0x01, 0xc1, 0xf4}, {0x0f, 0x01, 0xd9, 0xf4}}; /* vmcall, vmmcall; hlt */
+    uint64_t has = 1;
+    OK(vm_query(VM_BACKEND_KVM, "hypercall", &has));
+    CHECK_EQ(has, 0);
+    for (unsigned i = 0; i < 2; i++) {
+        guest g = open_guest(VM_BACKEND_KVM, VM_MODE_FLAT64, calls[i], 4);
+        vm_exit e = VM_EXIT_INIT;
+        vm_run_options o = VM_RUN_OPTIONS_INIT;
+        o.deadline_ns = 10000000000u;
+        set_reg(&g, VM_REG_RAX, 0x7777);
+        OK(vm_vcpu_run(g.cpu, &o, &e));
+        CHECK(e.reason == VM_EXIT_HYPERCALL || e.reason == VM_EXIT_HALT || e.reason == VM_EXIT_SHUTDOWN);
+        if (e.reason == VM_EXIT_HYPERCALL) {
+            CHECK_EQ(e.hypercall.number, 0x7777);
+            e.hypercall.result = 5;
+            OK(vm_vcpu_run(g.cpu, &o, &e));
+            CHECK_EQ(e.reason, VM_EXIT_HALT);
+            CHECK_EQ(regs_of(&g).rax, 5);
+        } else if (e.reason == VM_EXIT_HALT) {
+            CHECK((int64_t)regs_of(&g).rax < 0);
+        }
+        vm_destroy(g.m);
+    }
 }
 
 /* The same with bitmaps, which KVM gives where it has no rings. */

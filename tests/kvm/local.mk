@@ -4,6 +4,7 @@ check_PROGRAMS += tests/kvm/kvm
 EXTRA_PROGRAMS += tests/kvm/kvm_boot
 tests_kvm_kvm_SOURCES = tests/kvm/kvm.c
 tests_kvm_kvm_LDADD = $(TEST_LIBS)
+tests_kvm_kvm_LDFLAGS = -static
 tests_kvm_kvm_boot_SOURCES = tests/kvm/boot.c
 tests_kvm_kvm_boot_LDADD = $(TEST_LIBS)
 
