@@ -49,3 +49,13 @@ bench_kvm_target = bench-kvm
 endif
 bench-kvm: bench/bench_kvm
 	bench/bench_kvm --json bench/kvm.json
+
+# Coverage, block traces and the comparison log: slowdown of the kernels.
+EXTRA_PROGRAMS += bench/bench_coverage
+bench_bench_coverage_SOURCES = bench/bench_coverage.c
+bench_bench_coverage_LDADD = libvm.la -lm
+CLEANFILES += bench/coverage.json
+bench: bench-coverage
+bench-coverage: bench/bench_coverage bench/kernels.elf
+	bench/bench_coverage bench/kernels.elf --json bench/coverage.json
+.PHONY: bench-coverage
