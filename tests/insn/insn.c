@@ -21,8 +21,20 @@ typedef struct run_case {
     vm_backend backend;
 } run_case;
 
+#ifndef INSN_HOOKED
 enum way { WHOLE, STEPWISE, DELIVERED, WAYS };
 static const char *const way_names[WAYS] = { "whole", "stepwise", "delivered" };
+static bool is_sliced(enum way way) { return way == STEPWISE; }
+static bool is_delivered(enum way way) { return way == DELIVERED; }
+static void prepare(world *w, enum way way, const char *name) { (void)w, (void)way, (void)name; }
+static void between(world *w, enum way way, vm_run_options *o)
+{
+    (void)w;
+    o->max_instructions = way == STEPWISE ? 1 : o->max_instructions;
+}
+#else
+#include "hooked.inc"
+#endif
 
 /* What the world should look like at the end. */
 typedef struct expectation {
@@ -167,12 +179,13 @@ static void run_to_end(world *w, enum way way, uint64_t end, bool wants_exceptio
     o.has_until = !is_free;
     o.until = end;
     o.exception_exits = wants_exceptions && !is_free ? 0xffffffff : 0;
-    o.max_instructions = way == STEPWISE ? 1 : is_free ? 0 : 20000;
+    o.max_instructions = is_free ? 0 : 20000;
     o.deadline_ns = 5000000000u;
     for (unsigned n = 0; n < 20000; n++) {
         *exit = (vm_exit)VM_EXIT_INIT;
+        between(w, way, &o);
         OK(vm_vcpu_run(w->cpu, &o, exit));
-        if (way != STEPWISE || exit->reason != VM_EXIT_BUDGET || exit->rip == end)
+        if (!is_sliced(way) || (exit->reason != VM_EXIT_BUDGET && exit->reason != VM_EXIT_STEP) || exit->rip == end)
             return;
     }
 }
@@ -245,24 +258,25 @@ static void run_way(const run_case *rc, enum way way)
         fault = find(c, OP_TRAP);
     if (!fault)
         fault = find(c, OP_SOFT);
-    if (way == DELIVERED && !fault)
+    if (is_delivered(way) && !fault)
         return;
     if (!fault)
         fault = find(c, OP_FAULTX);
-    if (way != DELIVERED && fault && fault->b >= 32)
+    if (!is_delivered(way) && fault && fault->b >= 32)
         return;                                 /* INT n is no exception */
     memset(&x, 0, sizeof x);
     world_open(&w, rc->backend, rc->env);
+    prepare(&w, way, c->name);
     apply_inputs(&w, c, &x);
     expect(&w, c, &x);
     bool is_free = rc->backend == VM_BACKEND_KVM &&
-                   (way == DELIVERED || (way == WHOLE && !fault && !(stop && stop->a == VM_EXIT_EXCEPTION)));
+                   (is_delivered(way) || (!is_sliced(way) && !fault && !(stop && stop->a == VM_EXIT_EXCEPTION)));
     if (is_free)
         world_poke(&w, x.end, "\xe6\x80", 2);           /* OUT 80h, AL: an end that needs no breakpoint */
-    run_to_end(&w, way, x.end, way != DELIVERED, is_free, &exit);
+    run_to_end(&w, way, x.end, !is_delivered(way), is_free, &exit);
     if (is_free && exit.reason == VM_EXIT_IO && exit.rip == x.end)
         exit.reason = VM_EXIT_UNTIL;
-    if (fault && way != DELIVERED) {
+    if (fault && !is_delivered(way)) {
         check_exception_exit(c, fault, rc->env, &exit, where);
     } else if (fault) {
         check_delivery(&w, c, fault, &x, &exit, where);
@@ -270,11 +284,11 @@ static void run_way(const run_case *rc, enum way way)
         describe(&exit, text, sizeof text);
         if (exit.reason != (vm_exit_reason)stop->a || exit.rip != W_CODE + stop->b)
             FAIL("%s: %s; not %s at %#" PRIx64, where, text, vm_exit_name((int)stop->a), W_CODE + stop->b);
-    } else if (exit.reason != VM_EXIT_UNTIL && !(way == STEPWISE && exit.reason == VM_EXIT_BUDGET && exit.rip == x.end)) {
+    } else if (exit.reason != VM_EXIT_UNTIL && !(is_sliced(way) && (exit.reason == VM_EXIT_BUDGET || exit.reason == VM_EXIT_STEP) && exit.rip == x.end)) {
         describe(&exit, text, sizeof text);
         FAIL("%s: %s", where, text);
     }
-    check_registers(&w, &x, way == DELIVERED, where);
+    check_registers(&w, &x, is_delivered(way), where);
     check_others(&w, c, &x, where);
     world_close(&w);
 }
@@ -314,8 +328,8 @@ static void run_one(const void *arg)
     if (rc->backend == VM_BACKEND_KVM)
         skip_what_kvm_emulates(rc);
     OK(vm_query(rc->backend, "exact-budget", &exact));
-    for (int way = WHOLE; way < WAYS; way++)
-        if (exact || way != STEPWISE)
+    for (int way = 0; way < WAYS; way++)
+        if (exact || !is_sliced((enum way)way))
             run_way(rc, (enum way)way);
 }
 
@@ -326,6 +340,10 @@ static void add_case(const insn_case *c)
             continue;
         for (unsigned b = 0; b < world_backend_count(); b++) {
             char name[200];
+#ifdef INSN_HOOKED
+            if (world_backends[b] == VM_BACKEND_KVM)
+                continue;                               /* serves no hooks */
+#endif
             run_case *rc = malloc(sizeof *rc);
             if (!rc)
                 abort();

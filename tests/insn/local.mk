@@ -16,3 +16,8 @@ EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcode
 check_PROGRAMS += tests/insn/scenes
 tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/world.h tests/insn/world.def
 tests_insn_scenes_LDADD = $(TEST_LIBS)
+# The same cases under hooks, single steps and random budgets.
+check_PROGRAMS += tests/insn/insn_hooked
+tests_insn_insn_hooked_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/hooked.inc
+tests_insn_insn_hooked_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_HOOKED
+tests_insn_insn_hooked_LDADD = $(TEST_LIBS)
