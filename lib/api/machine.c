@@ -159,6 +159,36 @@ VM_API int vm_mmu_select(vm_machine *m, const char *name)
     return vm_mmu_attach(m, name);
 }
 
+/* The caller may touch what the vCPU's thread uses. */
+static int check_own(const vm_vcpu *cpu, const char *function)
+{
+    if (!cpu)
+        return vm_fail(VM_E_INVALID, "%s: cpu is NULL", function);
+    if (vm_vcpu_is_running(cpu) && !vm_vcpu_is_mine(cpu))
+        return vm_fail(VM_E_BUSY, "%s: vCPU %u is running", function, cpu->index);
+    return VM_OK;
+}
+
+VM_API int vm_mmu_flush(vm_vcpu *cpu, uint64_t gva, uint64_t bytes)
+{
+    VM_CHECK(check_own(cpu, "vm_mmu_flush"));
+    vm_mmu_drop(cpu, gva, bytes);
+    return VM_OK;
+}
+
+VM_API int vm_mmu_trap_writes(vm_vcpu *cpu, uint64_t gpa, bool on)
+{
+    VM_CHECK(check_own(cpu, "vm_mmu_trap_writes"));
+    vm_machine *m = cpu->machine;
+    if (m->options.backend == VM_BACKEND_KVM)
+        return vm_fail(VM_E_UNSUPPORTED, "vm_mmu_trap_writes: with KVM the host's hardware translates");
+    if (!vm_page_trap(m, gpa & X86_PAGE_MASK, on))
+        return vm_fail(VM_E_FAULT, "vm_mmu_trap_writes: no RAM at guest-physical 0x%llx", (unsigned long long)gpa);
+    for (unsigned i = 0; on && i < m->vcpu_count; i++)
+        vm_mmu_protect_page(m->vcpus[i], gpa & X86_PAGE_MASK);
+    return VM_OK;
+}
+
 VM_API const char *vm_mmu_current(const vm_machine *m)
 {
     return m && m->mmu ? m->mmu->name : NULL;

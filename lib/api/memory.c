@@ -242,6 +242,62 @@ VM_API int vm_write(vm_machine *m, uint64_t gpa, const void *buffer, size_t byte
     return vm_memory_copy(m, gpa, (void *)(uintptr_t)buffer, bytes, true);
 }
 
+VM_API int vm_discard(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    VM_CHECK(check_pages(m, "vm_discard", gpa, bytes));
+    return vm_memory_discard(m, gpa, bytes);
+}
+
+VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice)
+{
+    VM_CHECK(check_pages(m, "vm_advise", gpa, bytes));
+    if (advice & ~31u)
+        return vm_fail(VM_E_INVALID, "vm_advise: unknown bits 0x%x", advice & ~31u);
+    return vm_memory_advise(m, gpa, bytes, advice);
+}
+
+static int by_address(const void *a, const void *b)
+{
+    uintptr_t x = (uintptr_t)*(vm_machine *const *)a, y = (uintptr_t)*(vm_machine *const *)b;
+    return x < y ? -1 : x > y;
+}
+
+static int all_idle(vm_machine *const *machines, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        for (unsigned v = 0; v < machines[i]->vcpu_count; v++)
+            if (vm_vcpu_is_running(machines[i]->vcpus[v]))
+                return vm_fail(VM_E_BUSY, "vm_share_pages: vCPU %u of machine %u is running", v, i);
+    return VM_OK;
+}
+
+VM_API int vm_share_pages(vm_machine *const *machines, unsigned count, uint64_t *saved)
+{
+    VM_CHECK_NULL("vm_share_pages", machines);
+    VM_CHECK_NULL("vm_share_pages", saved);
+    *saved = 0;
+    for (unsigned i = 0; i < count; i++)
+        VM_CHECK_NULL("vm_share_pages", machines[i]);
+    vm_machine **sorted = malloc((count + 1) * sizeof *sorted);
+    if (!sorted)
+        return vm_fail(VM_E_NOMEM, "vm_share_pages: no memory for a list of %u machines", count);
+    memcpy(sorted, machines, count * sizeof *sorted);
+    qsort(sorted, count, sizeof *sorted, by_address);      /* two such calls lock in the same order */
+    unsigned n = 0;
+    for (unsigned i = 0; i < count; i++)
+        if (!n || sorted[n - 1] != sorted[i])
+            sorted[n++] = sorted[i];
+    for (unsigned i = 0; i < n; i++)
+        vm_pause(sorted[i]);
+    int status = all_idle(sorted, n);
+    if (status == VM_OK)
+        status = vm_memory_share(sorted, n, saved);
+    for (unsigned i = n; i--;)
+        vm_resume(sorted[i]);
+    free(sorted);
+    return status;
+}
+
 VM_API int vm_dirty_log(vm_machine *m, bool on)
 {
     VM_CHECK_NULL("vm_dirty_log", m);

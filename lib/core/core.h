@@ -70,6 +70,7 @@ struct vm_region {
     bool is_internal;                  /* made by the platform: vm_unmap refuses */
     bool is_read_only;                 /* the host mapping: nobody may write, not even vm_write() */
     bool is_enabled;                   /* in the view (vm_region_move can take it out) */
+    bool is_merged;                    /* parts of `host` are mapped from a file of shared pages (backing.c) */
     bool is_dying;                     /* unmapped while one of its callbacks was running */
     unsigned busy;                     /* callbacks running; under device_lock */
     vm_region *next, **link;           /* all regions of the machine */
@@ -329,6 +330,10 @@ int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit); /* exit
 void vm_vcpu_look_again(vm_vcpu *cpu);                             /* its own thread, in a callback or not */
 uint64_t vm_vcpu_retired_now(const vm_vcpu *cpu);                  /* exact in callbacks on its own thread */
 void vm_vcpu_reset(vm_vcpu *cpu); /* forget exits, injections, shutdown; not the registers */
+/* backing.c */
+int  vm_memory_discard(vm_machine *m, uint64_t gpa, uint64_t bytes);
+int  vm_memory_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice);
+int  vm_memory_share(vm_machine *const *machines, unsigned count, uint64_t *saved);     /* paused, idle */
 /* memory.c */
 /* takes proto's fields; frees nothing on failure */
 int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);

@@ -3,3 +3,10 @@ noinst_HEADERS += lib/core/core.h lib/core/hook.h
 libvm_la_SOURCES += lib/core/bus.c lib/core/clock.c lib/core/coverage.c lib/core/env.c lib/core/error.c lib/core/exit.c lib/core/hook.c lib/core/hookfire.c lib/core/lock.c \
     lib/core/machine.c lib/core/memory.c lib/core/regs.c lib/core/run.c lib/core/select.c lib/core/stats.c lib/core/trace.c lib/core/vcpu.c
 libvm_la_SOURCES += lib/core/doorbell.c lib/core/doorbell.h
+noinst_HEADERS += lib/core/cpustate.h lib/core/snapfile.h lib/core/track.h
+libvm_la_SOURCES += lib/core/cpustate.c lib/core/fork.c lib/core/image.c lib/core/snapfile.c lib/core/snapshot.c
+if HAVE_ZSTD
+LIBVM_FEATURES += -DVM_HAVE_ZSTD=1 $(ZSTD_CFLAGS)
+libvm_la_LIBADD += $(ZSTD_LIBS)
+endif
+libvm_la_SOURCES += lib/core/backing.c

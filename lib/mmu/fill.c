@@ -137,6 +137,12 @@ void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
     vm_machine *m = cpu->machine;
     if (m->mmu && m->mmu->invalidate)
         m->mmu->invalidate(m->mmu_state, cpu, la, bytes);
+    vm_mmu_drop(cpu, la, bytes);
+}
+
+void vm_mmu_drop(vm_vcpu *cpu, uint64_t la, uint64_t bytes)
+{
+    x86_cpu *x = &cpu->x86;
     if (bytes == 0 || bytes > 64 * 4096) {
         x86_tlb_clear(x);
     } else {

@@ -10,6 +10,8 @@ const vm_mmu_ops *vm_mmu_find(const char *name);         /* NULL name: default (
 bool vm_mmu_fill(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa);    /* x86_env.fill */
 void vm_mmu_root_changed(x86_cpu *cpu, bool keep_global); /* x86_env.root_changed */
 void vm_mmu_invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes);                             /* x86_env.invalidate */
+/* Drop a range from the inline TLB, and what the backend derived from it; the strategy is not told. bytes 0: all. */
+void vm_mmu_drop(vm_vcpu *cpu, uint64_t la, uint64_t bytes);
 /* Drop write permission of a page from a vCPU's inline TLB (it became a code or clean page); of all RAM: gpa =
  * UINT64_MAX. */
 bool vm_mmu_protect_page(vm_vcpu *cpu, uint64_t gpa);          /* true: there was one */

@@ -42,3 +42,6 @@ check_PROGRAMS += tests/api/api_coverage
 tests_api_api_coverage_SOURCES = tests/api/coverage.c
 tests_api_api_coverage_LDADD = $(TEST_LIBS)
 check-local: bench/kernels.elf
+check_PROGRAMS += tests/api/api_backing
+tests_api_api_backing_SOURCES = tests/api/backing.c
+tests_api_api_backing_LDADD = $(TEST_LIBS)
