@@ -50,8 +50,23 @@ uint64_t vm_clock_now(vm_machine *m)
 uint64_t vm_clock_tsc(vm_machine *m)
 {
     if (m->tsc_is_host)
-        return __builtin_ia32_rdtsc();
+        return __builtin_ia32_rdtsc() + m->tsc_offset;
     return vm_clock_now(m);            /* VM_TSC_HZ is 1 GHz */
+}
+
+void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc)
+{
+    struct vm_clock *c = m->clock;
+    if (!m->is_pc) {
+        __atomic_store_n(&c->advanced, now - m->vcpus[0]->x86.retired, __ATOMIC_RELAXED);
+        return;
+    }
+    pthread_mutex_lock(&c->lock);
+    c->start_ns = vm_host_now() - now;
+    if (m->tsc_is_host)
+        m->tsc_offset = tsc - __builtin_ia32_rdtsc();
+    pthread_cond_signal(&c->changed);
+    pthread_mutex_unlock(&c->lock);
 }
 
 /* ---- firing ---- */

@@ -112,6 +112,7 @@ struct vm_vcpu {
     vm_lock request_lock;              /* the two below */
     unsigned request_count;            /* > VM_REQUESTS: too many, drop everything */
     struct { uint64_t gpa, bytes; } requests[16];          /* code that changed */
+    struct vm_note *notes; size_t note_count;              /* pages written since the current snapshot (track.h) */
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
     void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
@@ -218,6 +219,7 @@ struct vm_machine {
     const struct vm_mmu_ops *mmu; void *mmu_state;
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
+    struct vm_track *track;            /* NULL: no snapshots (track.h) */
     struct vm_hooks *hooks;            /* hook.h; NULL: never had any */
     _Atomic unsigned hook_seq;         /* counts edits of hooks */
     _Atomic unsigned trace_mask;       /* VM_TRACE_* */
@@ -233,6 +235,7 @@ struct vm_machine {
     struct x86_model *own_model;       /* what CPUID shows, if it is not a model of x86_model_find() */
     bool tsc_is_host;                  /* the guest's TSC is the host's, at tsc_hz (PC that runs or may run on KVM) */
     uint64_t tsc_hz;                   /* VM_TSC_HZ otherwise */
+    uint64_t tsc_offset;               /* tsc_is_host: added to the host's */
     bool has_backend, has_pc;          /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
     struct vm_events *events;          /* doorbells and their like; NULL: none ever */
@@ -280,6 +283,7 @@ int vm_region_move(vm_region *r, uint64_t gpa, bool enabled);
 typedef struct vm_timer vm_timer;
 uint64_t vm_clock_now(vm_machine *m);
 uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC at VM_TSC_HZ */
+void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc);      /* guest time jumps; timers are the devices' affair */
 #define VM_TSC_HZ UINT64_C(1000000000)
 int  vm_clock_create(vm_machine *m);
 int  vm_clock_start(vm_machine *m);                                /* PC: the timer thread */
@@ -366,6 +370,7 @@ void vm_regs_get(vm_vcpu *cpu, vm_regs *regs);
 void vm_regs_set(vm_vcpu *cpu, const vm_regs *regs);
 void vm_sregs_get(vm_vcpu *cpu, vm_sregs *sregs);
 int  vm_sregs_set(vm_vcpu *cpu, const vm_sregs *sregs);
+int  vm_sregs_check(const vm_sregs *sregs, uint64_t phys_mask);      /* VM_E_INVALID: no CPU can be in that state */
 void vm_fpu_get(vm_vcpu *cpu, vm_fpu *fpu);
 int  vm_fpu_set(vm_vcpu *cpu, const vm_fpu *fpu);
 /* stats.c */

@@ -9,6 +9,7 @@
  *                  is gone; so each later write comes through vm_page_written() and is announced to all of them.
  *   VM_PAGE_CLEAN  the dirty log is on and has not seen a write.
  *   VM_PAGE_TABLE  the MMU strategy keeps something that was made from the page's content and wants to hear of writes.
+ *   VM_PAGE_KEPT   the page is as the current snapshot has it (track.h).
  * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it,
  * so that a page that merely once held code, or holds data beside code, does not stay slow.
  *
@@ -19,6 +20,7 @@
 #define _GNU_SOURCE 1
 #endif
 #include "core/core.h"
+#include "core/track.h"
 #include "mmu/mmu.h"
 
 #include <stdlib.h>
@@ -26,8 +28,8 @@
 #include <sys/mman.h>
 
 #define PAGE 4096u
-#define WRITE_COUNT 16u                /* page_flags: one write to a code page */
-#define WRITE_LIMIT 0xf0u
+#define WRITE_COUNT 32u                /* page_flags: one write to a code page */
+#define WRITE_LIMIT 0xe0u
 
 /* ---- views ---- */
 
@@ -151,6 +153,7 @@ static void map_changed(vm_machine *m)
             m->vcpus[i]->x86.ram_bytes = 0;
         }
     vm_mmu_map_changed(m);
+    vm_track_map_changed(m);
     if (m->backend->map_changed)
         m->backend->map_changed(m);
 }
@@ -172,6 +175,9 @@ static void free_ram(vm_region *r)
 {
     if (r->host && r->kind != VM_REGION_HOST)
         munmap(r->host, r->bytes);
+    vm_image_drop(r->image);
+    vm_image_drop(r->backing);
+    free(r->base);
     free((void *)r->page_flags);
     free(r->page_prot);
     free(r);
@@ -307,7 +313,8 @@ void vm_region_detach(vm_region *r)
     map_changed(m);
     if (r->kind != VM_REGION_PIO)
         range_gone(m, r->gpa, r->bytes);
-    if (is_ram(r))
+    bool is_kept = vm_track_park(r);
+    if (is_ram(r) && !is_kept)
         bury(r);
     vm_resume(m);
 }
@@ -315,6 +322,8 @@ void vm_region_detach(vm_region *r)
 void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r)
 {
     if (kind <= VM_REGION_FILE)
+        return;
+    if (r->is_parked)                  /* until the last snapshot that has it is gone */
         return;
     vm_device_lock(m);                 /* nobody is in its callbacks now, except perhaps this thread further up */
     if (r->busy)
@@ -364,6 +373,79 @@ void vm_regions_free(vm_machine *m)
     free(m->view.ranges);
     free(m->ports.ranges);
     free(m->handles.ranges);
+}
+
+/* ---- for snapshots: regions leave the map and come back (world stopped, device lock held for I/O) ---- */
+
+void vm_region_unlink(vm_region *r)
+{
+    if (r->is_enabled)
+        take_out(view_of(r), r);
+    unlink_region(r);
+}
+
+int vm_region_reserve(vm_machine *m, size_t regions)
+{
+    vm_view *views[] = { &m->view, &m->ports, &m->handles };
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++) {
+        vm_view *view = views[i];
+        if (view->count + regions <= view->capacity)
+            continue;
+        vm_range *ranges = realloc(view->ranges, (view->count + regions) * sizeof *ranges);
+        if (!ranges)
+            return vm_fail(VM_E_NOMEM, "no memory for %zu map entries", view->count + regions);
+        view->ranges = ranges;
+        view->capacity = view->count + regions;
+    }
+    return VM_OK;
+}
+
+/* Into all lists but the view. */
+void vm_region_relink(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    insert_at(&m->handles, (uintptr_t)r, 1, r);
+    r->next = m->regions;
+    r->link = &m->regions;
+    if (r->next)
+        r->next->link = &r->next;
+    m->regions = r;
+    m->region_count++;
+    if (is_ram(r))
+        m->ram_total += r->bytes;
+    r->is_enabled = false;
+}
+
+void vm_region_take_out(vm_region *r)
+{
+    take_out(view_of(r), r);
+}
+
+void vm_region_put_in(vm_region *r)
+{
+    insert(view_of(r), r);
+}
+
+/* A region that is in no list any more. */
+void vm_region_free(vm_region *r)
+{
+    if (is_ram(r)) {
+        bury(r);
+    } else if (r->busy) {
+        r->is_dying = true;
+    } else {
+        finish(r);
+    }
+}
+
+void vm_range_gone(vm_machine *m, uint64_t gpa, uint64_t bytes)
+{
+    range_gone(m, gpa, bytes);
+}
+
+void vm_map_edited(vm_machine *m)
+{
+    map_changed(m);
 }
 
 static int add_io(vm_machine *m, vm_region_kind kind, uint64_t at, uint64_t bytes, const vm_io_ops *ops, void *user,
@@ -513,6 +595,32 @@ static void code_page_written(vm_machine *m, vm_vcpu *by, _Atomic uint8_t *flags
         atomic_fetch_add_explicit(flags, WRITE_COUNT, memory_order_relaxed);
 }
 
+/* The first write to a page since the current snapshot. */
+static void note_write(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t page)
+{
+    uint8_t old = atomic_load_explicit(&r->page_flags[page], memory_order_relaxed);
+    while (old & VM_PAGE_KEPT)
+        if (atomic_compare_exchange_weak(&r->page_flags[page], &old, (uint8_t)(old & ~VM_PAGE_KEPT))) {
+            vm_track_note(m, by, (vm_region *)r, page);
+            return;
+        }
+}
+
+bool vm_track_write(vm_vcpu *cpu, uint64_t gpa)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    if (!range || !is_ram(range->region))
+        return false;
+    const vm_region *r = range->region;
+    uint64_t offset = gpa - range->gpa;
+    uint8_t flags = atomic_load_explicit(&r->page_flags[offset / PAGE], memory_order_relaxed);
+    if ((flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_TABLE)) || !(vm_region_prot(r, offset) & VM_PROT_W))
+        return false;
+    if (flags & VM_PAGE_KEPT)
+        note_write(cpu->machine, cpu, r, offset / PAGE);
+    return true;
+}
+
 void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes)
 {
     for (uint64_t page = offset / PAGE; page <= (offset + bytes - 1) / PAGE; page++) {
@@ -520,6 +628,8 @@ void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t of
         uint8_t now = atomic_load(flags);
         if (now & VM_PAGE_CLEAN)
             set_flags(flags, VM_PAGE_DIRTY, VM_PAGE_CLEAN);
+        if (now & VM_PAGE_KEPT)
+            note_write(m, by, r, page);
         if (now & (VM_PAGE_CODE | VM_PAGE_TABLE)) {
             uint64_t first = page * PAGE > offset ? page * PAGE : offset;
             if (now & VM_PAGE_TABLE)
@@ -689,6 +799,8 @@ int vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
         for (uint64_t page = (at - r->gpa) / PAGE; page <= (at - r->gpa + n - 1) / PAGE; page++) {
             if (r->page_flags[page] & VM_PAGE_CLEAN)
                 set_flags(&r->page_flags[page], VM_PAGE_DIRTY, VM_PAGE_CLEAN);
+            if (r->page_flags[page] & VM_PAGE_KEPT)
+                note_write(m, NULL, r, page);
             if (r->page_flags[page] & VM_PAGE_TABLE)
                 vm_mmu_table_written(m, vm_vcpu_self(m), r->gpa + page * PAGE);
         }

@@ -426,6 +426,11 @@ static int load_pdptes(x86_cpu *x, const vm_sregs *s, uint64_t pdpte[4])
     return VM_OK;
 }
 
+int vm_sregs_check(const vm_sregs *s, uint64_t phys_mask)
+{
+    return check_sregs(s, phys_mask);
+}
+
 int vm_sregs_set(vm_vcpu *cpu, const vm_sregs *s)
 {
     x86_cpu *x = &cpu->x86;

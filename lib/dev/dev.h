@@ -151,6 +151,7 @@ enum { VM_FWCFG_SIGNATURE = 0x00, VM_FWCFG_ID = 0x01, VM_FWCFG_UUID = 0x02, VM_F
        VM_FWCFG_IRQ0_OVERRIDE = 0x8002, VM_FWCFG_E820 = 0x8003, VM_FWCFG_HPET = 0x8004 };
 int vm_fwcfg_new(vm_machine *m, vm_fwcfg **out);
 int vm_fwcfg_item(vm_fwcfg *f, uint16_t key, const void *data, size_t bytes);      /* copies; replaces */
+int vm_fwcfg_copy(vm_fwcfg *to, const vm_fwcfg *from);                             /* every item */
 int vm_fwcfg_file(vm_fwcfg *f, const char *name, const void *data, size_t bytes);  /* copies; replaces by name */
 
 /* ---- misc.c: ports with a bit or two behind them ---- */

@@ -183,6 +183,22 @@ static int fwcfg_restore(void *user, const void *buffer, size_t bytes) {
     return vm_dev_load(&f->s, sizeof f->s, FWCFG_VERSION, buffer, bytes);
 }
 
+int vm_fwcfg_copy(vm_fwcfg *to, const vm_fwcfg *from) {
+    for (unsigned i = 0; i < ITEMS + ARCH_ITEMS; i++) {
+        const item *it = &from->items[i];
+        uint8_t *copy = it->data ? malloc(it->bytes ? it->bytes : 1) : NULL;
+        if (it->data && !copy)
+            return vm_fail(VM_E_NOMEM, "fw_cfg item of %zu bytes: out of memory", it->bytes);
+        if (it->bytes && copy)
+            memcpy(copy, it->data, it->bytes);
+        free(to->items[i].data);
+        to->items[i] = (item){ copy, it->bytes };
+    }
+    memcpy(to->names, from->names, sizeof to->names);
+    to->files = from->files;
+    return VM_OK;
+}
+
 static void fwcfg_destroy(void *user) {
     vm_fwcfg *f = user;
     for (unsigned i = 0; i < ITEMS + ARCH_ITEMS; i++)

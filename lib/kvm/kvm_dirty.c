@@ -10,6 +10,7 @@
  * guest and keeps 64 entries in reserve, which hosts that emulate hundreds of instructions an entry overrun, losing
  * pages: rings are only used where guest ring 0 runs on the CPU.
  */
+#include "core/track.h"
 #include "kvm/kvm.h"
 
 #include <stdlib.h>
@@ -23,9 +24,13 @@
 static void mark_dirty(vm_machine *m, uint64_t gpa) {
     const vm_range *r = vm_view_find(&m->view, gpa);
     if (!r || !r->region->page_flags) return;
-    _Atomic uint8_t *flags = &r->region->page_flags[(r->offset + (gpa - r->gpa)) >> 12];
-    atomic_fetch_or_explicit(flags, VM_PAGE_DIRTY, memory_order_relaxed);
-    atomic_fetch_and_explicit(flags, (uint8_t)~VM_PAGE_CLEAN, memory_order_relaxed);
+    uint64_t page = (r->offset + (gpa - r->gpa)) >> 12;
+    uint8_t old = atomic_load_explicit(&r->region->page_flags[page], memory_order_relaxed), now;
+    do {
+        now = (uint8_t)(old & ~(VM_PAGE_CLEAN | VM_PAGE_KEPT));
+        if (m->dirty_log) now |= VM_PAGE_DIRTY;
+    } while (!atomic_compare_exchange_weak(&r->region->page_flags[page], &old, now));
+    if (old & VM_PAGE_KEPT) vm_track_note(m, NULL, r->region, page);
 }
 
 /* ---- rings ---- */

@@ -201,7 +201,7 @@ static bool slot_flags(const kvm_machine *km, const vm_machine *m, unsigned prot
     if (!(prot & VM_PROT_W)) {
         if (!km->can_read_only) return false;
         *flags |= KVM_MEM_READONLY;
-    } else if (m->dirty_log) {
+    } else if (m->dirty_log || m->track) {
         *flags |= KVM_MEM_LOG_DIRTY_PAGES;
     }
     return true;

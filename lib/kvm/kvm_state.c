@@ -104,7 +104,7 @@ static bool is_readable(kvm_vcpu *kv, uint32_t number) {
 
 /* IA32_TSC_ADJUST is a memory of what was added to the TSC; writing it from outside adds nothing. */
 static void follow_tsc_adjust(kvm_vcpu *kv, bool is_read) {
-    uint64_t adjust = kv->cpu->x86.tsc_adjust;
+    uint64_t adjust = kv->cpu->x86.tsc_adjust + kv->cpu->machine->tsc_offset;
     if (!is_read && adjust != kv->tsc_offset) kvm_set_tsc_offset(kv, adjust);
     kv->tsc_offset = adjust;
 }

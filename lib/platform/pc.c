@@ -293,6 +293,8 @@ int vm_pc_fwcfg_file(vm_machine *m, const char *name, const void *data, size_t b
     return status;
 }
 
+int vm_pc_copy_firmware(vm_machine *from, vm_machine *to) { return vm_fwcfg_copy(to->pc->fwcfg, from->pc->fwcfg); }
+
 /* Memory sizes where BIOSes and old guests look for them. */
 static void fill_cmos(struct vm_platform_pc *pc) {
     uint64_t low = pc->info.low_end, high = pc->machine->options.ram_bytes - low;

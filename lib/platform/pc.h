@@ -34,6 +34,7 @@ void vm_pc_reset(vm_machine *m);
  * when the state is not of such a machine (devices before the bad one are restored then: restore something good or reset). */
 int  vm_pc_save(vm_machine *m, void *buffer, size_t *bytes);
 int  vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes);
+int  vm_pc_copy_firmware(vm_machine *from, vm_machine *to);    /* fw_cfg items, which are not in it; device locks held */
 
 /* ---- from the vCPU (its own thread) ---- */
 /* INIT, SIPI and NMI latched in cpu->init_pending, sipi_pending, nmi_latched; the run loop calls this when X86_ATT_EVENT was set, outside

@@ -132,6 +132,7 @@ typedef struct x86_tlb_entry {
     uint8_t *host;            /* host address of the page's first byte */
 } x86_tlb_entry;
 /* Beside each entry: the gpa of its page and the bits below. */
+#define X86_WRITABLES 2048u
 #define X86_TLBM_VALID 1u
 #define X86_TLBM_GLOBAL 2u
 #define X86_TLBM_LARGE  4u    /* part of a page larger than 4 KiB */
@@ -375,6 +376,8 @@ struct x86_cpu {
     x86_cover cover;
 
     uint32_t tlb_touched[X86_NCTX];    /* bit i: chunk i of that TLB table may hold entries (tlb.c) */
+    uint32_t writable_count;           /* entries that got a write tag since the last x86_tlb_protect_noted(); > X86_WRITABLES: many */
+    uint16_t writable[X86_WRITABLES];  /* ctx << X86_TLB_BITS | index */
     uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
 
     x86_tlb tlb[X86_NCTX];             /* last: large, touched as used */
@@ -479,6 +482,10 @@ void x86_tlb_init(x86_cpu *cpu);                                 /* fresh, zeroe
 void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
                  uint64_t page_bytes);                           /* prot with X86_TLB_MAY_W: see X86_TLBM_MAY_W */
 #define X86_TLB_MAY_W 8u
+/* The entry for la, known to be for RAM that may be written (x86_tlb_known), gets the write tag that was held back. */
+void x86_tlb_allow(x86_cpu *cpu, unsigned ctx, uint64_t la);
+/* Take every write tag that was given since the last time. The vCPU is at rest. */
+void x86_tlb_protect_noted(x86_cpu *cpu);
 void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes);
 /* A translation for this access that the table holds though it has no tag for it: device memory, held-back writes. */
 bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);

@@ -61,6 +61,15 @@ static uint64_t note_large(x86_cpu *cpu, uint64_t la, uint64_t page_bytes)
     return X86_TLBM_LARGE;
 }
 
+/* One more entry with a write tag; too many: x86_tlb_protect_noted() looks at all of them. */
+static void note_writable(x86_cpu *cpu, unsigned ctx, unsigned i)
+{
+    if (cpu->writable_count < X86_WRITABLES)
+        cpu->writable[cpu->writable_count++] = (uint16_t)(ctx << X86_TLB_BITS | i);
+    else
+        cpu->writable_count = X86_WRITABLES + 1;
+}
+
 void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
                  uint64_t page_bytes)
 {
@@ -68,6 +77,8 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     x86_tlb *t = &cpu->tlb[ctx];
     x86_tlb_entry *e = &t->e[i];
     uint64_t page = la & X86_PAGE_MASK, none = X86_TLB_NONE(i);
+    if (cpu->watch & X86_WATCH_PAGES)
+        prot &= ~cpu->env->withheld(cpu, page, gpa & X86_PAGE_MASK);
     uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0) |
                     (prot & X86_TLB_MAY_W ? X86_TLBM_MAY_W : 0) | note_large(cpu, la, page_bytes);
     touch(cpu, ctx, i);
@@ -76,9 +87,29 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     e->host = host;
     e->tag_r = prot & X86_READ ? page : none;
     e->tag_x = prot & X86_EXEC ? page : none;
+    if (prot & X86_WRITE)
+        note_writable(cpu, ctx, i);
     __atomic_store_n(&e->tag_w, prot & X86_WRITE ? page : none, __ATOMIC_RELEASE);
-    if (cpu->watch & X86_WATCH_PAGES)
-        prot &= ~cpu->env->withheld(cpu, page, gpa & X86_PAGE_MASK);
+}
+
+void x86_tlb_allow(x86_cpu *cpu, unsigned ctx, uint64_t la)
+{
+    unsigned i = X86_TLB_INDEX(la);
+    note_writable(cpu, ctx, i);
+    __atomic_store_n(&cpu->tlb[ctx].e[i].tag_w, la & X86_PAGE_MASK, __ATOMIC_RELEASE);
+}
+
+void x86_tlb_protect_noted(x86_cpu *cpu)
+{
+    if (cpu->writable_count > X86_WRITABLES) {
+        x86_tlb_protect(cpu, UINT64_MAX);
+    } else {
+        for (uint32_t n = 0; n < cpu->writable_count; n++) {
+            unsigned i = cpu->writable[n] & (X86_TLB_ENTRIES - 1), ctx = cpu->writable[n] >> X86_TLB_BITS;
+            __atomic_store_n(&cpu->tlb[ctx].e[i].tag_w, X86_TLB_NONE(i), __ATOMIC_RELAXED);
+        }
+    }
+    cpu->writable_count = 0;
 }
 
 void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global,
