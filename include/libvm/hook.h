@@ -22,8 +22,9 @@
  *
  * Hooks never change what the guest computes, nor the instruction counts, unless a callback does.
  *
- * Backends: interpreter and JIT serve all of it. KVM serves none (VM_E_UNSUPPORTED), unless VM_HOOK_SWITCH asks to move
- * the machine to a backend that can. vm_backend_select() to KVM is refused while hooks are there.
+ * Backends: interpreter and JIT serve all of it. KVM serves breakpoints, watchpoints and single steps, exactly and at the
+ * interpreter's speed while there are any; it serves no hooks (VM_E_UNSUPPORTED), unless VM_HOOK_SWITCH asks to move the
+ * machine to a backend that can. vm_backend_select() to KVM is refused while hooks are there.
  *
  * Threads: hooks may be added and removed from any thread at any time. The change takes effect at the next instruction
  * boundary of each vCPU; a vCPU of the machine that is inside a callback then finishes its instruction first.

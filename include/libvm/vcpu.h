@@ -138,7 +138,7 @@ typedef struct vm_run_options {
      * delivering another; not hardware interrupts */
     uint64_t exception_exits;
     /* VM_EXIT_STEP after one instruction (all of a repeated string instruction), or when an exception or interrupt has
-     * been delivered instead. RFLAGS.TF is not used. Other exits come first; not on KVM (VM_E_UNSUPPORTED) */
+     * been delivered instead. RFLAGS.TF is not used. Other exits come first */
     bool     single_step;
     /* KVM: this thread has SIGURG blocked, and its signal mask does not change from run to run of this vCPU. Saves two
      * system calls a run, which otherwise block that signal and restore the mask; a promise not kept loses kicks */

@@ -192,6 +192,7 @@ typedef struct vm_backend_ops {
     void (*doorbell)(vm_machine *m, const vm_doorbell *d, int fd, bool on);
     void (*coalesce)(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on);
     bool serves_hooks;                 /* hooks, breakpoints, watchpoints, single steps (hook.h) */
+    bool serves_breaks;                /* only the last three */
     /* hook_mask or watch of a vCPU changed, or ranges did: translated code is stale. On its thread, at a boundary */
     void (*hooks_changed)(vm_vcpu *cpu);
 } vm_backend_ops;

@@ -253,10 +253,23 @@ static void unlink_hook(vm_machine *m, vm_hook *h)
 
 /* ---- the operations ---- */
 
-/* A backend that can do it, if need be by moving the machine there. */
-static int need_backend(vm_machine *m, bool may_switch)
+static bool can_serve(const vm_backend_ops *ops, vm_hook_class cls)
 {
-    if (m->backend->serves_hooks)
+    return ops->serves_hooks || (ops->serves_breaks && cls != VM_HOOKED_USER);
+}
+
+bool vm_hooks_suit(const vm_machine *m, const vm_backend_ops *ops)
+{
+    bool suits = true;
+    for (const vm_hook *h = m->hooks ? m->hooks->first : NULL; h; h = h->next)
+        suits &= can_serve(ops, (vm_hook_class)h->cls);
+    return suits;
+}
+
+/* A backend that can do it, if need be by moving the machine there. */
+static int need_backend(vm_machine *m, vm_hook_class cls, bool may_switch)
+{
+    if (can_serve(m->backend, cls))
         return VM_OK;
     if (!may_switch)
         return vm_fail(VM_E_UNSUPPORTED, "backend %s serves no hooks", m->backend->name);
@@ -291,14 +304,14 @@ int vm_hook_insert(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls, vm_h
 {
     if (!is_ranged(d->kind, d->flags))
         return vm_fail(VM_E_INVALID, "vm_hook_add: kind %d has no guest-physical range", (int)d->kind);
-    int status = need_backend(m, d->flags & VM_HOOK_SWITCH);
+    int status = need_backend(m, cls, d->flags & VM_HOOK_SWITCH);
     if (status != VM_OK)
         return status;
     vm_hook *h = new_hook(m, d, cls);
     if (!h)
         return vm_fail(VM_E_NOMEM, "no memory for a hook");
     vm_pause(m);
-    status = m->backend->serves_hooks ? link_hook(m, h) : vm_fail(VM_E_BUSY, "the backend is being changed");
+    status = can_serve(m->backend, cls) ? link_hook(m, h) : vm_fail(VM_E_BUSY, "the backend is being changed");
     vm_grave *done = m->hooks ? take_graves(m, 0) : NULL;
     vm_resume(m);
     end_graves(done);
@@ -333,7 +346,7 @@ int vm_hook_delete(vm_machine *m, vm_hook *hook)
 static int toggle(vm_machine *m, vm_hook_class cls, const vm_hook_desc *d, bool on, const char *what)
 {
     vm_grave *done = NULL;
-    int status = on ? need_backend(m, false) : VM_OK;
+    int status = on ? need_backend(m, cls, false) : VM_OK;
     if (status != VM_OK)
         return status;
     vm_pause(m);
@@ -383,7 +396,7 @@ int vm_hook_watchpoint(vm_machine *m, uint64_t gva, uint64_t bytes, vm_prot acce
 int vm_stop_add(vm_machine *m, uint64_t la)
 {
     vm_hook_desc d = { .kind = VM_HOOK_INSN, .begin = la, .end = la, .flags = VM_HOOK_EXACT };
-    int status = need_backend(m, false);
+    int status = need_backend(m, VM_HOOKED_STOP, false);
     if (status != VM_OK)
         return status;
     vm_pause(m);

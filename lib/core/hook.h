@@ -83,6 +83,7 @@ int  vm_hook_insert(vm_machine *m, const vm_hook_desc *desc, vm_hook_class cls, 
 int  vm_hook_delete(vm_machine *m, vm_hook *hook);
 int  vm_hook_breakpoint(vm_machine *m, uint64_t gva, bool on);
 int  vm_hook_watchpoint(vm_machine *m, uint64_t gva, uint64_t bytes, vm_prot access, bool on);
+bool vm_hooks_suit(const vm_machine *m, const vm_backend_ops *ops);         /* all that there are can be served there */
 void vm_hooks_free(vm_machine *m);                       /* destruction */
 
 /* env.c's part */

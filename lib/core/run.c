@@ -372,7 +372,7 @@ int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
     run r = { .options = options ? options : &no_options, .exit = exit };
     if (m->vcpu_count > 1 && vm_vcpu_self(m))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: this thread is already inside a run of this machine");
-    if (r.options->single_step && !m->backend->serves_hooks)
+    if (r.options->single_step && !m->backend->serves_hooks && !m->backend->serves_breaks)
         return vm_fail(VM_E_UNSUPPORTED, "vm_vcpu_run: backend %s does not step", m->backend->name);
     if (!vm_vcpu_claim(cpu))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);

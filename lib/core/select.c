@@ -70,7 +70,7 @@ int vm_machine_select(vm_machine *m, vm_backend backend) {
     const vm_backend_ops *to = vm_backend_find(&backend);
     if (!to) return VM_E_UNSUPPORTED;
     if (to == m->backend) return VM_OK;
-    if (!to->serves_hooks && m->hooks && m->hooks->first)
+    if (!vm_hooks_suit(m, to))
         return vm_fail(VM_E_UNSUPPORTED, "vm_backend_select: backend %s serves no hooks; remove them first", to->name);
     if (!vm_mmu_suits(m->mmu, backend))
         return vm_fail(VM_E_UNSUPPORTED, "vm_backend_select: KVM cannot have the MMU strategy \"%s\"; select \"tlb\" first",

@@ -668,6 +668,8 @@ const vm_backend_ops vm_backend_kvm = {
     .kick = kvm_kick,
     .leave = kvm_leave,
     .takes_interrupts = true,
+    .serves_breaks = true,
+    .hooks_changed = kvm_flush_code,
     .doorbell = kvm_doorbell,
     .coalesce = kvm_coalesce,
 };

@@ -767,7 +767,7 @@ SOFTWARE(exception_stop_skip_retry_deliver)
     vm_destroy(r.m);
 }
 
-SOFTWARE(breakpoints)
+EACH_BACKEND(breakpoints)
 {
     rig r = MAKE(COUNTING);
     OK(vm_breakpoint(r.m, 0x100e, true));
@@ -793,7 +793,7 @@ SOFTWARE(breakpoints)
     vm_destroy(r.m);
 }
 
-SOFTWARE(breakpoint_on_the_next_instruction)
+EACH_BACKEND(breakpoint_on_the_next_instruction)
 {
     rig r = MAKE(COUNTING);
     vm_run_options o = VM_RUN_OPTIONS_INIT;
@@ -808,7 +808,7 @@ SOFTWARE(breakpoint_on_the_next_instruction)
     vm_destroy(r.m);
 }
 
-SOFTWARE(watchpoints)
+EACH_BACKEND(watchpoints)
 {
     rig r = MAKE(ACCESSES);
     OK(vm_watchpoint(r.m, DATA + 2, 2, VM_PROT_RW, true));
@@ -830,7 +830,7 @@ SOFTWARE(watchpoints)
     vm_destroy(r.m);
 }
 
-SOFTWARE(single_steps)
+EACH_BACKEND(single_steps)
 {
     static const unsigned rip[] = { 0x1007, 0x100c, 0x100e, 0x1010 };
     rig r = MAKE(STRING);
@@ -847,7 +847,7 @@ SOFTWARE(single_steps)
 }
 
 /* pushfq; pop rax; hlt: TF of a debugger's step is not seen. */
-SOFTWARE(steps_do_not_show)
+EACH_BACKEND(steps_do_not_show)
 {
     rig r = MAKE("\x9c\x58\xf4");
     vm_run_options o = VM_RUN_OPTIONS_INIT;
