@@ -114,7 +114,7 @@ typedef struct vm_bind_desc {
 } vm_bind_desc;
 #define VM_BIND_DESC_INIT VM_STRUCT_INIT(vm_bind_desc)
 
-/* From now on, whenever a vCPU is about to execute `address` (RIP as in vm_run_options.until, any address space), the host
+/* From now on, whenever a vCPU is about to execute linear address `address` (in flat code: RIP; any address space), the host
  * function is called instead, its arguments taken from where the convention puts them, its result put there, and the
  * return made (stdcall: with the arguments taken off). What is at the address is not executed and need not be mapped.
  * The call counts as one retired instruction. Elsewhere in the guest nothing is slower.
@@ -126,9 +126,10 @@ typedef struct vm_bind_desc {
  * once), else a copy, copied back after the call.
  *
  * The function runs on the vCPU's thread at an instruction boundary, no lock held: it may use the machine's functions,
- * change registers and memory, run the vCPU (see vm_call), bind and unbind. On entry RIP is `address` and RSP points at
- * the return address (sysv and i386: as after CALL). If RIP is another when it returns, neither result nor return are
- * made: the guest goes on there. With vCPUs on several threads the function may run on each at the same time.
+ * change registers and memory, run the vCPU (see vm_call), bind and unbind. RIP is at `address` on entry, RSP points at the
+ * return address. If RIP is another when the function returns, neither result nor return are made: the guest goes on
+ * there. With vCPUs on several threads the function may run on each at the same time. Code of another width than the
+ * convention's (any 16-bit code) gets #UD at the address.
  * VM_E_EXISTS: something is bound there; VM_E_INVALID bad signature or description; VM_E_UNSUPPORTED on KVM if the host
  * cannot stop there; VM_E_NOMEM. *out may be NULL. */
 typedef struct vm_binding vm_binding;

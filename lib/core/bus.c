@@ -5,7 +5,7 @@
  * 7) and accesses across a region's end are split, lowest address first. What nobody answers is an exit on BARE
  * machines and all ones (writes: nothing) on a PC.
  */
-#include "core/core.h"
+#include "core/replay.h"
 #include "core/doorbell.h"
 #include "x86/access.h"
 
@@ -32,7 +32,7 @@ static void trace_access(vm_vcpu *cpu, const char *what, uint64_t at, unsigned w
                   (unsigned long long)cpu->x86.rip, status == X86_IO_DONE ? "" : " (nobody)");
 }
 
-static int call_read(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t *value)
+static int ask(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t *value)
 {
     if (!r->ops.read)
         return X86_IO_EXIT;
@@ -44,7 +44,7 @@ static int call_read(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width
     return status < 0 ? X86_IO_EXIT : X86_IO_DONE;
 }
 
-static int call_write(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t value)
+static int tell(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t value)
 {
     if (!r->ops.write)
         return X86_IO_EXIT;
@@ -52,6 +52,31 @@ static int call_write(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned widt
     int status = r->ops.write(r->user, cpu, offset, width, value & ones(width));
     vm_region_leave(r);
     return status < 0 ? X86_IO_EXIT : X86_IO_DONE;
+}
+
+/* The same; what devices of the program answer is recorded, and comes from the record. */
+static int call_read(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t *value)
+{
+    bool is_outside = cpu->machine->replay && !r->is_internal;
+    int status;
+    if (is_outside && vm_replay_answer(cpu, VM_LOG_READ, value, &status))
+        return status;
+    status = ask(cpu, r, offset, width, value);
+    if (is_outside)
+        vm_replay_answered(cpu, VM_LOG_READ, *value, status);
+    return status;
+}
+
+static int call_write(vm_vcpu *cpu, vm_region *r, uint64_t offset, unsigned width, uint64_t value)
+{
+    bool is_outside = cpu->machine->replay && !r->is_internal;
+    int status;
+    if (is_outside && vm_replay_answer(cpu, VM_LOG_WROTE, NULL, &status))
+        return status;
+    status = tell(cpu, r, offset, width, value);
+    if (is_outside)
+        vm_replay_answered(cpu, VM_LOG_WROTE, 0, status);
+    return status;
 }
 
 /* ---- memory ---- */

@@ -30,6 +30,8 @@ struct vm_clock {
     vm_timer *timers;                  /* unsorted: a machine has a dozen */
     pthread_t thread;
     bool has_thread, is_ending;
+    bool is_virtual;                   /* counts instructions: BARE, and a PC that records or replays */
+    uint64_t tsc_base, tsc_time;       /* is_virtual and tsc_is_host: the TSC at a guest time */
 };
 
 uint64_t vm_host_now(void)
@@ -42,13 +44,16 @@ uint64_t vm_host_now(void)
 uint64_t vm_clock_now(vm_machine *m)
 {
     struct vm_clock *c = m->clock;
-    if (m->is_pc)
+    if (!c->is_virtual)
         return vm_host_now() - c->start_ns;
     return vm_vcpu_retired_now(m->vcpus[0]) + __atomic_load_n(&c->advanced, __ATOMIC_RELAXED);
 }
 
 uint64_t vm_clock_tsc(vm_machine *m)
 {
+    const struct vm_clock *c = m->clock;
+    if (m->tsc_is_host && c->is_virtual)
+        return c->tsc_base + (uint64_t)((unsigned __int128)(vm_clock_now(m) - c->tsc_time) * m->tsc_hz / 1000000000u);
     if (m->tsc_is_host)
         return __builtin_ia32_rdtsc() + m->tsc_offset;
     return vm_clock_now(m);            /* VM_TSC_HZ is 1 GHz */
@@ -57,8 +62,10 @@ uint64_t vm_clock_tsc(vm_machine *m)
 void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc)
 {
     struct vm_clock *c = m->clock;
-    if (!m->is_pc) {
+    if (c->is_virtual) {
         __atomic_store_n(&c->advanced, now - m->vcpus[0]->x86.retired, __ATOMIC_RELAXED);
+        c->tsc_base = tsc;
+        c->tsc_time = now;
         return;
     }
     pthread_mutex_lock(&c->lock);
@@ -67,6 +74,22 @@ void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc)
         m->tsc_offset = tsc - __builtin_ia32_rdtsc();
     pthread_cond_signal(&c->changed);
     pthread_mutex_unlock(&c->lock);
+}
+
+int vm_clock_virtual(vm_machine *m, bool on)
+{
+    struct vm_clock *c = m->clock;
+    uint64_t now = vm_clock_now(m), tsc = vm_clock_tsc(m);
+    if (on)
+        vm_clock_stop(m);
+    c->is_virtual = on;
+    vm_clock_set(m, now, tsc);
+    return on ? VM_OK : vm_clock_start(m);
+}
+
+void vm_clock_skip(vm_machine *m, uint64_t ns)
+{
+    __atomic_fetch_add(&m->clock->advanced, ns, __ATOMIC_RELAXED);
 }
 
 /* ---- firing ---- */
@@ -103,6 +126,19 @@ static void fire_due(vm_machine *m)
     while ((t = take_due(m->clock, now)) != NULL)
         t->fn(t->user);
     vm_device_unlock(m);
+}
+
+uint64_t vm_clock_next(vm_machine *m)
+{
+    pthread_mutex_lock(&m->clock->lock);
+    uint64_t next = next_deadline(m->clock);
+    pthread_mutex_unlock(&m->clock->lock);
+    return next;
+}
+
+void vm_clock_fire(vm_machine *m)
+{
+    fire_due(m);
 }
 
 static void *clock_thread(void *arg)
@@ -198,10 +234,11 @@ void vm_timer_set(vm_timer *t, uint64_t deadline_ns)
     pthread_mutex_lock(&c->lock);
     bool is_sooner = deadline_ns < next_deadline(c);
     t->deadline = deadline_ns;
-    if (is_sooner && m->is_pc)
+    bool is_virtual = c->is_virtual;
+    if (is_sooner && !is_virtual)
         pthread_cond_signal(&c->changed);
     pthread_mutex_unlock(&c->lock);
-    if (!m->is_pc && is_sooner)
+    if (is_virtual && is_sooner)
         vm_vcpu_notify(m->vcpus[0], X86_ATT_IRQ);        /* its slice may be too long now */
 }
 
@@ -232,6 +269,7 @@ int vm_clock_create(vm_machine *m)
     pthread_cond_init(&c->changed, &attr);
     pthread_condattr_destroy(&attr);
     c->start_ns = vm_host_now();
+    c->is_virtual = !m->is_pc;
     m->clock = c;
     return VM_OK;
 }
@@ -246,7 +284,7 @@ void vm_clock_stop(vm_machine *m)
     pthread_cond_signal(&c->changed);
     pthread_mutex_unlock(&c->lock);
     pthread_join(c->thread, NULL);
-    c->has_thread = false;
+    c->has_thread = c->is_ending = false;
 }
 
 void vm_clock_destroy(vm_machine *m)

@@ -136,6 +136,9 @@ struct vm_vcpu {
     bool has_redirect; uint64_t redirect;              /* where a callback wants to go on after the instruction under way */
     uint64_t irq_reported;             /* 1 + retired when a run was stopped before delivering a vector */
     struct { bool is_set; int cls; vm_hook *hook; vm_exit_debug debug; } hook_stop;    /* what hooks want to exit with */
+    struct vm_round *round;            /* the run under way, innermost first (run.h) */
+    unsigned run_depth;                /* runs inside each other */
+    bool at_boundary;                  /* in a bound function: no instruction is under way, the vCPU may be run */
     bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
     bool has_signal_blocked; /* as in vm_run_options */
 };
@@ -220,6 +223,8 @@ struct vm_machine {
     const struct vm_mmu_ops *mmu; void *mmu_state;
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
+    struct vm_bindings *bindings;      /* bind.c; NULL: none */
+    struct vm_replay *replay;          /* replay.c; NULL: neither records nor replays */
     struct vm_track *track;            /* NULL: no snapshots (track.h) */
     struct vm_hooks *hooks;            /* hook.h; NULL: never had any */
     _Atomic unsigned hook_seq;         /* counts edits of hooks */
@@ -294,6 +299,12 @@ void vm_clock_destroy(vm_machine *m);
 void vm_clock_advance(vm_machine *m, uint64_t ns);
 /* BARE: fire due timers; guest time of the next one, UINT64_MAX: none. Run loop only. */
 uint64_t vm_clock_poll(vm_machine *m);
+/* PC: from host time to virtual time, which goes on from the same moment and counts as on BARE machines, or back. While it is
+ * virtual nobody fires timers but vm_clock_fire(). The vCPU must not run. */
+int  vm_clock_virtual(vm_machine *m, bool on);
+uint64_t vm_clock_next(vm_machine *m);                             /* when a timer falls due; UINT64_MAX: none */
+void vm_clock_fire(vm_machine *m);
+void vm_clock_skip(vm_machine *m, uint64_t ns);                    /* virtual time jumps */
 uint64_t vm_host_now(void);                                        /* CLOCK_MONOTONIC, ns */
 vm_timer *vm_timer_new(vm_machine *m, void (*fn)(void *user), void *user);
 void vm_timer_set(vm_timer *t, uint64_t deadline_ns);              /* absolute guest time; UINT64_MAX: off */
@@ -332,6 +343,7 @@ int  vm_machine_query(vm_backend backend, const char *capability, uint64_t *valu
 int  vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out);
 void vm_vcpu_free(vm_vcpu *cpu);
 int  vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit); /* exit: full-size, never NULL */
+int  vm_run_check(vm_vcpu *cpu);                                   /* the status vm_run() would refuse with now */
 void vm_vcpu_look_again(vm_vcpu *cpu);                             /* its own thread, in a callback or not */
 uint64_t vm_vcpu_retired_now(const vm_vcpu *cpu);                  /* exact in callbacks on its own thread */
 void vm_vcpu_reset(vm_vcpu *cpu); /* forget exits, injections, shutdown; not the registers */

@@ -4,7 +4,7 @@
  * answered here:
  * CR8 is a plain register, there is no APIC, random numbers repeat from run to run.
  */
-#include "core/core.h"
+#include "core/call.h"
 #include "core/hook.h"
 #include "mmu/ept.h"
 #include "mmu/mmu.h"
@@ -94,7 +94,7 @@ static uint64_t env_random(x86_cpu *x)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
     uint64_t value;
-    if (!cpu->machine->is_pc || getrandom(&value, sizeof value, GRND_NONBLOCK) != (ssize_t)sizeof value)
+    if (!cpu->machine->is_pc || cpu->machine->replay || getrandom(&value, sizeof value, GRND_NONBLOCK) != (ssize_t)sizeof value)
         return bare_random(cpu);
     return value;
 }
@@ -144,9 +144,15 @@ static void env_ferr(x86_cpu *x)
         vm_pc_ferr(cpu);
 }
 
+static bool env_is_stop(x86_cpu *x, uint64_t la)
+{
+    return vm_hook_is_stop(vm_vcpu_of(x)->machine, la);
+}
+
 static int env_hypercall(x86_cpu *x)
 {
-    return vm_vcpu_of(x)->machine->is_pc ? -1 : X86_IO_EXIT;
+    vm_machine *m = vm_vcpu_of(x)->machine;
+    return m->is_pc && !vm_is_bound_hypercall(m, x) ? -1 : X86_IO_EXIT;
 }
 
 /* The access under the lock may turn out to be a device's, and the device lock comes before the one that stops the world. */
@@ -194,6 +200,7 @@ const x86_env vm_env = {
     .lock_end = env_lock_end,
     .hook = vm_env_hook,
     .hook_before = vm_env_hook_before,
+    .is_stop = env_is_stop,
     .withheld = vm_env_withheld,
     .watched = vm_env_watched,
 };

@@ -3,7 +3,8 @@
  * Creation goes up a ladder: locks, backend, clock, vCPUs, MMU strategy, platform; failure at any rung comes down
  * through vm_machine_destroy(), which copes with whatever is missing.
  */
-#include "core/core.h"
+#include "core/call.h"
+#include "core/replay.h"
 #include "core/track.h"
 #include "core/doorbell.h"
 #include "core/hook.h"
@@ -217,6 +218,8 @@ void vm_machine_destroy(vm_machine *m)
     vm_hooks_free(m);
     vm_track_destroy(m);
     vm_mmu_detach(m);
+    vm_replay_free(m);
+    vm_bindings_free(m);
     vm_regions_free(m);
     if (m->has_pc)
         vm_pc_destroy(m);

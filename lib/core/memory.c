@@ -19,7 +19,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
-#include "core/core.h"
+#include "core/replay.h"
 #include "core/track.h"
 #include "mmu/mmu.h"
 
@@ -196,7 +196,7 @@ static bool is_at_rest(vm_machine *m)
 {
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         int state = m->vcpus[i] ? m->vcpus[i]->state & ~VM_WAITED : VM_IDLE;
-        if (state == VM_BLOCKED || state == VM_GUEST)
+        if (state == VM_BLOCKED || state == VM_GUEST || (m->vcpus[i] && m->vcpus[i]->run_depth > 1))
             return false;
     }
     return true;
@@ -241,6 +241,8 @@ static int add_checked(vm_region *r)
 
 int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
 {
+    if (m->replay)
+        return vm_replay_forbids(m, "an edit of the map");
     vm_region *r = malloc(sizeof *r);
     if (!r)
         return vm_fail(VM_E_NOMEM, "no memory for a region");
@@ -510,6 +512,8 @@ static void set_prot(vm_region *r, uint64_t offset, uint64_t n, vm_prot prot)
 
 int vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot)
 {
+    if (m->replay)
+        return vm_replay_forbids(m, "vm_protect");
     vm_pause(m);
     int status = prepare_protect(m, gpa, bytes, prot);
     if (status == VM_OK) {

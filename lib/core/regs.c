@@ -43,7 +43,7 @@ VM_API int vm_reg_find(const char *name)
 
 static bool in_callback(const vm_vcpu *cpu)
 {
-    return vm_vcpu_is_running(cpu);
+    return vm_vcpu_is_running(cpu) && !cpu->at_boundary;
 }
 
 static void set_rip(vm_vcpu *cpu, uint64_t rip)

@@ -4,7 +4,9 @@
  * comes up, and decides whether that is for the caller. The thread is in VM_GUEST throughout, except while it sleeps
  * or the world is stopped.
  */
-#include "core/core.h"
+#include "core/call.h"
+#include "core/replay.h"
+#include "core/run.h"
 #include "core/hook.h"
 #include "platform/pc.h"
 
@@ -13,18 +15,8 @@
 /* No run is cut up unless something has to be looked at that cannot ring. */
 #define SLICE_FOREVER (INT64_C(1) << 62)
 #define SLICE_DEADLINE INT64_C(50000)  /* a millisecond or so between looks at the host's clock */
-#define SLICE_WINDOW INT64_C(1000)     /* an interrupt waits to be allowed; x86_irq_window() should ring before */
 
-typedef struct run {
-    uint64_t left;                     /* instructions of the budget */
-    uint64_t deadline;                 /* host time; UINT64_MAX: none */
-    const vm_run_options *options;
-    vm_exit *exit;
-    int status;                        /* of the call, if the host failed */
-    bool is_window;                    /* an interrupt waits */
-    bool is_delivered;                 /* an event has been, since guest code last ran */
-    bool skips_until;                  /* the run began at `until`: execute one instruction before looking */
-} run;
+typedef vm_round run;
 
 /* ---- what others asked for ---- */
 
@@ -44,7 +36,7 @@ static int machine_event(vm_vcpu *cpu, vm_exit *exit)
     return m->event;
 }
 
-static int attend(vm_vcpu *cpu, run *r)
+int vm_round_attend(vm_vcpu *cpu, run *r)
 {
     uint32_t bits = atomic_exchange(&cpu->x86.attention, 0);
     int reason = 0;
@@ -89,7 +81,7 @@ static int shut_down(vm_vcpu *cpu)
     return VM_EXIT_SHUTDOWN;
 }
 
-static int deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint32_t error)
+int vm_round_deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint32_t error)
 {
     x86_cpu *x = &cpu->x86;
     r->is_delivered = true;
@@ -134,7 +126,7 @@ static bool take_interrupt(vm_vcpu *cpu, run *r, int *reason)
     int vector = vm_pc_irq_source.acknowledge(cpu);
     if (vector < 0 || answer == X86_HOOK_SKIP)
         return false;
-    *reason = deliver(cpu, r, (uint8_t)vector, false, 0);
+    *reason = vm_round_deliver(cpu, r, (uint8_t)vector, false, 0);
     return true;
 }
 
@@ -189,7 +181,7 @@ static int events(vm_vcpu *cpu, run *r)
         cpu->inject.is_set = false;
         if (answer == X86_HOOK_SKIP)
             return -1;
-        return (reason = deliver(cpu, r, cpu->inject.vector, cpu->inject.has_error, cpu->inject.error)) ? reason : -1;
+        return (reason = vm_round_deliver(cpu, r, cpu->inject.vector, cpu->inject.has_error, cpu->inject.error)) ? reason : -1;
     }
     if (x->nmi_pending && !cpu->machine->backend->takes_interrupts) {
         unsigned answer = !x->nmi_blocked && !x->inhibit ? vm_hook_interrupt(cpu, X86_NMI) : X86_HOOK_GO;
@@ -200,7 +192,7 @@ static int events(vm_vcpu *cpu, run *r)
             return -1;
         }
         if (!x->nmi_blocked && !x->inhibit)
-            return (reason = deliver(cpu, r, X86_NMI, false, 0)) ? reason : -1;
+            return (reason = vm_round_deliver(cpu, r, X86_NMI, false, 0)) ? reason : -1;
         r->is_window = true;
     }
     if (x->nmi_pending && cpu->machine->backend->takes_interrupts)
@@ -233,7 +225,36 @@ static int internal_error(vm_vcpu *cpu)
     return VM_EXIT_INTERNAL;
 }
 
-static int stopped(vm_vcpu *cpu, run *r, x86_stop stop)
+/* A call of the host by the guest has been made: what a run loop looks at after an instruction. */
+static int bound(vm_vcpu *cpu, run *r, int reason)
+{
+    const vm_run_options *o = r->options;
+    if (reason == 0 && o->has_until && cpu->x86.rip == o->until)
+        return VM_EXIT_UNTIL;
+    return reason == 0 && o->single_step ? VM_EXIT_STEP : reason;
+}
+
+static int breakpoint(vm_vcpu *cpu, run *r)
+{
+    int reason = vm_binding_at(cpu);
+    if (reason == VM_NOT_BOUND)
+        return VM_EXIT_BREAKPOINT;
+    if (r->left)
+        r->left--;
+    r->skips_until = false;
+    return bound(cpu, r, reason);
+}
+
+static int hypercall(vm_vcpu *cpu, run *r)
+{
+    int reason = vm_binding_hypercall(cpu);
+    if (reason != VM_NOT_BOUND)
+        return bound(cpu, r, reason);
+    vm_exit_from_hypercall(cpu, r->exit);
+    return VM_EXIT_HYPERCALL;
+}
+
+int vm_round_stopped(vm_vcpu *cpu, run *r, x86_stop stop)
 {
     x86_cpu *x = &cpu->x86;
     switch (stop) {
@@ -244,9 +265,9 @@ static int stopped(vm_vcpu *cpu, run *r, x86_stop stop)
     case X86_STOP_IO: vm_exit_from_io(cpu, r->exit); return (int)r->exit->reason;
     case X86_STOP_EXCEPTION: vm_exit_from_exception(cpu, r->exit); return VM_EXIT_EXCEPTION;
     case X86_STOP_UNTIL: return VM_EXIT_UNTIL;
-    case X86_STOP_BREAKPOINT: return VM_EXIT_BREAKPOINT;
+    case X86_STOP_BREAKPOINT: return breakpoint(cpu, r);
     case X86_STOP_STEP: return VM_EXIT_STEP;
-    case X86_STOP_HYPERCALL: vm_exit_from_hypercall(cpu, r->exit); return VM_EXIT_HYPERCALL;
+    case X86_STOP_HYPERCALL: return hypercall(cpu, r);
     case X86_STOP_HOOK: return vm_hook_exit(cpu, r->exit);
     case X86_STOP_SKIP: return 0;
     case X86_STOP_HOST: r->status = VM_E_HOST; return VM_EXIT_INTERNAL;
@@ -255,17 +276,25 @@ static int stopped(vm_vcpu *cpu, run *r, x86_stop stop)
     return internal_error(cpu);
 }
 
+uint64_t vm_round_slice(const vm_vcpu *cpu, const run *r, uint64_t slice)
+{
+    (void)cpu;
+    if (r->skips_until)
+        return 1;
+    if (slice > r->left)
+        slice = r->left;
+    return slice > SLICE_DEADLINE && r->deadline != UINT64_MAX ? SLICE_DEADLINE : slice;
+}
+
 /* How many instructions the backend may execute before this loop has to look again. */
 static int64_t slice_of(vm_vcpu *cpu, const run *r)
 {
-    uint64_t slice = r->left;
+    uint64_t slice = vm_round_slice(cpu, r, r->left);
     vm_machine *m = cpu->machine;
     if (r->skips_until)
         return 1;
-    if (slice > SLICE_DEADLINE && r->deadline != UINT64_MAX)
-        slice = SLICE_DEADLINE;
-    if (slice > SLICE_WINDOW && r->is_window)
-        slice = cpu->x86.inhibit ? 1 : SLICE_WINDOW;
+    if (slice > VM_SLICE_WINDOW && r->is_window)
+        slice = cpu->x86.inhibit ? 1 : VM_SLICE_WINDOW;
     if (!m->is_pc && cpu->index == 0) {
         uint64_t next = vm_clock_poll(m), now = next == UINT64_MAX ? 0 : vm_clock_now(m);
         if (next != UINT64_MAX && slice > next - now)
@@ -274,10 +303,9 @@ static int64_t slice_of(vm_vcpu *cpu, const run *r)
     return (int64_t)slice;
 }
 
-static x86_stop execute(vm_vcpu *cpu, run *r)
+x86_stop vm_round_execute(vm_vcpu *cpu, run *r, int64_t slice)
 {
     x86_cpu *x = &cpu->x86;
-    int64_t slice = slice_of(cpu, r);
     x->has_until = r->options->has_until && !r->skips_until;
     x->irq_waiting = r->is_window;
     x->budget = slice;
@@ -294,11 +322,23 @@ static x86_stop execute(vm_vcpu *cpu, run *r)
     return stop;
 }
 
+int vm_round_ended(vm_vcpu *cpu, run *r)
+{
+    int reason;
+    if (__builtin_expect(cpu->hook_stop.is_set, 0) && (reason = vm_hook_exit(cpu, r->exit)) != 0) {
+        atomic_fetch_and(&cpu->x86.attention, ~X86_ATT_STOP);
+        return reason;
+    }
+    if (r->left == 0)
+        return VM_EXIT_BUDGET;
+    return r->deadline != UINT64_MAX && vm_host_now() >= r->deadline ? VM_EXIT_DEADLINE : 0;
+}
+
 static int run_loop(vm_vcpu *cpu, run *r)
 {
     for (;;) {
         int reason = 0;
-        if (atomic_load_explicit(&cpu->x86.attention, memory_order_acquire) && (reason = attend(cpu, r)) != 0)
+        if (atomic_load_explicit(&cpu->x86.attention, memory_order_acquire) && (reason = vm_round_attend(cpu, r)) != 0)
             return reason;
         if (__builtin_expect(has_events(cpu), 0) && (reason = events(cpu, r)) > 0)
             return reason;
@@ -306,16 +346,10 @@ static int run_loop(vm_vcpu *cpu, run *r)
             return VM_EXIT_STEP;
         if (reason < 0)
             continue;
-        if ((reason = stopped(cpu, r, execute(cpu, r))) != 0)
+        if ((reason = vm_round_stopped(cpu, r, vm_round_execute(cpu, r, slice_of(cpu, r)))) != 0)
             return reason;
-        if (__builtin_expect(cpu->hook_stop.is_set, 0) && (reason = vm_hook_exit(cpu, r->exit)) != 0) {
-            atomic_fetch_and(&cpu->x86.attention, ~X86_ATT_STOP);
+        if ((reason = vm_round_ended(cpu, r)) != 0)
             return reason;
-        }
-        if (r->left == 0)
-            return VM_EXIT_BUDGET;
-        if (r->deadline != UINT64_MAX && vm_host_now() >= r->deadline)
-            return VM_EXIT_DEADLINE;
     }
 }
 
@@ -323,9 +357,25 @@ static int run_loop(vm_vcpu *cpu, run *r)
 
 static const vm_run_options no_options = { .size = sizeof no_options };
 
-static void begin(vm_vcpu *cpu, run *r)
+/* What the backends look at. */
+static void show(vm_vcpu *cpu, const run *r)
 {
     x86_cpu *x = &cpu->x86;
+    const vm_run_options *o = r->options;
+    x->until = o->until;
+    x->exception_exits = o->exception_exits;
+    cpu->has_budget = o->max_instructions != 0;
+    cpu->deadline = r->deadline;
+    cpu->has_signal_blocked = o->has_signal_blocked;
+    x->has_deadline = r->deadline != UINT64_MAX;
+    if (o->single_step != x->step_asked) {
+        x->step_asked = o->single_step;
+        x86_mode_changed(x);
+    }
+}
+
+static void begin(vm_vcpu *cpu, run *r)
+{
     const vm_run_options *o = r->options;
     r->left = o->max_instructions && o->max_instructions < (uint64_t)SLICE_FOREVER ? o->max_instructions
                                                                                    : (uint64_t)SLICE_FOREVER;
@@ -334,20 +384,13 @@ static void begin(vm_vcpu *cpu, run *r)
         uint64_t now = vm_host_now();
         r->deadline = o->deadline_ns < UINT64_MAX - 1 - now ? now + o->deadline_ns : UINT64_MAX - 1;
     }
-    r->skips_until = o->has_until && x->rip == o->until;
-    x->until = o->until;
-    x->exception_exits = o->exception_exits;
-    cpu->has_budget = o->max_instructions != 0;
-    cpu->deadline = r->deadline;
-    cpu->has_signal_blocked = o->has_signal_blocked;
-    x->has_deadline = o->deadline_ns != 0;
+    if (r->outer && r->outer->deadline < r->deadline)
+        r->deadline = r->outer->deadline;
+    r->skips_until = o->has_until && cpu->x86.rip == o->until;
     cpu->has_begun = false;
     if (cpu->hooks_seen != atomic_load(&cpu->machine->hook_seq))
         vm_hooks_take(cpu);
-    if (o->single_step != x->step_asked) {
-        x->step_asked = o->single_step;
-        x86_mode_changed(x);
-    }
+    show(cpu, r);
 }
 
 static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
@@ -366,28 +409,76 @@ static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
     }
 }
 
-int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
+int vm_run_check(vm_vcpu *cpu)
 {
     vm_machine *m = cpu->machine;
-    run r = { .options = options ? options : &no_options, .exit = exit };
-    if (m->vcpu_count > 1 && vm_vcpu_self(m))
+    bool is_inside = cpu->at_boundary && vm_vcpu_is_mine(cpu);         /* a bound function */
+    if (m->vcpu_count > 1 && !is_inside && vm_vcpu_self(m))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: this thread is already inside a run of this machine");
-    if (r.options->single_step && !m->backend->serves_hooks && !m->backend->serves_breaks)
-        return vm_fail(VM_E_UNSUPPORTED, "vm_vcpu_run: backend %s does not step", m->backend->name);
-    if (!vm_vcpu_claim(cpu))
+    if (!is_inside && vm_vcpu_is_running(cpu))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);
-    if (m->poisoned) {
-        vm_vcpu_release(cpu);
-        return vm_fail(VM_E_INTERNAL, "vm_vcpu_run: the machine met an internal error earlier and cannot run");
-    }
+    if (is_inside && cpu->run_depth >= VM_CALL_DEPTH)
+        return vm_fail(VM_E_BUSY, "vm_vcpu_run: %u runs of vCPU %u inside each other", cpu->run_depth, cpu->index);
+    return m->poisoned ? vm_fail(VM_E_INTERNAL, "vm_vcpu_run: the machine met an internal error earlier and cannot run")
+                       : VM_OK;
+}
+
+static int run_claimed(vm_vcpu *cpu, run *r)
+{
+    vm_machine *m = cpu->machine;
+    vm_exit *exit = r->exit;
+    if (__builtin_expect(m->replay != NULL, 0))
+        vm_replay_begin(cpu, exit);
     if (cpu->has_pending)
         vm_exit_complete(cpu, exit);
     memset((char *)exit + offsetof(vm_exit, reason), 0, sizeof *exit - offsetof(vm_exit, reason));
-    begin(cpu, &r);
-    int reason = run_loop(cpu, &r);
+    r->outer = cpu->round;
+    begin(cpu, r);
+    cpu->round = r;
+    cpu->run_depth++;
+    int reason = __builtin_expect(m->replay != NULL, 0) ? vm_replay_loop(cpu, r) : run_loop(cpu, r);
+    cpu->run_depth--;
+    cpu->round = r->outer;
+    if (__builtin_expect(m->replay != NULL, 0))
+        vm_replay_finish(cpu);
     if (__builtin_expect(cpu->hooks_seen != atomic_load_explicit(&m->hook_seq, memory_order_relaxed), 0))
         vm_hooks_take(cpu);
     finish(cpu, exit, reason);
+    return r->status;
+}
+
+/* From a bound function: the budget and the deadline of the run outside hold inside too. */
+static int run_inside(vm_vcpu *cpu, run *r)
+{
+    run *outer = cpu->round;
+    vm_run_options limited = *r->options;
+    uint64_t most = outer->left > 1 ? outer->left : 1, before = cpu->x86.retired;
+    if (outer->options->max_instructions && (!limited.max_instructions || limited.max_instructions > most))
+        limited.max_instructions = most;
+    r->options = &limited;
+    cpu->at_boundary = false;
+    int status = run_claimed(cpu, r);
+    cpu->at_boundary = true;
+    uint64_t done = cpu->x86.retired - before;
+    outer->left -= done < outer->left ? done : outer->left;
+    show(cpu, outer);
+    cpu->has_begun = true;
+    return status;
+}
+
+int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
+{
+    run r = { .options = options ? options : &no_options, .exit = exit };
+    if (r.options->single_step && !cpu->machine->backend->serves_hooks && !cpu->machine->backend->serves_breaks)
+        return vm_fail(VM_E_UNSUPPORTED, "vm_vcpu_run: backend %s does not step", cpu->machine->backend->name);
+    int status = vm_run_check(cpu);
+    if (status != VM_OK)
+        return status;
+    if (cpu->at_boundary && vm_vcpu_is_mine(cpu))
+        return run_inside(cpu, &r);
+    if (!vm_vcpu_claim(cpu))
+        return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);
+    status = run_claimed(cpu, &r);
     vm_vcpu_release(cpu);
-    return r.status;
+    return status;
 }

@@ -150,6 +150,7 @@ static block *find_block(x86_cpu *cpu, block_cache *c)
     if (X86_LIKELY(j->la == la && j->key == key))
         return j->b;
     cpu->next_rip = rip;               /* what faults now has no length */
+    x86_look_for_stop(cpu, la);
     (void)code_room(cpu, rip);
     uint64_t gpa = code_gpa(cpu, la);
     block *b = block_find(c, gpa, cpu->code_size);

@@ -391,6 +391,7 @@ static bool is_forbidden(x86_cpu *cpu, uint64_t gpa) {
 
 static jit_block *find_block(jit *j, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
+    x86_look_for_stop(cpu, cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[X86_CS].base + cpu->rip));
     uint64_t gpa = fetch_gpa(cpu, cpu->rip);
     if (is_forbidden(cpu, gpa) || (cpu->exec_varies && (gpa & 0xfff) > 4096 - 15)) return NULL;
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)

@@ -266,6 +266,8 @@ typedef struct x86_env {
     /* An event whose bit in hook_mask is set: X86_HOOK_GO, _STOP, _SKIP. hook_before: the kinds of X86_HOOK_CODE. */
     unsigned (*hook)(x86_cpu *cpu, const x86_hook *h);
     unsigned (*hook_before)(x86_cpu *cpu, const x86_insn *in, uint64_t gpa);
+    /* While X86_HOOK_BREAK: the backend leaves with X86_STOP_BREAKPOINT at la; asked before code is fetched from there. */
+    bool (*is_stop)(x86_cpu *cpu, uint64_t la);
     /* While watch: X86_READ, X86_WRITE that data hooks want to see on the page at la, gpa; are these very bytes covered? */
     unsigned (*withheld)(x86_cpu *cpu, uint64_t la, uint64_t gpa);
     bool (*watched)(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access);
@@ -353,6 +355,8 @@ struct x86_cpu {
     x86_io_access io_log[X86_IO_LOG];
     bool has_deadline;                 /* the run loop wants to look at the clock now and then, even if nothing retires */
     uint8_t visits;                    /* to unfinished repeats */
+    bool is_midway;                    /* a repeat was left unfinished since somebody cleared this */
+    uint64_t fault_retired;            /* 1 + `retired` when an exception was last delivered */
     unsigned io_count, io_pos;         /* entries logged; entries taken by this attempt */
     uint64_t exception_exits;          /* vectors reported instead of delivered */
     bool exec_varies;                  /* env->page may forbid fetches from where code has been cached */
@@ -466,6 +470,10 @@ void x86_hook_skipped(x86_cpu *cpu);       /* X86_STOP_SKIP has arrived: the ins
 void x86_hook_left(x86_cpu *cpu);          /* an instruction retired by leaving (HLT): rip is after it */
 void x86_hook_swallowed(x86_cpu *cpu);     /* an exception is not to be delivered: go on at next_rip */
 static inline bool x86_hooked(const x86_cpu *cpu, unsigned kind) { return cpu->hook_mask & X86_HOOK_BIT(kind); }
+/* What is at a stop may not be there at all. */
+static inline void x86_look_for_stop(x86_cpu *cpu, uint64_t la) {
+    if (__builtin_expect(x86_hooked(cpu, X86_HOOK_BREAK), 0) && cpu->env->is_stop(cpu, la)) x86_leave(cpu, X86_STOP_BREAKPOINT);
+}
 static inline void x86_hook_retire(x86_cpu *cpu) { cpu->hook_done = false; }
 static inline void x86_block_end(x86_cpu *cpu, uint64_t la) {
     cpu->block_state = X86_BLOCK_EDGE;

@@ -170,6 +170,7 @@ x86_stop x86_deliver_fault(x86_cpu *cpu)
         return X86_STOP_EXCEPTION;
     }
     note_exception(cpu, f);
+    cpu->fault_retired = cpu->retired + 1;
     x86_event ev = event_of_fault(cpu, f);
     return deliver(cpu, &ev);
 }

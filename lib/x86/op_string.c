@@ -71,6 +71,7 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
     }
     if (count && more) {
         cpu->next_rip = cpu->rip;
+        cpu->is_midway = true;
         if (cpu->has_deadline && ++cpu->visits % 8 == 0)
             atomic_fetch_or(&cpu->attention, X86_ATT_REQUEST);
     }

@@ -45,3 +45,18 @@ check-local: bench/kernels.elf
 check_PROGRAMS += tests/api/api_backing
 tests_api_api_backing_SOURCES = tests/api/backing.c
 tests_api_api_backing_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_snapshot
+tests_api_api_snapshot_SOURCES = tests/api/snapshot.c
+tests_api_api_snapshot_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_call
+tests_api_api_call_SOURCES = tests/api/call.c
+tests_api_api_call_LDADD = $(TEST_LIBS) -lm
+EXTRA_DIST += tests/api/call_guest.c tests/api/call_guest.ld
+GUEST_IMAGE = $(CC) -O1 -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
+    -nostdlib -static -Wl,--build-id=none -Wl,-T,$(srcdir)/tests/api/call_guest.ld -Wl,--oformat=binary
+tests/api/call.$(OBJEXT): tests/api/call_guest64.bin tests/api/call_guest32.bin
+tests/api/call_guest64.bin: tests/api/call_guest.c tests/api/call_guest.ld
+	$(AM_V_GEN)$(MKDIR_P) tests/api && $(GUEST_IMAGE) -m64 -o $@ $(srcdir)/tests/api/call_guest.c
+tests/api/call_guest32.bin: tests/api/call_guest.c tests/api/call_guest.ld
+	$(AM_V_GEN)$(MKDIR_P) tests/api && $(GUEST_IMAGE) -m32 -o $@ $(srcdir)/tests/api/call_guest.c
+CLEANFILES += tests/api/call_guest64.bin tests/api/call_guest32.bin
