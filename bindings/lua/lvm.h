@@ -30,6 +30,9 @@
 #define LVM_CONSOLE  "libvm.console"
 #define LVM_HOOK     "libvm.hook"
 #define LVM_SNAPSHOT "libvm.snapshot"
+#define LVM_RING     "libvm.ring"
+#define LVM_BINDING  "libvm.binding"
+#define LVM_GDB      "libvm.gdb"
 
 /* One a Lua state with all its coroutines; lives in the registry. */
 typedef struct lvm_universe {
@@ -61,6 +64,11 @@ typedef struct lvm_machine {
     uint64_t      stale_kicks;          /* vCPUs kicked by the module itself: a KICK exit of such a kick is not shown */
     uint64_t      unreported;           /* vCPUs whose last exit Machine.run() has not returned yet */
     lvm_console  *console[LVM_CONSOLES];
+    struct lvm_snapshot *dead;          /* snapshots to free when the call under way is over */
+    unsigned      snapshots;            /* that exist */
+    struct lvm_block *coverage;         /* the map that libvm writes */
+    struct lvm_gdb *gdb;                /* being served: lends coroutines to libvm's threads */
+    int           violation_fn;         /* in the anchors */
     struct lvm_host *hosts;             /* memory of buffers that is mapped */
     struct lvm_object *objects;         /* what has to be told when the machine closes */
 } lvm_machine;
@@ -75,6 +83,7 @@ typedef struct lvm_object {
 typedef struct lvm_vcpu {
     vm_vcpu     *cpu;
     lvm_machine *machine;
+    struct lvm_block *ring[2];          /* block trace and comparison log that libvm writes */
 } lvm_vcpu;
 
 typedef struct lvm_exit {
@@ -96,6 +105,7 @@ typedef struct lvm_host {
 
 typedef struct lvm_region {
     vm_region   *r;                     /* NULL: unmapped */
+    vm_region   *handle;                /* of a region that a snapshot may bring back */
     lvm_machine *machine;
     lvm_host    *host;                  /* vm_map_host: what it maps */
     int          self;                  /* in the anchors while mapped */
@@ -103,8 +113,16 @@ typedef struct lvm_region {
 
 typedef struct lvm_buffer {
     lvm_block  *block;                  /* its own memory, or */
-    lvm_region *region;                 /* a view of a region's */
+    lvm_region *region;                 /* a view of a region's, or */
+    uint8_t    *data;                   /* memory of a call under way; NULL once it is over */
+    size_t      bytes;
 } lvm_buffer;
+
+typedef struct lvm_snapshot {
+    lvm_object o;                       /* handle: vm_snapshot */
+    bool       closed;                  /* the machine has freed it */
+    struct lvm_snapshot *next_dead;
+} lvm_snapshot;
 
 /* A call that may call back, under way. */
 typedef struct lvm_call {
@@ -152,7 +170,8 @@ lvm_machine *lvm_check_machine(lua_State *L, int arg);              /* open, els
 lvm_machine *lvm_test_box(lua_State *L, int arg);
 void lvm_open_machine(lua_State *L);
 int  lvm_machine_new(lua_State *L);
-int  lvm_machine_adopt(lua_State *L, vm_machine *m);                /* a machine libvm made: pushes its box */
+lvm_machine *lvm_new_machine(lua_State *L);                         /* pushes a closed one, with all it needs of Lua */
+void lvm_add_vcpus(lua_State *L, lvm_machine *b, int box);          /* once b->m is there */
 void lvm_open_memory(lua_State *L);
 extern const luaL_Reg lvm_memory_methods[];
 int  lvm_buffer_new(lua_State *L);
@@ -171,9 +190,24 @@ void lvm_open_console(lua_State *L);
 void lvm_free_consoles(lvm_machine *b);
 int  lvm_run_machine(lua_State *L, int machine, const vm_run_options *options, vm_exit *e, unsigned *which);
 extern const luaL_Reg lvm_mmu_methods[], lvm_mmu_vcpu_methods[];
+void lvm_open_hook(lua_State *L);
+void lvm_push_hook(lua_State *L, lvm_machine *b, vm_hook *hook);    /* its box; the anchors are on top */
+void lvm_open_snapshot(lua_State *L);
+void lvm_free_dead(lvm_machine *b);
+void lvm_open_coverage(lua_State *L);
+int  lvm_coverage_id(lua_State *L);
+void lvm_open_call(lua_State *L);
+int  lvm_signature_check(lua_State *L);
+void lvm_open_gdb(lua_State *L);
+lua_State *lvm_gdb_borrow(lvm_machine *b);                          /* a coroutine for a thread of libvm, for good */
+int  lvm_share_pages(lua_State *L);
+lvm_block *lvm_new_block(size_t bytes);
+extern const luaL_Reg lvm_hook_methods[], lvm_snapshot_methods[], lvm_coverage_methods[], lvm_coverage_vcpu_methods[];
+extern const luaL_Reg lvm_call_methods[], lvm_call_vcpu_methods[], lvm_replay_methods[], lvm_gdb_methods[];
 extern const char lvm_access_names[3];
 void lvm_open_mmu(lua_State *L);
 void lvm_mmu_creating(lvm_machine *b);                              /* whose strategy libvm may make now; NULL: nobody's */
+lvm_machine *lvm_mmu_created(void);
 int  lvm_protected_ref(lua_State *L);
 int  lvm_mmu_register(lua_State *L);
 int  lvm_mmu_names(lua_State *L);

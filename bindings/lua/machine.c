@@ -12,13 +12,13 @@ lvm_machine *lvm_check_machine(lua_State *L, int arg)
 }
 
 /* An empty box: closed, but with all that an open one needs of Lua. */
-static lvm_machine *new_box(lua_State *L)
+lvm_machine *lvm_new_machine(lua_State *L)
 {
     lvm_machine *b = lua_newuserdatauv(L, sizeof *b, 1);
     memset(b, 0, sizeof *b);
     b->universe = lvm_universe_of(L);
     b->slot = LUA_NOREF;
-    b->trace_fn = LUA_NOREF;
+    b->trace_fn = b->violation_fn = LUA_NOREF;
     luaL_setmetatable(L, LVM_MACHINE);
     lvm_new_anchors(L);
     lua_setiuservalue(L, -2, 1);
@@ -27,7 +27,7 @@ static lvm_machine *new_box(lua_State *L)
     return b;
 }
 
-static void add_vcpus(lua_State *L, lvm_machine *b, int box)
+void lvm_add_vcpus(lua_State *L, lvm_machine *b, int box)
 {
     lua_getiuservalue(L, box, 1);
     for (unsigned i = 0; i < vm_vcpu_count(b->m); i++) {
@@ -35,14 +35,6 @@ static void add_vcpus(lua_State *L, lvm_machine *b, int box)
         lua_rawseti(L, -2, -1 - (lua_Integer)i);
     }
     lua_pop(L, 1);
-}
-
-int lvm_machine_adopt(lua_State *L, vm_machine *m)
-{
-    lvm_machine *b = new_box(L);
-    b->m = m;
-    add_vcpus(L, b, lua_gettop(L));
-    return 1;
 }
 
 static const char *const backends[] = { "auto", "kvm", "jit", "interp", NULL };
@@ -84,7 +76,7 @@ int lvm_machine_new(lua_State *L)
     options.ram_bytes = field_bytes(L, 1, "memory");
     options.code_cache_bytes = field_bytes(L, 1, "code_cache");
     options.cpu_model = lvm_field_string(L, 1, "cpu_model");
-    b = new_box(L);
+    b = lvm_new_machine(L);
     box = lua_gettop(L);
     lvm_enter(L, b, box, &call);         /* a strategy written in Lua may be asked to come along */
     lvm_mmu_creating(b);
@@ -94,9 +86,25 @@ int lvm_machine_new(lua_State *L)
     lvm_raise(L, b);
     if (status != VM_OK)
         return lvm_fail(L, status);
-    add_vcpus(L, b, box);
+    lvm_add_vcpus(L, b, box);
     lua_settop(L, box);
     return 1;
+}
+
+/* The vCPUs' traces: libvm writes them no more. The machine is at index 1. */
+static void drop_rings(lua_State *L)
+{
+    lvm_vcpu *v;
+    lua_getiuservalue(L, 1, 1);
+    for (lua_Integer i = -1; lua_rawgeti(L, -1, i) != LUA_TNIL; i--) {
+        v = lua_touserdata(L, -1);
+        for (int k = 0; k < 2; k++) {
+            lvm_drop_block(v->ring[k]);
+            v->ring[k] = NULL;
+        }
+        lua_pop(L, 1);
+    }
+    lua_pop(L, 2);
 }
 
 /* The one destructor behind close(), __close and __gc. */
@@ -113,12 +121,16 @@ static int close_machine(lua_State *L)
             if (o->orphan)
                 o->orphan(o);
         }
+        lvm_free_dead(b);
         lvm_enter(L, b, 1, &call);
         vm_destroy(b->m);
         lvm_leave(L, b, &call);
         b->m = NULL;
         lvm_free_consoles(b);
         lvm_drop_hosts(b);
+        lvm_drop_block(b->coverage);
+        b->coverage = NULL;
+        drop_rings(L);
     }
     if (b->slot != LUA_NOREF && !b->failed) {
         luaL_unref(L, LUA_REGISTRYINDEX, b->slot);
@@ -361,7 +373,9 @@ void lvm_open_machine(lua_State *L)
         { "cpu", get_cpu }, { "backend", get_backend }, { "mmu", get_mmu }, { "time", get_time },
         { "vcpu_count", get_vcpu_count }, { "closed", get_closed }, { NULL, NULL },
     };
-    static const luaL_Reg *const more[] = { lvm_memory_methods, lvm_console_methods, lvm_run_methods, lvm_mmu_methods };
+    static const luaL_Reg *const more[] = { lvm_memory_methods, lvm_console_methods, lvm_run_methods, lvm_mmu_methods,
+                                            lvm_hook_methods, lvm_snapshot_methods, lvm_coverage_methods, lvm_call_methods,
+                                            lvm_replay_methods, lvm_gdb_methods };
     lvm_class(L, LVM_MACHINE, meta, methods, getters);
     luaL_getmetatable(L, LVM_MACHINE);
     lua_getfield(L, -1, "methods");

@@ -31,7 +31,7 @@ void lvm_drop_hosts(lvm_machine *b)
         drop_host(b, b->hosts);
 }
 
-static lvm_block *new_block(size_t bytes)
+lvm_block *lvm_new_block(size_t bytes)
 {
     lvm_block *block = malloc(sizeof *block);
     size_t room = (bytes + 4095) & ~(size_t)4095;
@@ -59,10 +59,9 @@ int lvm_buffer_new(lua_State *L)
     if (!copies)
         bytes = lvm_check_range(L, 1, INT64_MAX >> 16);
     v = lua_newuserdatauv(L, sizeof *v, 1);
-    v->block = NULL;
-    v->region = NULL;
+    memset(v, 0, sizeof *v);
     luaL_setmetatable(L, LVM_BUFFER);
-    v->block = new_block(bytes);
+    v->block = lvm_new_block(bytes);
     if (!v->block)
         return luaL_error(L, "not enough memory for a buffer of %I bytes", (lua_Integer)bytes);
     if (copies)
@@ -79,7 +78,11 @@ uint8_t *lvm_check_span(lua_State *L, int arg, size_t *bytes)
         *bytes = vm_region_bytes(v->region->r);
         return vm_region_data(v->region->r);
     }
-    luaL_argcheck(L, v->block, arg, "the buffer is closed");
+    if (v->data) {
+        *bytes = v->bytes;
+        return v->data;
+    }
+    luaL_argcheck(L, v->block, arg, "the buffer's call is over");
     *bytes = v->block->bytes;
     return v->block->data;
 }
@@ -190,7 +193,7 @@ static lvm_region *check_region(lua_State *L, int arg)
 static lvm_region *new_region(lua_State *L, lvm_machine *b)
 {
     lvm_region *g = lua_newuserdatauv(L, sizeof *g, 1);
-    g->r = NULL;
+    g->r = g->handle = NULL;
     g->machine = b;
     g->host = NULL;
     g->self = LUA_NOREF;
@@ -211,10 +214,12 @@ static void forget_region(lua_State *L, lvm_region *g, int box)
         lua_pop(L, 2);
     }
     g->self = LUA_NOREF;
+    g->handle = g->r;
     g->r = NULL;
-    if (g->host)
+    if (g->host && !g->machine->snapshots) {
         drop_host(g->machine, g->host);
-    g->host = NULL;
+        g->host = NULL;
+    }
 }
 
 /* The end of each map function: the region on top, or the failure. */
@@ -291,10 +296,10 @@ static int machine_map_file(lua_State *L)
 }
 
 /* ---- devices: a table with functions read(self, offset, width, cpu), write(self, offset, width, value, cpu), reset(self),
- * save(self), restore(self, state), destroy(self), all optional, looked up once ---- */
+ * save(self), restore(self, state), destroy(self), clone(self) for fork(), all optional, looked up once ---- */
 
-enum { READ, WRITE, RESET, SAVE, RESTORE, DESTROY, FUNCTIONS };
-static const char *const function_names[FUNCTIONS] = { "read", "write", "reset", "save", "restore", "destroy" };
+enum { READ, WRITE, RESET, SAVE, RESTORE, DESTROY, CLONE, FUNCTIONS };
+static const char *const function_names[FUNCTIONS] = { "read", "write", "reset", "save", "restore", "destroy", "clone" };
 
 typedef struct device {
     lvm_machine *machine;
@@ -306,7 +311,7 @@ typedef struct device {
 /* Function `which` and the device's table on the stack, or NULL. */
 static lua_State *begin_device(device *d, int which)
 {
-    lua_State *L = lvm_callback(d->machine, d->fn[which]);
+    lua_State *L = d->fn[which] != LUA_NOREF ? lvm_callback(d->machine, d->fn[which]) : NULL;
     if (L)
         lua_rawgeti(L, -2, d->self);
     return L;
@@ -449,7 +454,7 @@ static void device_destroy(void *user)
 }
 
 /* The device of the table at `arg`. Everything that can raise comes before the memory is taken. */
-static device *new_device(lua_State *L, lvm_machine *b, int arg, vm_io_ops *ops)
+static device *new_device(lua_State *L, lvm_machine *b, int anchors, int arg)
 {
     int refs[FUNCTIONS + 1];
     device *d;
@@ -464,23 +469,59 @@ static device *new_device(lua_State *L, lvm_machine *b, int arg, vm_io_ops *ops)
             lua_pop(L, 1);
             refs[i] = LUA_NOREF;
         } else {
-            refs[i] = lvm_anchor(L, 1);
+            refs[i] = luaL_ref(L, anchors);
         }
     lua_pushvalue(L, arg);
-    refs[FUNCTIONS] = lvm_anchor(L, 1);
+    refs[FUNCTIONS] = luaL_ref(L, anchors);
     d = malloc(sizeof *d);
     if (!d)
         luaL_error(L, "not enough memory");
     *d = (device){ .machine = b, .self = refs[FUNCTIONS] };
     memcpy(d->fn, refs, sizeof d->fn);
-    *ops = (vm_io_ops)VM_IO_OPS_INIT;
-    ops->read = d->fn[READ] != LUA_NOREF ? device_read : NULL;
-    ops->write = d->fn[WRITE] != LUA_NOREF ? device_write : NULL;
-    ops->reset = d->fn[RESET] != LUA_NOREF ? device_reset : NULL;
-    ops->save = d->fn[SAVE] != LUA_NOREF ? device_save : NULL;
-    ops->restore = d->fn[RESTORE] != LUA_NOREF ? device_restore : NULL;
-    ops->destroy = device_destroy;
     return d;
+}
+
+/* self, clone, place for the result: for another machine, whose anchors are in its slot during the call */
+static int clone_protected(lua_State *L)
+{
+    device **out = lua_touserdata(L, 3);
+    lvm_machine *copy = lvm_mmu_created();
+    lua_settop(L, 2);
+    lua_pushvalue(L, 1);
+    lua_call(L, 1, 1);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, copy->slot);
+    *out = new_device(L, copy, 3, 2);
+    return 0;
+}
+
+static int device_clone(void *user, vm_machine *copy, void **out)
+{
+    device *d = user, *made = NULL;
+    lua_State *L = lvm_mmu_created() ? lvm_callback(d->machine, d->self) : NULL;
+    (void)copy;
+    if (!L)
+        return VM_E_HOST;
+    lua_pushcfunction(L, clone_protected);
+    lua_insert(L, -2);
+    lua_rawgeti(L, -3, d->fn[CLONE]);
+    lua_pushlightuserdata(L, &made);
+    lvm_pcall(L, d->machine, 3, 0);
+    lvm_return(L, d->machine);
+    *out = made;
+    return made ? VM_OK : VM_E_HOST;
+}
+
+static vm_io_ops device_ops(const device *d)
+{
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    ops.read = d->fn[READ] != LUA_NOREF ? device_read : NULL;
+    ops.write = d->fn[WRITE] != LUA_NOREF ? device_write : NULL;
+    ops.reset = d->fn[RESET] != LUA_NOREF ? device_reset : NULL;
+    ops.save = d->fn[SAVE] != LUA_NOREF ? device_save : NULL;
+    ops.restore = d->fn[RESTORE] != LUA_NOREF ? device_restore : NULL;
+    ops.clone = d->fn[CLONE] != LUA_NOREF ? device_clone : NULL;
+    ops.destroy = device_destroy;
+    return ops;
 }
 
 static void drop_device(lua_State *L, device *d)
@@ -506,7 +547,10 @@ static int map_device(lua_State *L, bool is_port)
     luaL_checktype(L, 4, LUA_TTABLE);
     lua_settop(L, 4);
     g = new_region(L, b);
-    d = new_device(L, b, 4, &ops);
+    lua_getiuservalue(L, 1, 1);
+    d = new_device(L, b, 6, 4);
+    lua_settop(L, 5);
+    ops = device_ops(d);
     lvm_enter(L, b, 1, &call);
     status = is_port ? vm_map_pio(b->m, (uint16_t)base, (unsigned)bytes, &ops, d, &g->r)
                      : vm_map_mmio(b->m, base, bytes, &ops, d, &g->r);
@@ -550,7 +594,7 @@ static int region_view(lua_State *L)
     lvm_buffer *v;
     luaL_argcheck(L, vm_region_data(g->r), 1, "not a region of RAM");
     v = lua_newuserdatauv(L, sizeof *v, 1);
-    v->block = NULL;
+    memset(v, 0, sizeof *v);
     v->region = g;
     luaL_setmetatable(L, LVM_BUFFER);
     lua_pushvalue(L, 1);
@@ -765,7 +809,135 @@ static int machine_irq_msi(lua_State *L)
     return lvm_done(L, status);
 }
 
+static int machine_discard(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    uint64_t gpa = (uint64_t)luaL_checkinteger(L, 2), bytes = lvm_check_bytes(L, 3);
+    lvm_call call;
+    int status;
+    lvm_enter(L, b, 1, &call);
+    status = vm_discard(b->m, gpa, bytes);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+/* machine:advise(gpa, bytes, "huge", ...) */
+static int machine_advise(lua_State *L)
+{
+    static const char *const names[] = { "huge", "small", "mergeable", "unmergeable", "prefault", NULL };
+    lvm_machine *b = lvm_check_machine(L, 1);
+    uint64_t gpa = (uint64_t)luaL_checkinteger(L, 2), bytes = lvm_check_bytes(L, 3);
+    unsigned advice = 0;
+    lvm_call call;
+    int status;
+    for (int i = 4; i <= lua_gettop(L); i++)
+        advice |= 1u << lvm_check_name(L, i, names, "advice");
+    lvm_enter(L, b, 1, &call);
+    status = vm_advise(b->m, gpa, bytes, advice);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+/* libvm.share_pages(machine, ...): bytes given back */
+int lvm_share_pages(lua_State *L)
+{
+    int count = lua_gettop(L), status;
+    uint64_t saved = 0;
+    vm_machine **machines;
+    for (int i = 1; i <= count; i++)
+        if (lvm_check_machine(L, i)->depth)
+            return luaL_argerror(L, i, "machine is in use: a callback of its own");
+    machines = lua_newuserdatauv(L, ((size_t)count + 1) * sizeof *machines, 0);
+    for (int i = 1; i <= count; i++)
+        machines[i - 1] = lvm_check_machine(L, i)->m;
+    status = vm_share_pages(machines, (unsigned)count, &saved);
+    if (status != VM_OK)
+        return lvm_fail(L, status);
+    lua_pushinteger(L, (lua_Integer)saved);
+    return 1;
+}
+
+/* machine:ioeventfd{ fd, address or port, width, match, on } */
+static int machine_ioeventfd(lua_State *L)
+{
+    static const char *const known[] = { "fd", "address", "port", "width", "match", "on", NULL };
+    lvm_machine *b = lvm_check_machine(L, 1);
+    vm_doorbell bell = VM_DOORBELL_INIT;
+    lvm_call call;
+    bool on = true;
+    int status;
+    luaL_checktype(L, 2, LUA_TTABLE);
+    lvm_check_fields(L, 2, known);
+    bell.fd = (int)lvm_field_integer(L, 2, "fd", (uint64_t)-1);
+    bell.is_port = lua_getfield(L, 2, "port") != LUA_TNIL;
+    bell.address = lvm_field_integer(L, 2, bell.is_port ? "port" : "address", 0);
+    bell.width = (uint32_t)lvm_field_integer(L, 2, "width", 0);
+    bell.has_match = lua_getfield(L, 2, "match") != LUA_TNIL;
+    bell.match = lvm_field_integer(L, 2, "match", 0);
+    if (lua_getfield(L, 2, "on") != LUA_TNIL)
+        on = lua_toboolean(L, -1);
+    lvm_enter(L, b, 1, &call);
+    status = vm_ioeventfd(b->m, &bell, on);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+/* machine:irqfd(fd, gsi or false) */
+static int machine_irqfd(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    int fd = (int)lvm_check_range(L, 2, INT32_MAX), status;
+    bool on = lua_type(L, 3) == LUA_TNUMBER;
+    unsigned gsi = on ? (unsigned)lvm_check_range(L, 3, UINT32_MAX) : 0;
+    lvm_call call;
+    if (!on)
+        luaL_argcheck(L, lua_isboolean(L, 3) && !lua_toboolean(L, 3), 3, "a line, or false");
+    luaL_argcheck(L, on || !b->depth, 3, "not from a callback of the machine");
+    lvm_enter(L, b, 1, &call);
+    status = vm_irqfd(b->m, fd, gsi, on);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+static int machine_irqfd_msi(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    int fd = (int)lvm_check_range(L, 2, INT32_MAX), status;
+    uint64_t address = (uint64_t)luaL_checkinteger(L, 3);
+    uint32_t data = (uint32_t)lvm_check_range(L, 4, UINT32_MAX);
+    lvm_call call;
+    lvm_enter(L, b, 1, &call);
+    status = vm_irqfd_msi(b->m, fd, address, data);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+/* region:coalesce(offset, bytes [, on]) */
+static int region_coalesce(lua_State *L)
+{
+    lvm_region *g = check_region(L, 1);
+    uint64_t offset = lvm_check_range(L, 2, INT64_MAX), bytes = lvm_check_bytes(L, 3);
+    bool on = lua_isnoneornil(L, 4) || lua_toboolean(L, 4);
+    lvm_call call;
+    int status;
+    lvm_enter(L, g->machine, 1, &call);
+    status = vm_coalesce(g->machine->m, g->r, offset, bytes, on);
+    lvm_leave(L, g->machine, &call);
+    lvm_raise(L, g->machine);
+    return lvm_done(L, status);
+}
+
 const luaL_Reg lvm_memory_methods[] = {
+    { "discard", machine_discard },
+    { "advise", machine_advise },
+    { "ioeventfd", machine_ioeventfd },
+    { "irqfd", machine_irqfd },
+    { "irqfd_msi", machine_irqfd_msi },
     { "map_ram", machine_map_ram },
     { "map_host", machine_map_host },
     { "map_file", machine_map_file },
@@ -796,7 +968,7 @@ void lvm_open_memory(lua_State *L)
         { "read", buffer_read }, { "write", buffer_write }, { "fill", buffer_fill }, { NULL, NULL },
     };
     static const luaL_Reg region_meta[] = { { "__tostring", region_tostring }, { NULL, NULL } };
-    static const luaL_Reg region_methods[] = { { "unmap", region_unmap }, { "view", region_view }, { NULL, NULL } };
+    static const luaL_Reg region_methods[] = { { "unmap", region_unmap }, { "view", region_view }, { "coalesce", region_coalesce }, { NULL, NULL } };
     static const luaL_Reg region_getters[] = {
         { "gpa", get_gpa }, { "bytes", get_bytes }, { "mapped", get_mapped }, { NULL, NULL },
     };

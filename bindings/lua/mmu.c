@@ -30,6 +30,7 @@ typedef struct strategy {
 /* The machine a create() is for: the one whose call is under way. */
 static __thread lvm_machine *creating;
 void lvm_mmu_creating(lvm_machine *b) { creating = b; }
+lvm_machine *lvm_mmu_created(void) { return creating; }
 
 static lua_State *begin(strategy *s, int which)
 {
@@ -353,8 +354,239 @@ static int vcpu_walk(lua_State *L)
     return 1;
 }
 
-const luaL_Reg lvm_mmu_methods[] = { { "select_mmu", machine_select_mmu }, { NULL, NULL } };
-const luaL_Reg lvm_mmu_vcpu_methods[] = { { "walk", vcpu_walk }, { NULL, NULL } };
+static int vcpu_mmu_flush(lua_State *L)
+{
+    lvm_vcpu *v = lvm_check_vcpu(L, 1);
+    uint64_t gva = (uint64_t)luaL_optinteger(L, 2, 0), bytes = lua_isnoneornil(L, 3) ? 0 : lvm_check_bytes(L, 3);
+    lvm_call call;
+    int status;
+    lvm_enter(L, v->machine, 1, &call);
+    status = vm_mmu_flush(v->cpu, gva, bytes);
+    lvm_leave(L, v->machine, &call);
+    lvm_raise(L, v->machine);
+    return lvm_done(L, status);
+}
+
+static int vcpu_trap_writes(lua_State *L)
+{
+    lvm_vcpu *v = lvm_check_vcpu(L, 1);
+    uint64_t gpa = (uint64_t)luaL_checkinteger(L, 2);
+    bool on = lua_isnoneornil(L, 3) || lua_toboolean(L, 3);
+    lvm_call call;
+    int status;
+    lvm_enter(L, v->machine, 1, &call);
+    status = vm_mmu_trap_writes(v->cpu, gpa, on);
+    lvm_leave(L, v->machine, &call);
+    lvm_raise(L, v->machine);
+    return lvm_done(L, status);
+}
+
+/* ---- views of strategy "ept" ---- */
+
+/* machine:ept_create([from [, page_bytes]]): the view's number */
+static int machine_ept_create(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    unsigned from = lua_isnoneornil(L, 2) ? VM_EPT_NONE : (unsigned)lvm_check_range(L, 2, UINT32_MAX), view = 0;
+    uint64_t page = lua_isnoneornil(L, 3) ? 0 : lvm_check_bytes(L, 3);
+    lvm_call call;
+    int status;
+    lvm_enter(L, b, 1, &call);
+    status = vm_ept_create(b->m, from, page, &view);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    if (status != VM_OK)
+        return lvm_fail(L, status);
+    lua_pushinteger(L, view);
+    return 1;
+}
+
+static int machine_ept_destroy(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    unsigned view = (unsigned)lvm_check_range(L, 2, UINT32_MAX);
+    lvm_call call;
+    int status;
+    lvm_enter(L, b, 1, &call);
+    status = vm_ept_destroy(b->m, view);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+/* machine:ept_protect(view, gpa, bytes, prot) */
+static int machine_ept_protect(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    unsigned view = (unsigned)lvm_check_range(L, 2, UINT32_MAX), prot;
+    uint64_t gpa = (uint64_t)luaL_checkinteger(L, 3), bytes = lvm_check_bytes(L, 4);
+    lvm_call call;
+    int status;
+    prot = lvm_check_prot(L, 5);
+    lvm_enter(L, b, 1, &call);
+    status = vm_ept_protect(b->m, view, gpa, bytes, (vm_prot)prot);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
+static int vcpu_ept_select(lua_State *L)
+{
+    lvm_vcpu *v = lvm_check_vcpu(L, 1);
+    unsigned view = (unsigned)lvm_check_range(L, 2, UINT32_MAX);
+    lvm_call call;
+    int status;
+    lvm_enter(L, v->machine, 1, &call);
+    status = vm_ept_select(v->cpu, view);
+    lvm_leave(L, v->machine, &call);
+    lvm_raise(L, v->machine);
+    return lvm_done(L, status);
+}
+
+static int vcpu_ept_current(lua_State *L)
+{
+    lua_pushinteger(L, vm_ept_current(lvm_check_vcpu(L, 1)->cpu));
+    return 1;
+}
+
+static int machine_ept_get(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    vm_ept_entry entry = VM_EPT_ENTRY_INIT;
+    int status = vm_ept_get(b->m, (unsigned)lvm_check_range(L, 2, UINT32_MAX), (uint64_t)luaL_checkinteger(L, 3), &entry);
+    if (status != VM_OK)
+        return lvm_fail(L, status);
+    lua_createtable(L, 0, 4);
+    lvm_push_prot(L, entry.prot);
+    lua_setfield(L, -2, "prot");
+    lua_pushboolean(L, entry.accessed);
+    lua_setfield(L, -2, "accessed");
+    lua_pushboolean(L, entry.dirty);
+    lua_setfield(L, -2, "dirty");
+    lua_pushinteger(L, (lua_Integer)entry.page_bytes);
+    lua_setfield(L, -2, "page_bytes");
+    return 1;
+}
+
+static void push_pages(lua_State *L, const uint64_t *bitmap, uint64_t gpa, uint64_t bytes)
+{
+    lua_Integer n = 0;
+    lua_newtable(L);
+    for (uint64_t i = 0; i < bytes / 4096; i++)
+        if (bitmap[i / 64] >> i % 64 & 1) {
+            lua_pushinteger(L, (lua_Integer)(gpa + i * 4096));
+            lua_rawseti(L, -2, ++n);
+        }
+}
+
+/* machine:ept_fetch(view, gpa, bytes): lists of accessed and of dirty pages */
+static int machine_ept_fetch(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    unsigned view = (unsigned)lvm_check_range(L, 2, UINT32_MAX);
+    uint64_t gpa = (uint64_t)luaL_checkinteger(L, 3), bytes = lvm_check_bytes(L, 4), words = (bytes / 4096 + 63) / 64;
+    uint64_t *accessed, *dirty;
+    lvm_call call;
+    int status;
+    luaL_argcheck(L, words < 1u << 27, 4, "out of range");
+    accessed = lua_newuserdatauv(L, words * 8 + 8, 0);
+    dirty = lua_newuserdatauv(L, words * 8 + 8, 0);
+    lvm_enter(L, b, 1, &call);
+    status = vm_ept_fetch(b->m, view, gpa, bytes, accessed, dirty);
+    lvm_leave(L, b, &call);
+    lvm_raise(L, b);
+    if (status != VM_OK)
+        return lvm_fail(L, status);
+    push_pages(L, accessed, gpa, bytes);
+    push_pages(L, dirty, gpa, bytes);
+    return 2;
+}
+
+/* function, vCPU, violation: answers "stop", "retry", "emulate" [, value] or "step" */
+static int violation_protected(lua_State *L)
+{
+    static const char *const actions[] = { "stop", "retry", "emulate", "step", NULL };
+    vm_ept_violation *v = lua_touserdata(L, 3);
+    int action;
+    lua_settop(L, 2);
+    lua_createtable(L, 0, 7);
+    lua_pushinteger(L, v->view);
+    lua_setfield(L, -2, "view");
+    lua_pushinteger(L, (lua_Integer)v->gpa);
+    lua_setfield(L, -2, "gpa");
+    lua_pushinteger(L, (lua_Integer)v->gva);
+    lua_setfield(L, -2, "gva");
+    lvm_push_prot(L, v->access);
+    lua_setfield(L, -2, "access");
+    lvm_push_prot(L, v->allowed);
+    lua_setfield(L, -2, "allowed");
+    lua_pushinteger(L, v->width);
+    lua_setfield(L, -2, "width");
+    lua_pushinteger(L, (lua_Integer)v->value);
+    lua_setfield(L, -2, "value");
+    lua_call(L, 2, 2);
+    action = lua_isnil(L, -2) ? VM_EPT_STOP : lvm_check_name(L, 1, actions, "action");
+    if (!lua_isnil(L, -1))
+        v->value = (uint64_t)luaL_checkinteger(L, 2);
+    lua_pushinteger(L, action);
+    return 1;
+}
+
+static vm_ept_action on_violation(void *user, vm_vcpu *cpu, vm_ept_violation *v)
+{
+    lvm_machine *b = user;
+    lua_State *L = lvm_callback(b, b->violation_fn);
+    int action = VM_EPT_STOP;
+    if (!L)
+        return VM_EPT_STOP;
+    lua_pushcfunction(L, violation_protected);
+    lua_insert(L, -2);
+    lua_rawgeti(L, -3, -1 - (lua_Integer)vm_vcpu_index(cpu));
+    lua_pushlightuserdata(L, v);
+    if (lvm_pcall(L, b, 3, 1)) {
+        action = (int)lua_tointeger(L, -1);
+        lua_pop(L, 1);
+    }
+    lvm_return(L, b);
+    return (vm_ept_action)action;
+}
+
+/* machine:ept_on_violation(function(cpu, violation) or nil) */
+static int machine_ept_on_violation(lua_State *L)
+{
+    lvm_machine *b = lvm_check_machine(L, 1);
+    int status, fn = LUA_NOREF;
+    lua_settop(L, 2);
+    if (!lua_isnil(L, 2)) {
+        luaL_checktype(L, 2, LUA_TFUNCTION);
+        fn = lvm_anchor(L, 1);
+    }
+    status = vm_ept_on_violation(b->m, fn != LUA_NOREF ? on_violation : NULL, b);
+    lua_getiuservalue(L, 1, 1);
+    luaL_unref(L, -1, status == VM_OK ? b->violation_fn : fn);
+    if (status == VM_OK)
+        b->violation_fn = fn;
+    return lvm_done(L, status);
+}
+
+const luaL_Reg lvm_mmu_methods[] = {
+    { "select_mmu", machine_select_mmu },
+    { "ept_create", machine_ept_create },
+    { "ept_destroy", machine_ept_destroy },
+    { "ept_protect", machine_ept_protect },
+    { "ept_get", machine_ept_get },
+    { "ept_fetch", machine_ept_fetch },
+    { "ept_on_violation", machine_ept_on_violation },
+    { NULL, NULL },
+};
+const luaL_Reg lvm_mmu_vcpu_methods[] = {
+    { "walk", vcpu_walk },
+    { "mmu_flush", vcpu_mmu_flush },
+    { "trap_writes", vcpu_trap_writes },
+    { "ept_select", vcpu_ept_select },
+    { "ept_current", vcpu_ept_current },
+    { NULL, NULL },
+};
 
 /* The access kinds as strings, made once: pushing one needs no memory. */
 const char lvm_access_names[3];

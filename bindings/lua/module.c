@@ -69,6 +69,8 @@ void lvm_leave(lua_State *L, lvm_machine *b, lvm_call *call)
         lua_pushboolean(L, 0);
         lua_rawseti(L, LUA_REGISTRYINDEX, b->slot);
     }
+    if (b->depth == 0 && b->dead)
+        lvm_free_dead(b);
 }
 
 void lvm_raise(lua_State *L, lvm_machine *b)
@@ -90,7 +92,7 @@ void lvm_raise(lua_State *L, lvm_machine *b)
 lua_State *lvm_callback(lvm_machine *b, int ref)
 {
     lua_State *L = current;
-    if (!L)
+    if (!L && !(L = lvm_gdb_borrow(b)))
         return NULL;
     if (b->universe->threads)
         pthread_mutex_lock(&b->universe->lock);
@@ -467,6 +469,9 @@ static const luaL_Reg functions[] = {
     { "find_register", module_find_register },
     { "stat_names", module_stat_names },
     { "trace_parse", module_trace_parse },
+    { "coverage_id", lvm_coverage_id },
+    { "signature_check", lvm_signature_check },
+    { "share_pages", lvm_share_pages },
     { "mmu_register", lvm_mmu_register },
     { "mmu_names", lvm_mmu_names },
     { NULL, NULL },
@@ -518,6 +523,11 @@ __attribute__((visibility("default"))) int luaopen_libvm(lua_State *L)
     lvm_open_vcpu(L);
     lvm_open_console(L);
     lvm_open_mmu(L);
+    lvm_open_hook(L);
+    lvm_open_snapshot(L);
+    lvm_open_coverage(L);
+    lvm_open_call(L);
+    lvm_open_gdb(L);
     luaL_newlib(L, functions);
     add_constants(L, "status", statuses, 3);
     add_constants(L, "exit", exits, 0);

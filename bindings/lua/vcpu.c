@@ -17,6 +17,7 @@ void lvm_new_vcpu(lua_State *L, vm_vcpu *cpu, lvm_machine *b, int machine)
     lvm_vcpu *v = lua_newuserdatauv(L, sizeof *v, 2);
     v->cpu = cpu;
     v->machine = b;
+    v->ring[0] = v->ring[1] = NULL;
     luaL_setmetatable(L, LVM_VCPU);
     lua_pushvalue(L, machine);
     lua_setiuservalue(L, -2, 1);
@@ -410,13 +411,15 @@ static int vcpu_write(lua_State *L)
 /* { max_instructions, timeout (seconds), deadline_ns, until_ or ["until"], exceptions (list of vectors, or a mask) } */
 void lvm_check_run_options(lua_State *L, int arg, vm_run_options *options)
 {
-    static const char *const known[] = { "max_instructions", "timeout", "deadline_ns", "until_", "until", "exceptions", NULL };
+    static const char *const known[] = { "max_instructions", "timeout", "deadline_ns", "until_", "until", "exceptions", "single_step",
+                                        NULL };
     *options = (vm_run_options)VM_RUN_OPTIONS_INIT;
     if (lua_isnoneornil(L, arg))
         return;
     lvm_check_fields(L, arg, known);
     options->max_instructions = lvm_field_integer(L, arg, "max_instructions", 0);
     options->deadline_ns = lvm_field_integer(L, arg, "deadline_ns", 0);
+    options->single_step = lvm_field_boolean(L, arg, "single_step");
     if (lua_getfield(L, arg, "timeout") != LUA_TNIL) {
         int ok;
         lua_Number seconds = lua_tonumberx(L, -1, &ok);
@@ -619,11 +622,20 @@ static const field hypercall_fields[] = {
 };
 static const field guest_fields[] = { FIELD(vm_exit, guest_exit.code), { NULL, 0, 0, 0 } };
 
+static const field debug_fields[] = {
+    FIELD(vm_exit, debug.is_watchpoint), FIELD(vm_exit, debug.access), FIELD(vm_exit, debug.bytes), FIELD(vm_exit, debug.address),
+    FIELD(vm_exit, debug.value), { NULL, 0, 0, 0 },
+};
+static const field replay_fields[] = { FIELD(vm_exit, replay.position), FIELD(vm_exit, replay.status), { NULL, 0, 0, 0 } };
+
 static const field *fields_of(int reason)
 {
     switch (reason) {
     case VM_EXIT_IO: return io_fields;
+    case VM_EXIT_BREAKPOINT: return debug_fields;
+    case VM_EXIT_REPLAY: return replay_fields;
     case VM_EXIT_MMIO:
+    case VM_EXIT_VIOLATION:
     case VM_EXIT_UNMAPPED: return mmio_fields;
     case VM_EXIT_EXCEPTION: return exception_fields;
     case VM_EXIT_HYPERCALL: return hypercall_fields;
@@ -649,6 +661,10 @@ static void push_exit_field(lua_State *L, const vm_exit *e, const field *f)
     memcpy(&value, (const char *)e + f->offset, f->bytes);
     if (!strncmp(name, "is_", 3) || !strncmp(name, "has_", 4))
         lua_pushboolean(L, value != 0);
+    else if (!strcmp(name, "access"))
+        lvm_push_prot(L, (unsigned)value);
+    else if (!strcmp(name, "status"))
+        lua_pushinteger(L, (int32_t)value);
     else
         lua_pushinteger(L, (lua_Integer)value);
 }
@@ -670,7 +686,14 @@ static int exit_index(lua_State *L)
         lua_pushlstring(L, (const char *)x->e.insn_bytes, 16);
     else if (!strcmp(name, "cpu"))
         lua_getiuservalue(L, 1, 1);
-    else if (!strcmp(name, "args") && x->e.reason == VM_EXIT_HYPERCALL) {
+    else if (!strcmp(name, "hook") && x->e.reason == VM_EXIT_HOOK) {
+        lvm_vcpu *v;
+        lua_getiuservalue(L, 1, 1);
+        v = lua_touserdata(L, -1);
+        lua_getiuservalue(L, -1, 1);
+        lua_getiuservalue(L, -1, 1);
+        lvm_push_hook(L, v->machine, x->e.hook.hook);
+    } else if (!strcmp(name, "args") && x->e.reason == VM_EXIT_HYPERCALL) {
         lua_createtable(L, 6, 0);
         for (int i = 0; i < 6; i++) {
             lua_pushinteger(L, (lua_Integer)x->e.hypercall.args[i]);
@@ -713,6 +736,7 @@ static int exit_next(lua_State *L)
 {
     lvm_exit *x = luaL_checkudata(L, 1, LVM_EXIT);
     static const char *const always[] = { "reason", "rip", "insn", NULL };
+    const char *name;
     lua_newtable(L);
     for (int i = 0; always[i]; i++) {
         lua_getfield(L, 1, always[i]);
@@ -722,9 +746,10 @@ static int exit_next(lua_State *L)
         push_exit_field(L, &x->e, f);
         lua_setfield(L, -2, strchr(f->name, '.') + 1);
     }
-    if (x->e.reason == VM_EXIT_HYPERCALL) {
-        lua_getfield(L, 1, "args");
-        lua_setfield(L, -2, "args");
+    if (x->e.reason == VM_EXIT_HYPERCALL || x->e.reason == VM_EXIT_HOOK) {
+        name = x->e.reason == VM_EXIT_HOOK ? "hook" : "args";
+        lua_getfield(L, 1, name);
+        lua_setfield(L, -2, name);
     }
     lua_getglobal(L, "next");
     lua_insert(L, -2);
@@ -753,6 +778,8 @@ void lvm_open_vcpu(lua_State *L)
     luaL_getmetatable(L, LVM_VCPU);
     lua_getfield(L, -1, "methods");
     luaL_setfuncs(L, lvm_mmu_vcpu_methods, 0);
+    luaL_setfuncs(L, lvm_coverage_vcpu_methods, 0);
+    luaL_setfuncs(L, lvm_call_vcpu_methods, 0);
     lua_getfield(L, -2, "getters");
     lua_newtable(L);
     for (int i = 1; i < VM_REG_COUNT; i++) {
