@@ -511,12 +511,16 @@ static int read_header(reader *r)
 
 static int read_meta(reader *r)
 {
-    r->meta = malloc(r->h.meta_bytes + 1);
+    uint64_t room = r->h.data_offset - VM_SNAP_HEADER;
+    r->meta = malloc(room + 1);
     if (!r->meta)
         return vm_fail(VM_E_NOMEM, "no memory to read a snapshot's description");
-    int status = read_all(r->fd, r->meta, r->h.meta_bytes, VM_SNAP_HEADER);
+    int status = read_all(r->fd, r->meta, room, VM_SNAP_HEADER);
     if (status == VM_OK && vm_snap_hash(r->meta, r->h.meta_bytes) != r->h.meta_hash)
         status = bad("the description is damaged");
+    for (uint64_t i = r->h.meta_bytes; i < room && status == VM_OK; i++)
+        if (r->meta[i])
+            status = bad("there is something between description and memory");
     return status;
 }
 
