@@ -1,5 +1,6 @@
 /* machine.c - the functions of <libvm/machine.h> and <libvm/mmu.h> that need checks. */
 #include "api/api.h"
+#include "core/replay.h"
 #include "mmu/mmu.h"
 #include "platform/pc.h"
 
@@ -60,6 +61,8 @@ VM_API int vm_reset(vm_machine *m)
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (vm_vcpu_is_running(m->vcpus[i]))
             return vm_fail(VM_E_BUSY, "vm_reset: vCPU %u is running", i);
+    if (m->replay)
+        return vm_replay_input(m, &(vm_input){ .type = VM_LOG_RESET });
     vm_machine_reset(m);
     return VM_OK;
 }
@@ -80,6 +83,8 @@ VM_API int vm_backend_select(vm_machine *m, vm_backend backend)
         return vm_fail(VM_E_INVALID, "vm_backend_select: no backend %d", (int)backend);
     if (m->poisoned)
         return vm_fail(VM_E_INTERNAL, "vm_backend_select: the machine met an internal error earlier");
+    if (m->replay && backend != VM_BACKEND_JIT && backend != VM_BACKEND_INTERP)
+        return vm_replay_forbids(m, "vm_backend_select");
     return vm_machine_select(m, backend);
 }
 
@@ -107,6 +112,8 @@ VM_API int vm_irq_set(vm_machine *m, unsigned gsi, bool level)
     if (!m->is_pc)
         return vm_fail(VM_E_UNSUPPORTED, "vm_irq_set: a BARE machine has no interrupt controller (use vm_vcpu_inject)");
     atomic_fetch_add_explicit(&m->stat_irqs, 1, memory_order_relaxed);
+    if (m->replay)
+        return vm_replay_input(m, &(vm_input){ .type = VM_LOG_LINE, .a = gsi, .b = level });
     return vm_pc_irq_set(m, gsi, level);
 }
 
@@ -116,6 +123,8 @@ VM_API int vm_irq_msi(vm_machine *m, uint64_t address, uint32_t data)
     if (!m->is_pc)
         return vm_fail(VM_E_UNSUPPORTED, "vm_irq_msi: a BARE machine has no interrupt controller (use vm_vcpu_inject)");
     atomic_fetch_add_explicit(&m->stat_msis, 1, memory_order_relaxed);
+    if (m->replay)
+        return vm_replay_input(m, &(vm_input){ .type = VM_LOG_MSI, .a = address, .b = data });
     return vm_pc_irq_msi(m, address, data);
 }
 
@@ -139,6 +148,8 @@ VM_API int vm_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, 
     VM_CHECK(check_pc(m, "vm_serial_input"));
     if (count)
         VM_CHECK_NULL("vm_serial_input", bytes);
+    if (m->replay)
+        return vm_replay_input(m, &(vm_input){ .type = VM_LOG_SERIAL, .a = index, .data = bytes, .bytes = count });
     return vm_pc_serial_input(m, index, bytes, count);
 }
 

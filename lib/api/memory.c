@@ -3,6 +3,7 @@
 #define _GNU_SOURCE 1
 #endif
 #include "api/api.h"
+#include "core/replay.h"
 #include "core/doorbell.h"
 
 #include <stdlib.h>
@@ -181,6 +182,7 @@ VM_API int vm_unmap(vm_machine *m, vm_region *r)
 {
     VM_CHECK_NULL("vm_unmap", m);
     VM_CHECK_NULL("vm_unmap", r);
+    VM_CHECK(vm_replay_forbids(m, "vm_unmap"));
     vm_machine_lock(m);
     int status = VM_OK;
     vm_region_kind kind = VM_REGION_RAM;
@@ -239,12 +241,15 @@ VM_API int vm_write(vm_machine *m, uint64_t gpa, const void *buffer, size_t byte
     VM_CHECK_NULL("vm_write", m);
     if (bytes)
         VM_CHECK_NULL("vm_write", buffer);
+    if (m->replay)
+        return vm_replay_write(m, gpa, buffer, bytes);
     return vm_memory_copy(m, gpa, (void *)(uintptr_t)buffer, bytes, true);
 }
 
 VM_API int vm_discard(vm_machine *m, uint64_t gpa, uint64_t bytes)
 {
     VM_CHECK(check_pages(m, "vm_discard", gpa, bytes));
+    VM_CHECK(vm_replay_forbids(m, "vm_discard"));
     return vm_memory_discard(m, gpa, bytes);
 }
 

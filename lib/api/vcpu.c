@@ -1,5 +1,6 @@
 /* vcpu.c - the functions of <libvm/vcpu.h>. */
 #include "api/api.h"
+#include "core/replay.h"
 
 #include <string.h>
 
@@ -203,7 +204,8 @@ static int copy(vm_vcpu *cpu, const char *function, uint64_t gva, uint8_t *buffe
     for (size_t n; bytes; gva += n, buffer += n, bytes -= n) {
         n = page_part(gva, bytes);
         VM_CHECK(walk(cpu, function, gva, &gpa));
-        VM_CHECK(vm_memory_copy(cpu->machine, gpa, buffer, n, is_write));
+        VM_CHECK(is_write && cpu->machine->replay ? vm_replay_write(cpu->machine, gpa, buffer, n)
+                                                  : vm_memory_copy(cpu->machine, gpa, buffer, n, is_write));
     }
     return VM_OK;
 }
@@ -263,6 +265,9 @@ VM_API int vm_vcpu_inject(vm_vcpu *cpu, uint8_t vector, bool has_error, uint32_t
         return vm_fail(VM_E_INVALID, "vm_vcpu_inject: vector %u has no error code", vector);
     if (cpu->inject.is_set)
         return vm_fail(VM_E_BUSY, "vm_vcpu_inject: vector %u still waits to be delivered", cpu->inject.vector);
+    if (cpu->machine->replay)
+        return vm_replay_input(cpu->machine, &(vm_input){ .type = VM_LOG_INJECT, .a = vector,
+                                                          .b = has_error ? UINT64_C(1) + error : 0 });
     cpu->inject.vector = vector;
     cpu->inject.has_error = has_error;
     cpu->inject.error = error;

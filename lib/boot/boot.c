@@ -1,4 +1,5 @@
 /* boot.c - the public boot functions: arguments checked, the image recognised, and handed to the loader of its format. */
+#include "core/replay.h"
 #include "boot/boot.h"
 
 #include <libvm/boot.h>
@@ -23,7 +24,7 @@ static int check_machine(vm_machine *m, const char *function) {
     if (!m->pc) return vm_fail(VM_E_UNSUPPORTED, "%s: not a PC machine", function);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (vm_vcpu_is_running(m->vcpus[i])) return vm_fail(VM_E_BUSY, "%s: vCPU %u is running", function, i);
-    return VM_OK;
+    return vm_replay_forbids(m, function);
 }
 
 static int boot_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_options *o) {
@@ -111,7 +112,8 @@ VM_API int vm_load_elf(vm_machine *m, const char *path, uint64_t *entry) {
     vm_image image;
     vm_elf elf;
     if (!m || !path) return vm_fail(VM_E_INVALID, "vm_load_elf: %s is NULL", m ? "path" : "machine");
-    int status = vm_image_open(&image, path);
+    int status = vm_replay_forbids(m, "vm_load_elf");
+    if (status == VM_OK) status = vm_image_open(&image, path);
     if (status != VM_OK) return status;
     if ((status = vm_elf_open(&elf, &image)) == VM_OK) {
         status = vm_elf_load(&elf, m, NULL, NULL, NULL);
@@ -125,7 +127,8 @@ VM_API int vm_load_elf(vm_machine *m, const char *path, uint64_t *entry) {
 VM_API int vm_load_raw(vm_machine *m, const char *path, uint64_t gpa) {
     vm_image image;
     if (!m || !path) return vm_fail(VM_E_INVALID, "vm_load_raw: %s is NULL", m ? "path" : "machine");
-    int status = vm_image_open(&image, path);
+    int status = vm_replay_forbids(m, "vm_load_raw");
+    if (status == VM_OK) status = vm_image_open(&image, path);
     if (status != VM_OK) return status;
     status = vm_boot_copy(m, gpa, image.data, image.bytes, path);
     vm_image_close(&image);

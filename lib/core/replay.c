@@ -140,6 +140,10 @@ static int apply(vm_vcpu *cpu, const vm_log_event *e)
         cpu->inject.has_error = e->b != 0;
         cpu->inject.error = (uint32_t)(e->b - 1);
         cpu->inject.is_set = true;
+        if (vm_vcpu_is_running(cpu)) { /* inside an instruction */
+            vm_vcpu_notify(cpu, X86_ATT_IRQ);
+            vm_vcpu_look_again(cpu);
+        }
         return VM_OK;
     case VM_LOG_STATE:
         if ((status = state_of(cpu, e->data, e->bytes, &s)) == VM_OK) {

@@ -60,3 +60,11 @@ tests/api/call_guest64.bin: tests/api/call_guest.c tests/api/call_guest.ld
 tests/api/call_guest32.bin: tests/api/call_guest.c tests/api/call_guest.ld
 	$(AM_V_GEN)$(MKDIR_P) tests/api && $(GUEST_IMAGE) -m32 -o $@ $(srcdir)/tests/api/call_guest.c
 CLEANFILES += tests/api/call_guest64.bin tests/api/call_guest32.bin
+check_PROGRAMS += tests/api/api_replay
+tests_api_api_replay_SOURCES = tests/api/replay.c
+tests_api_api_replay_LDADD = $(TEST_LIBS)
+EXTRA_DIST += tests/api/replay_guest.c
+tests/api/replay.$(OBJEXT): tests/api/replay_guest.bin
+tests/api/replay_guest.bin: tests/api/replay_guest.c tests/api/call_guest.ld
+	$(AM_V_GEN)$(MKDIR_P) tests/api && $(GUEST_IMAGE) -m32 -o $@ $(srcdir)/tests/api/replay_guest.c
+CLEANFILES += tests/api/replay_guest.bin
