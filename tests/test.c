@@ -134,6 +134,7 @@ int main(int argc, char **argv)
     unsigned failed = 0, limit = getenv("TEST_TIMEOUT") ? (unsigned)atoi(getenv("TEST_TIMEOUT")) : 60;
     bool is_limit_given = false;
     int option;
+    setenv("LIBVM_JIT_COLD", "0", 0); /* tests of the JIT are to meet the JIT */
     const char *program = strrchr(argv[0], '/');
     program = program ? program + 1 : argv[0];
     if (!strncmp(program, "lt-", 3))

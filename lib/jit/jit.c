@@ -798,15 +798,12 @@ static x86_stop caught(jit *j, x86_cpu *cpu) {
 
 enum { FAULTS_IN_A_ROW = 256 }; /* then the run loop looks at its deadline: nothing retires, no slice ends */
 
-#ifndef VM_COLD_INSTRUCTIONS
-#define VM_COLD_INSTRUCTIONS 2000
-#endif
-enum { COLD_INSTRUCTIONS = VM_COLD_INSTRUCTIONS };
+enum { COLD_INSTRUCTIONS = 2000 };
 
 /* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm
- * now. */
+ * now. LIBVM_JIT_COLD in the environment sets another number (tests of the JIT itself: 0). */
 static x86_stop run_cold(jit *j, x86_cpu *cpu) {
-    int64_t budget = cpu->budget, cold = COLD_INSTRUCTIONS - j->cold_done;
+    int64_t budget = cpu->budget, cold = j->cold - j->cold_done;
     if (cold <= 0) return X86_STOP_NONE;
     cpu->budget = budget < cold ? budget : cold;
     int64_t given = cpu->budget;
@@ -925,6 +922,8 @@ static int jit_vcpu_create(vm_vcpu *cpu) {
         vm_backend_interp.vcpu_destroy(cpu);
         return vm_fail_errno(VM_E_NOMEM, "JIT tables");
     }
+    const char *cold = getenv("LIBVM_JIT_COLD");
+    j->cold = cold ? atoi(cold) : COLD_INSTRUCTIONS;
     j->vcpu = cpu;
     j->unit = (jit_unit *)(j + 1);
     cpu->x86.jit = j;

@@ -171,7 +171,7 @@ typedef struct jit {
     int64_t r15_start;              /* value r15 had when instructions were last counted */
     uint64_t bounce_la;
     bool bounce_active;
-    int64_t cold_done; /* instructions interpreted before there was a code cache */
+    int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
     bool is_cold;      /* the interpreter runs instead */
     bool step_one;     /* next instruction by the interpreter */
     bool has_vec;      /* guest code that runs now uses vector registers */
