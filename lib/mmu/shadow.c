@@ -32,7 +32,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifndef VM_SHADOW_PAGES
+#ifdef VM_TINY_CACHE
+#define VM_SHADOW_PAGES 8
+#else
 #define VM_SHADOW_PAGES 1024
 #endif
 enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64 };
@@ -220,7 +222,7 @@ static void free_page(shadow *s, page *p)
 /* 1/32 of the guest's memory. */
 static unsigned budget_of(const shadow *s)
 {
-    uint64_t budget = s->m->ram_total >> 17;
+    uint64_t budget = LEAST_BUDGET < 1024 ? 0 : s->m->ram_total >> 17;
     return budget < LEAST_BUDGET ? LEAST_BUDGET : budget > MOST_BUDGET ? MOST_BUDGET : (unsigned)budget;
 }
 
@@ -649,7 +651,20 @@ static void shadow_root_changed(void *state, vm_vcpu *cpu, uint64_t cr3)
     enter_root(s, cpu);
 }
 
-/* INVLPG ends what is cached of the upper levels for any address, and of the leaf for this one (SDM vol. 3, 4.10.4.1). */
+/* Compare one entry of a loose leaf. */
+static void compare_entry(shadow *s, page *p, unsigned i)
+{
+    bool is_narrow = p->role & MODE_NARROW;
+    uint64_t recorded = entry_of(p, i);
+    const uint8_t *table = recorded ? table_host(s, p->gfn) : NULL;
+    if (recorded && (!table || !is_same(read_guest(table, is_narrow, i), recorded))) {
+        drop_entry(s, p, i);
+        p->stood = 0;
+    }
+}
+
+/* INVLPG ends what is cached of the upper levels for any address, and of the leaf for this one (SDM vol. 3, 4.10.4.1).
+ * Which leaf that is the directory may have forgotten: so the entry of every loose leaf. */
 static void shadow_invalidate(void *state, vm_vcpu *cpu, uint64_t gva, uint64_t bytes)
 {
     shadow *s = state;
@@ -657,21 +672,12 @@ static void shadow_invalidate(void *state, vm_vcpu *cpu, uint64_t gva, uint64_t 
         zap(s);
         return;
     }
-    root *r = cpu->mmu_root;
     lock(s);
     compare_loose(s, cpu, true);
-    for (uint64_t la = gva & X86_PAGE_MASK; r && la - (gva & X86_PAGE_MASK) < bytes; la += 4096) {
-        const spot *d = spot_of(r, la);
-        if (d->tag != tag_of(r, la) || !d->leaf || d->leaf->state != LOOSE)
-            continue;
-        bool is_narrow = d->leaf->role & MODE_NARROW;
-        unsigned i = la >> 12 & (is_narrow ? 1023 : 511);
-        const uint8_t *table = table_host(s, d->leaf->gfn);
-        if (entry_of(d->leaf, i) && (!table || !is_same(read_guest(table, is_narrow, i), entry_of(d->leaf, i)))) {
-            drop_entry(s, d->leaf, i);
-            d->leaf->stood = 0;
-        }
-    }
+    uint64_t pages = ((gva & 0xfff) + bytes + 4095) >> 12;
+    for (page *p = s->loose; p; p = p->loose_next)
+        for (uint64_t k = 0; (p->role & IS_LEAF) && k < pages; k++)
+            compare_entry(s, p, ((gva >> 12) + k) & (p->role & MODE_NARROW ? 1023 : 511));
     unlock(s);
 }
 

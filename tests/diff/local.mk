@@ -25,3 +25,6 @@ SEED = 1
 diff: tests/diff/diff
 	CASES=$(CASES) SEED=$(SEED) tests/diff/diff
 .PHONY: diff
+check_PROGRAMS += tests/diff/paging
+tests_diff_paging_SOURCES = tests/diff/paging.c
+tests_diff_paging_LDADD = $(TEST_LIBS)
