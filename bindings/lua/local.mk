@@ -1,11 +1,21 @@
-# bindings/lua: the Lua 5.4 module `libvm`.
+# bindings/lua: the Lua 5.4 module `libvm`; its tests (bindings/lua/check, with busted); its reference, docs/lua-api.md, which
+# reference.lua writes from libvm.d.lua (`make lua-reference`).
+lua_files = bindings/lua/libvm.d.lua bindings/lua/reference.lua bindings/lua/libvm-0.1.0-1.rockspec bindings/lua/spec/lines.lua \
+    bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/pc_spec.lua
+EXTRA_DIST += $(lua_files) bindings/lua/check docs/lua-api.md
+lua_sources = bindings/lua/lvm.h bindings/lua/call.c bindings/lua/console.c bindings/lua/coverage.c bindings/lua/gdb.c \
+    bindings/lua/hook.c bindings/lua/machine.c bindings/lua/memory.c bindings/lua/mmu.c bindings/lua/module.c bindings/lua/run.c \
+    bindings/lua/snapshot.c bindings/lua/vcpu.c
 if HAVE_LUA
 luaexecdir = $(luadir)
 luaexec_LTLIBRARIES = bindings/lua/libvm.la
-bindings_lua_libvm_la_SOURCES = bindings/lua/lvm.h bindings/lua/call.c bindings/lua/console.c bindings/lua/coverage.c \
-    bindings/lua/gdb.c bindings/lua/hook.c bindings/lua/machine.c bindings/lua/memory.c bindings/lua/mmu.c bindings/lua/module.c \
-    bindings/lua/run.c bindings/lua/snapshot.c bindings/lua/vcpu.c
+bindings_lua_libvm_la_SOURCES = $(lua_sources)
 bindings_lua_libvm_la_CPPFLAGS = -I$(top_srcdir)/include $(LUA_CFLAGS)
 bindings_lua_libvm_la_LDFLAGS = $(AM_LDFLAGS) -module -avoid-version -shared
 bindings_lua_libvm_la_LIBADD = libvm.la
+else
+EXTRA_DIST += $(lua_sources)
 endif
+lua-reference:
+	$(LUA) $(srcdir)/bindings/lua/reference.lua $(srcdir) write
+.PHONY: lua-reference

@@ -65,6 +65,8 @@ static int vcpu_index(lua_State *L)
     if (lua_rawget(L, lua_upvalueindex(3)) == LUA_TNUMBER) {
         if (!v->machine->m)
             return luaL_error(L, "machine is closed");
+        if (v->machine->tracing)
+            return luaL_error(L, "a trace function cannot use the machine");
         return push_register(L, v->cpu, (int)lua_tointeger(L, -1));
     }
     lua_pushvalue(L, 2);
@@ -511,14 +513,14 @@ int lvm_run(lua_State *L, lvm_vcpu *v, int vcpu, const vm_run_options *options, 
         run.deadline_ns = SLICE_NS;
     do {
         bool stale = b->stale_kicks & bit;
+        b->stale_kicks &= ~bit;
         lvm_enter(L, b, vcpu, &call);
         status = vm_vcpu_run(v->cpu, &run, e);
         lvm_leave(L, b, &call);
-        if (status == VM_OK && e->reason == VM_EXIT_KICK) {
-            b->stale_kicks &= ~bit;
-            if (stale && !b->failed && !(end && *end))
-                continue;
-        }
+        if (stale && (status != VM_OK || e->reason != VM_EXIT_KICK))
+            b->stale_kicks |= bit;       /* still to come */
+        else if (stale && !b->failed && !(end && *end))
+            continue;
         if (b->failed || status != VM_OK || !sliced || e->reason != VM_EXIT_DEADLINE || (end && *end) || interrupted(L, hook))
             break;
     } while (true);
