@@ -4,7 +4,6 @@
 # it uses, and the library, statically, so that hidden symbols can be reached too. Scripts that print the same lines go into
 # script_tests.
 EXTRA_DIST += tests/run-all tests/coverage
-script_tests =
 check_LIBRARIES = tests/libtest.a
 tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
 TEST_LIBS = tests/libtest.a libvm.la
@@ -18,7 +17,7 @@ include $(srcdir)/tests/kvm/local.mk
 include $(srcdir)/tests/fuzz/local.mk
 
 check-local: $(check_PROGRAMS) $(check_LIBRARIES) $(noinst_PROGRAMS)
-	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' CC='$(CC)' CXX='$(CXX)' \
+	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' PYTHON='$(PYTHON)' with_python='$(have_python)' CC='$(CC)' CXX='$(CXX)' \
 	  sh $(srcdir)/tests/run-all $(check_PROGRAMS) $(script_tests:%=$(srcdir)/%)
 coverage:
 	-$(MAKE) check

@@ -16,8 +16,7 @@ exceptions; what the library refuses is a libvm.Error with its status and messag
 
 from __future__ import annotations
 
-from _collections_abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
+from _collections_abc import MutableMapping
 
 from . import _libvm
 from ._libvm import (
@@ -66,39 +65,43 @@ from ._libvm import (
     version,
     version_number,
 )
-from .constants import (
-    Advice,
-    Backend,
-    CompareKind,
-    EptAction,
-    EventFlags,
-    ExitReason,
-    GdbAction,
-    HookFlags,
-    HookKind,
-    HookResult,
-    Mode,
-    Platform,
-    Prot,
-    Reg,
-    ReplayMode,
-    SnapshotFlags,
-    Status,
-    TraceCategory,
-)
 
+# Importing libvm is quick because what not every program needs (constants, typing) is imported when it is asked for.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any, Callable, Optional, TypeVar, Union
+
+    from .constants import (
+        Advice,
+        Backend,
+        CompareKind,
+        EptAction,
+        EventFlags,
+        ExitReason,
+        GdbAction,
+        HookFlags,
+        HookKind,
+        HookResult,
+        Mode,
+        Platform,
+        Prot,
+        Reg,
+        ReplayMode,
+        SnapshotFlags,
+        Status,
+        TraceCategory,
+    )
     from .guest import Guest, Many, linux
 
+    HookFunction = Callable[["Vcpu", Event], Optional[int]]
+    _F = TypeVar("_F", bound=Callable[..., Any])
+    _D = TypeVar("_D")
+    CONTINUE = HookResult.CONTINUE
+    STOP = HookResult.STOP
+    SKIP = HookResult.SKIP
+
 __version__ = version()
-
-CONTINUE = HookResult.CONTINUE
-STOP = HookResult.STOP
-SKIP = HookResult.SKIP
-
-HookFunction = Callable[["Vcpu", Event], Optional[int]]
-_F = TypeVar("_F", bound=Callable[..., Any])
-_D = TypeVar("_D")
 
 _REGS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
 
@@ -297,63 +300,65 @@ class Machine(_libvm.Machine):
 
     # ---- hooks ----
 
-    def _on(self, kind: HookKind, begin: int, end: int, flags: int) -> Callable[[_F], _F]:
+    def _on(self, kind: str, begin: int, end: int, flags: int) -> Callable[[_F], _F]:
         if callable(begin):  # @m.on_block without parentheses
             return self._on(kind, 0, 0, 0)(begin)
 
+        from .constants import HookKind
+
         def decorate(fn: _F) -> _F:
-            _attach(fn, "hook", self.hook_add(kind, fn, begin, end, flags))
+            _attach(fn, "hook", self.hook_add(HookKind[kind], fn, begin, end, flags))
             return fn
 
         return decorate
 
     def on_insn(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Before each instruction in [begin, end]."""
-        return self._on(HookKind.INSN, begin, end, flags)
+        return self._on("INSN", begin, end, flags)
 
     def on_block(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Before the first instruction of each block."""
-        return self._on(HookKind.BLOCK, begin, end, flags)
+        return self._on("BLOCK", begin, end, flags)
 
     def on_edge(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """The same, with the instruction that led there in event.source."""
-        return self._on(HookKind.EDGE, begin, end, flags)
+        return self._on("EDGE", begin, end, flags)
 
     def on_read(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Data read by an instruction."""
-        return self._on(HookKind.MEM_READ, begin, end, flags)
+        return self._on("MEM_READ", begin, end, flags)
 
     def on_write(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Data written by an instruction."""
-        return self._on(HookKind.MEM_WRITE, begin, end, flags)
+        return self._on("MEM_WRITE", begin, end, flags)
 
     def on_fetch(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Instructions any byte of which lies in [begin, end]."""
-        return self._on(HookKind.FETCH, begin, end, flags)
+        return self._on("FETCH", begin, end, flags)
 
     def on_exception(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Exceptions with vectors in [begin, end], before they are delivered."""
-        return self._on(HookKind.EXCEPTION, begin, end, flags)
+        return self._on("EXCEPTION", begin, end, flags)
 
     def on_interrupt(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Interrupts with vectors in [begin, end]."""
-        return self._on(HookKind.INTERRUPT, begin, end, flags)
+        return self._on("INTERRUPT", begin, end, flags)
 
     def on_syscall(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """SYSCALL and SYSENTER instructions."""
-        return self._on(HookKind.SYSCALL, begin, end, flags)
+        return self._on("SYSCALL", begin, end, flags)
 
     def on_cpuid(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """CPUID of the leaves in [begin, end]."""
-        return self._on(HookKind.CPUID, begin, end, flags)
+        return self._on("CPUID", begin, end, flags)
 
     def on_msr(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """RDMSR and WRMSR of the MSRs in [begin, end]."""
-        return self._on(HookKind.MSR, begin, end, flags)
+        return self._on("MSR", begin, end, flags)
 
     def on_port(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
         """Accesses to the ports in [begin, end]."""
-        return self._on(HookKind.PORT, begin, end, flags)
+        return self._on("PORT", begin, end, flags)
 
     def on_violation(self, fn: _F) -> _F:
         """Accesses that a view of strategy "ept" forbids."""
@@ -412,12 +417,17 @@ _libvm._set_classes(Machine, Vcpu, Console)
 
 
 def __getattr__(name: str) -> Any:
-    # What not every program needs is imported when it is asked for.
-    if name in ("linux", "Guest", "Many"):
-        from . import guest
+    import importlib
 
-        return getattr(guest, name)
-    raise AttributeError(f"module 'libvm' has no attribute '{name}'")
+    module = importlib.import_module("libvm.guest" if name in ("linux", "Guest", "Many") else "libvm.constants")
+    if name in ("CONTINUE", "STOP", "SKIP"):
+        value = module.HookResult[name]
+    elif name in module.__all__:
+        value = getattr(module, name)
+    else:
+        raise AttributeError(f"module 'libvm' has no attribute '{name}'")
+    globals()[name] = value
+    return value
 
 
 __all__ = [
