@@ -141,6 +141,7 @@ struct vm_vcpu {
     bool at_boundary;                  /* in a bound function: no instruction is under way, the vCPU may be run */
     bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
     bool has_signal_blocked; /* as in vm_run_options */
+    bool holds_interrupts;             /* hardware interrupts and NMIs wait: a debugger is stepping */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }
 enum { VM_IDLE, VM_GUEST, VM_BLOCKED, VM_LOOP, VM_WAITED = 0x100 };
@@ -224,7 +225,7 @@ struct vm_machine {
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
     struct vm_bindings *bindings;      /* bind.c; NULL: none */
-    struct vm_replay *replay;          /* replay.c; NULL: neither records nor replays */
+    struct vm_replay *replay, *replay_kept;                      /* replay.h; `replay` NULL: neither records nor replays */
     struct vm_track *track;            /* NULL: no snapshots (track.h) */
     struct vm_hooks *hooks;            /* hook.h; NULL: never had any */
     _Atomic unsigned hook_seq;         /* counts edits of hooks */
@@ -245,6 +246,7 @@ struct vm_machine {
     bool has_backend, has_pc;          /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
     struct vm_events *events;          /* doorbells and their like; NULL: none ever */
+    _Atomic bool has_gdb;              /* a GDB stub exists */
 };
 static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
     if (cpu->machine->backend->get_state)

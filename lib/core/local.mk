@@ -10,4 +10,4 @@ LIBVM_FEATURES += -DVM_HAVE_ZSTD=1 $(ZSTD_CFLAGS)
 libvm_la_LIBADD += $(ZSTD_LIBS)
 endif
 libvm_la_SOURCES += lib/core/backing.c
-libvm_la_SOURCES += lib/core/bind.c lib/core/call.c lib/core/replay.c lib/core/replaylog.c lib/core/signature.c lib/core/sum.c
+libvm_la_SOURCES += lib/core/bind.c lib/core/call.c lib/core/input.c lib/core/play.c lib/core/record.c lib/core/replay.c lib/core/replaylog.c lib/core/signature.c lib/core/sum.c

@@ -183,6 +183,8 @@ static int events(vm_vcpu *cpu, run *r)
             return -1;
         return (reason = vm_round_deliver(cpu, r, cpu->inject.vector, cpu->inject.has_error, cpu->inject.error)) ? reason : -1;
     }
+    if (cpu->holds_interrupts && !x->halted)
+        return 0;
     if (x->nmi_pending && !cpu->machine->backend->takes_interrupts) {
         unsigned answer = !x->nmi_blocked && !x->inhibit ? vm_hook_interrupt(cpu, X86_NMI) : X86_HOOK_GO;
         if (answer == X86_HOOK_STOP)
@@ -364,7 +366,7 @@ static void show(vm_vcpu *cpu, const run *r)
     const vm_run_options *o = r->options;
     x->until = o->until;
     x->exception_exits = o->exception_exits;
-    cpu->has_budget = o->max_instructions != 0;
+    cpu->has_budget = o->max_instructions != 0 || cpu->machine->replay;            /* slices are exact */
     cpu->deadline = r->deadline;
     cpu->has_signal_blocked = o->has_signal_blocked;
     x->has_deadline = r->deadline != UINT64_MAX;
@@ -476,7 +478,7 @@ int vm_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit)
         return status;
     if (cpu->at_boundary && vm_vcpu_is_mine(cpu))
         return run_inside(cpu, &r);
-    if (!vm_vcpu_claim(cpu))
+    if (!(cpu->machine->replay ? vm_replay_claim(cpu) : vm_vcpu_claim(cpu)))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: vCPU %u is running", cpu->index);
     status = run_claimed(cpu, &r);
     vm_vcpu_release(cpu);
