@@ -1,8 +1,10 @@
-# bindings/lua: the Lua 5.4 module `libvm`; its tests (bindings/lua/check, with busted); its reference, docs/lua-api.md, which
+# bindings/lua: the Lua 5.4 module `libvm`; its tests (bindings/lua/test_lua, with busted); its reference, docs/lua-api.md, which
 # reference.lua writes from libvm.d.lua (`make lua-reference`).
 lua_files = bindings/lua/libvm.d.lua bindings/lua/reference.lua bindings/lua/libvm-0.1.0-1.rockspec bindings/lua/spec/lines.lua \
-    bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/pc_spec.lua
-EXTRA_DIST += $(lua_files) bindings/lua/check docs/lua-api.md
+    bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/pc_spec.lua \
+    bindings/lua/spec/example_spec.lua bench/bench_lua.lua $(lua_examples:%=examples/lua/%.lua)
+lua_examples = boot_linux call coverage device hello hooks many_vms memory mmu_strategy snapshot_fuzz
+EXTRA_DIST += $(lua_files) bindings/lua/test_lua docs/lua-api.md
 lua_sources = bindings/lua/lvm.h bindings/lua/call.c bindings/lua/console.c bindings/lua/coverage.c bindings/lua/gdb.c \
     bindings/lua/hook.c bindings/lua/machine.c bindings/lua/memory.c bindings/lua/mmu.c bindings/lua/module.c bindings/lua/run.c \
     bindings/lua/snapshot.c bindings/lua/vcpu.c
@@ -16,6 +18,9 @@ bindings_lua_libvm_la_LIBADD = libvm.la
 else
 EXTRA_DIST += $(lua_sources)
 endif
+bench-lua: bindings/lua/libvm.la
+	LUA_CPATH='bindings/lua/.libs/?.so' $(LUA) $(srcdir)/bench/bench_lua.lua bench/lua.json
+CLEANFILES += bench/lua.json
 lua-reference:
 	$(LUA) $(srcdir)/bindings/lua/reference.lua $(srcdir) write
-.PHONY: lua-reference
+.PHONY: lua-reference bench-lua
