@@ -32,7 +32,9 @@ typedef struct vmrun {
     vm_boot_options boot;
     const char *debugcon;
     unsigned trace;
-    bool has_trace, want_stats, no_reboot;
+    const char *gdb_address;
+    vm_gdb *gdb;
+    bool has_trace, want_stats, no_reboot, gdb_runs;
     double timeout;
 
     vm_machine *machine;
@@ -198,10 +200,54 @@ static void *run_console(void *argument) {
     return NULL;
 }
 
+/* ---- under a debugger: its stub drives the vCPUs, on one thread of ours ---- */
+
+static int gdb_reset(void *user, vm_machine *m) {
+    vmrun *r = user;
+    int status = vm_reset(m);
+    return status == VM_OK ? vm_boot_image(m, &r->boot) : status;
+}
+
+static vm_gdb_action gdb_exit(void *user, vm_vcpu *cpu, vm_exit *exit) {
+    vmrun *r = user;
+    (void)cpu;
+    return exit->reason == VM_EXIT_RESET && r->no_reboot ? VM_GDB_END : VM_GDB_DEFAULT;
+}
+
+static void *run_gdb(void *argument) {
+    vmrun *r = argument;
+    vm_exit exit = VM_EXIT_INIT;
+    if (vm_gdb_serve(r->gdb, &exit) != VM_OK) {
+        complain("%s", vm_errmsg());
+        decide(r, DIED, EXIT_GUEST_DIED);
+    } else if (exit.reason == VM_EXIT_KICK) {
+        decide(r, LEFT, 0);
+    } else {
+        handle_exit(r, vm_vcpu_get(r->machine, 0), &exit);
+    }
+    return NULL;
+}
+
+static bool open_gdb(vmrun *r) {
+    vm_gdb_options o = VM_GDB_OPTIONS_INIT;
+    if (!r->gdb_address) return true;
+    o.runs_alone = r->gdb_runs;
+    o.on_exit = gdb_exit;
+    o.on_reset = gdb_reset;
+    o.user = r;
+    if (vm_gdbstub(r->machine, r->gdb_address, &o, &r->gdb) != VM_OK) {
+        complain("%s", vm_errmsg());
+        return false;
+    }
+    complain("(gdb) target remote %s", vm_gdb_address(r->gdb));
+    return true;
+}
+
 /* ---- running ---- */
 
 static bool start_vcpus(vmrun *r) {
     unsigned count = vm_vcpu_count(r->machine);
+    if (r->gdb) return pthread_create(&r->vcpu_threads[0], NULL, run_gdb, r) == 0;
     for (unsigned i = 0; i < count; i++) {
         vcpu_start *start = malloc(sizeof *start);
         if (start) *start = (vcpu_start){r, vm_vcpu_get(r->machine, i)};
@@ -220,6 +266,11 @@ static bool start_vcpus(vmrun *r) {
 static void stop_vcpus(vmrun *r) {
     unsigned count = vm_vcpu_count(r->machine);
     r->stopping = true;
+    if (r->gdb) {
+        vm_gdb_stop(r->gdb);
+        pthread_join(r->vcpu_threads[0], NULL);
+        return;
+    }
     for (unsigned i = 0; i < count; i++) vm_vcpu_kick(vm_vcpu_get(r->machine, i));
     for (unsigned i = 0; i < count; i++) pthread_join(r->vcpu_threads[i], NULL);
 }
@@ -303,6 +354,9 @@ static const char help_text[] =
     "  --stats            print counters at the end\n"
     "  --timeout SECONDS  stop after that time\n"
     "  --no-reboot        leave when the guest asks for a reset\n"
+    "  --gdb ADDRESS      wait for a debugger: \"target remote ADDRESS\"; HOST:PORT on the loopback, :PORT, or the path of\n"
+    "                     a Unix socket\n"
+    "  --gdb-run          run while no debugger is there\n"
     "  --help, --version\n\n"
     "Exit status: 0 the guest powered off (or Ctrl-A X, or a reset with --no-reboot); the code it wrote to the exit\n"
     "device at port 0xF4; 124 timeout; 1 bad input; 2 the guest stopped for good (triple fault, HLT with interrupts off).\n";
@@ -338,7 +392,7 @@ static bool parse_backend(const char *text, vm_backend *backend) {
 }
 
 enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_CPUS, OPT_CPU, OPT_ENTRY,
-       OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_HELP, OPT_VERSION };
+       OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN, OPT_HELP, OPT_VERSION };
 static const struct option long_options[] = {
     {"kernel", required_argument, NULL, OPT_KERNEL},   {"initrd", required_argument, NULL, OPT_INITRD},
     {"append", required_argument, NULL, OPT_APPEND},   {"bios", required_argument, NULL, OPT_BIOS},
@@ -347,7 +401,8 @@ static const struct option long_options[] = {
     {"cpu", required_argument, NULL, OPT_CPU},         {"linux-entry", required_argument, NULL, OPT_ENTRY},
     {"debugcon", required_argument, NULL, OPT_DEBUGCON}, {"trace", required_argument, NULL, OPT_TRACE},
     {"stats", no_argument, NULL, OPT_STATS},           {"timeout", required_argument, NULL, OPT_TIMEOUT},
-    {"no-reboot", no_argument, NULL, OPT_NO_REBOOT},   {"help", no_argument, NULL, OPT_HELP},
+    {"no-reboot", no_argument, NULL, OPT_NO_REBOOT},   {"gdb", required_argument, NULL, OPT_GDB},
+    {"gdb-run", no_argument, NULL, OPT_GDB_RUN},       {"help", no_argument, NULL, OPT_HELP},
     {"version", no_argument, NULL, OPT_VERSION},       {NULL, 0, NULL, 0}};
 
 /* One option; 0, or the exit status for a value that makes no sense. */
@@ -364,6 +419,8 @@ static int take_option(vmrun *r, int option, const char *value) {
     case OPT_DEBUGCON: r->debugcon = value; return 0;
     case OPT_STATS: r->want_stats = true; return 0;
     case OPT_NO_REBOOT: r->no_reboot = true; return 0;
+    case OPT_GDB: r->gdb_address = value; return 0;
+    case OPT_GDB_RUN: r->gdb_runs = true; return 0;
     case OPT_BACKEND:
         if (parse_backend(value, &r->machine_options.backend)) return 0;
         return complain("--backend %s: it is auto, kvm, jit or interp", value);
@@ -413,6 +470,7 @@ static int prepare(vmrun *r) {
         if (vm_debugcon_output(r->machine, debug_output, r) != VM_OK) return complain("%s", vm_errmsg());
     }
     if (vm_boot_image(r->machine, &r->boot) != VM_OK) return complain("%s", vm_errmsg());
+    if (!open_gdb(r)) return EXIT_BAD_INPUT;
     if (pipe2(r->wake, O_CLOEXEC) != 0) return complain("pipe: %s", strerror(errno));
     return -1;
 }
@@ -441,6 +499,7 @@ int main(int argc, char **argv) {
         if (r.verdict == TIMED_OUT) fprintf(stderr, "\nvmrun: stopped after %g seconds\n", r.timeout);
         if (r.want_stats) print_stats(&r, (double)(now.tv_sec - begin.tv_sec) + (double)(now.tv_nsec - begin.tv_nsec) * 1e-9);
     }
+    vm_gdb_free(r.gdb);
     vm_destroy(r.machine);
     return status;
 }

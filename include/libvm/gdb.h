@@ -31,7 +31,7 @@ typedef struct vm_gdb vm_gdb;
 typedef enum vm_gdb_action {
     VM_GDB_DEFAULT,                     /* see vm_gdb_options.on_exit */
     VM_GDB_RUN,                         /* go on; *exit carries the completion, as for vm_vcpu_run() */
-    VM_GDB_STOP,                        /* stop the machine and tell the debugger */
+    VM_GDB_STOP,                        /* stop the machine and tell the debugger, now or when one comes */
     VM_GDB_END                          /* vm_gdb_serve() returns with this exit */
 } vm_gdb_action;
 
@@ -47,7 +47,10 @@ typedef struct vm_gdb_options {
      * stops with a signal (UNMAPPED and SHUTDOWN: SIGSEGV; EXCEPTION: what an operating system would make of it;
      * others: SIGTRAP). */
     vm_gdb_action (*on_exit)(void *user, vm_vcpu *cpu, vm_exit *exit);
-    void    *user;
+    void    *user;                      /* of both callbacks */
+    /* Called with all vCPUs at rest where the machine is to be reset (RESET exits, "monitor reset"), in place of
+     * vm_reset(): for machines whose image has to be loaded again. VM_OK or a status, which ends the session. */
+    int    (*on_reset)(void *user, vm_machine *m);
 } vm_gdb_options;
 #define VM_GDB_OPTIONS_INIT VM_STRUCT_INIT(vm_gdb_options)
 

@@ -33,6 +33,7 @@
 #include <libvm/coverage.h>
 #include <libvm/mmu.h>
 #include <libvm/boot.h>
+#include <libvm/gdb.h>
 #include <libvm/snapshot.h>
 #include <libvm/call.h>
 #include <libvm/replay.h>

@@ -9,6 +9,7 @@ libvminclude_HEADERS = \
 	include/libvm/error.h \
 	include/libvm/exit.def \
 	include/libvm/exit.h \
+	include/libvm/gdb.h \
 	include/libvm/hook.h \
 	include/libvm/libvm.h \
 	include/libvm/machine.h \

@@ -247,7 +247,7 @@ static x86_stop deliver_queued(kvm_vcpu *kv) {
 /* PC: the interpreter's turn to take interrupts. */
 static x86_stop interpreter_interrupts(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
-    if (!kv->cpu->machine->is_pc) return X86_STOP_NONE;
+    if (!kv->cpu->machine->is_pc || kv->cpu->holds_interrupts) return X86_STOP_NONE;
     if (x->nmi_pending && !x->nmi_blocked && !x->inhibit) return x86_deliver_interrupt(x, X86_NMI, true);
     int vector = vm_pc_irq_source.pending(kv->cpu);
     x->irq_waiting = vector >= 0 && !x86_can_interrupt(x);
