@@ -12,6 +12,11 @@ BACKENDS = [b for b in ("interp", "jit") if libvm.query(b, "available")]
 MAPPED = 0x1000
 
 
+def pytest_addoption(parser):
+    if os.environ.get("LIBVM_TEST_LINES"):      # the terminal's plugin, which is off then, would have it
+        parser.addoption("--verbose", type=int, default=0)
+
+
 def pytest_runtest_logreport(report):
     if not os.environ.get("LIBVM_TEST_LINES"):
         return
