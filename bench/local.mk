@@ -59,3 +59,13 @@ bench: bench-coverage
 bench-coverage: bench/bench_coverage bench/kernels.elf
 	bench/bench_coverage bench/kernels.elf --json bench/coverage.json
 .PHONY: bench-coverage
+
+EXTRA_PROGRAMS += bench/bench_snapshot
+bench_bench_snapshot_SOURCES = bench/bench_snapshot.c
+bench_bench_snapshot_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
+bench_bench_snapshot_LDADD = libvm.la $(UNICORN_LIBS)
+CLEANFILES += bench/snapshot.json
+bench: bench-snapshot
+bench-snapshot: bench/bench_snapshot
+	bench/bench_snapshot --json bench/snapshot.json
+.PHONY: bench-snapshot

@@ -80,6 +80,7 @@ struct vm_region {
     struct vm_image *backing;          /* `host` is a private mapping of this; NULL: of nothing */
     unsigned keepers, mark;            /* snapshots that contain it */
     bool is_parked;                    /* out of the map, kept by snapshots */
+    struct vm_changed_pages *changed;  /* fork.c: pages that differ from the backing's */
 };
 typedef struct vm_range { uint64_t gpa, bytes; vm_region *region; uint64_t offset; } vm_range;
 typedef struct vm_view { size_t count, capacity; vm_range *ranges; } vm_view;
@@ -227,6 +228,7 @@ struct vm_machine {
     struct vm_bindings *bindings;      /* bind.c; NULL: none */
     struct vm_replay *replay, *replay_kept;                      /* replay.h; `replay` NULL: neither records nor replays */
     struct vm_track *track;            /* NULL: no snapshots (track.h) */
+    _Atomic bool is_touched;           /* RAM may have been written since the last fork */
     struct vm_hooks *hooks;            /* hook.h; NULL: never had any */
     _Atomic unsigned hook_seq;         /* counts edits of hooks */
     _Atomic unsigned trace_mask;       /* VM_TRACE_* */

@@ -6,6 +6,7 @@
  */
 #include "core/cpustate.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -216,9 +217,11 @@ static int check_system(const vm_vcpu *cpu, const vm_cpu_state *s)
     r.dr6 = y->dr[6];
     r.dr7 = y->dr[7];
     int status = vm_sregs_check(&r, cpu->x86.phys_mask);
-    if (status != VM_OK)
-        return bad(cpu, "its control registers are not those of a CPU");
-    return VM_OK;
+    if (status == VM_OK)
+        return VM_OK;
+    char why[200];
+    snprintf(why, sizeof why, "%s", vm_errmsg());
+    return bad(cpu, why);
 }
 
 int vm_cpu_state_check(const vm_vcpu *cpu, const vm_cpu_state *s)

@@ -28,24 +28,30 @@ static bool is_ram(const vm_region *r)
 
 /* ---- the parent's memory ---- */
 
-typedef struct pages { unsigned count; uint64_t page[MANY + 1]; } pages;
+struct vm_changed_pages { unsigned count; uint64_t page[MANY + 1]; };
 
 static bool collect(void *user, uint64_t page)
 {
-    pages *p = user;
+    struct vm_changed_pages *p = user;
     p->page[p->count++] = page;
     return p->count <= MANY;
 }
 
-/* Make r->backing what is in memory but for the pages in *since. No backing afterwards: copy all. */
-static void freeze(vm_region *r, pages *since)
+/* Make r->backing what is in memory but for the pages in r->changed. No backing afterwards: copy all. */
+static void freeze(vm_region *r)
 {
-    since->count = 0;
     if (r->kind != VM_REGION_RAM || r->bytes < SMALL)
         return;
-    if (r->backing && vm_image_changed(r->host, r->bytes, collect, since) && since->count <= MANY)
+    if (!r->changed)
+        r->changed = calloc(1, sizeof *r->changed);
+    else if (r->backing && !r->machine->is_touched)
+        return;                        /* as at the last fork */
+    if (r->changed)
+        r->changed->count = 0;
+    if (r->backing && r->changed && vm_image_changed(r->host, r->bytes, collect, r->changed) && r->changed->count <= MANY)
         return;
-    since->count = 0;
+    if (r->changed)
+        r->changed->count = 0;
     vm_image *image = vm_image_copy(r->host, r->bytes, true);
     bool is_mapped = image && vm_image_map(image, r->host);
     if (!is_mapped) {
@@ -60,12 +66,11 @@ static void freeze(vm_region *r, pages *since)
 /* r's contents and permissions to the clone's region. */
 static int copy_memory(vm_region *r, vm_region *to)
 {
-    pages since;
-    freeze(r, &since);
+    freeze(r);
     if (r->backing && vm_image_map(r->backing, to->host)) {
         to->backing = vm_image_ref(r->backing);
-        for (unsigned i = 0; i < since.count; i++)
-            memcpy(to->host + since.page[i] * PAGE, r->host + since.page[i] * PAGE, PAGE);
+        for (unsigned i = 0; r->changed && i < r->changed->count; i++)
+            memcpy(to->host + r->changed->page[i] * PAGE, r->host + r->changed->page[i] * PAGE, PAGE);
     } else {
         for (uint64_t at = 0; at < r->bytes; at += PAGE)
             if (!vm_page_is_zero(r->host + at) || !vm_page_is_zero(to->host + at))
@@ -221,8 +226,10 @@ static int fork_machine(vm_machine *m, vm_machine **out)
         status = clone_model(m, c);
     if (status == VM_OK)
         status = clone_regions(m, c, s);
-    if (status == VM_OK)
+    if (status == VM_OK) {
+        atomic_store(&m->is_touched, false);
         status = put_state(m, c, s);
+    }
     if (s)
         vm_snap_discard(s);
     if (status != VM_OK && c)

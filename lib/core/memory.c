@@ -178,6 +178,7 @@ static void free_ram(vm_region *r)
     vm_image_drop(r->image);
     vm_image_drop(r->backing);
     free(r->base);
+    free(r->changed);
     free((void *)r->page_flags);
     free(r->page_prot);
     free(r);
@@ -627,6 +628,7 @@ bool vm_track_write(vm_vcpu *cpu, uint64_t gpa)
 
 void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes)
 {
+    atomic_store_explicit(&m->is_touched, true, memory_order_relaxed);
     for (uint64_t page = offset / PAGE; page <= (offset + bytes - 1) / PAGE; page++) {
         _Atomic uint8_t *flags = &r->page_flags[page];
         uint8_t now = atomic_load(flags);
@@ -790,6 +792,7 @@ int vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
 {
     vm_region *r;
     vm_pause(m);
+    m->is_touched = true;
     for (uint64_t at = gpa, left = bytes, n; left; at += n, left -= n) {
         n = left;
         if (!ram_ptr(m, at, &n, &r)) {

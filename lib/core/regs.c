@@ -352,7 +352,8 @@ void vm_sregs_get(vm_vcpu *cpu, vm_sregs *s)
 #define CR4_BITS (X86_CR4_VME | X86_CR4_PVI | X86_CR4_TSD | X86_CR4_DE | X86_CR4_PSE | X86_CR4_PAE | X86_CR4_MCE | \
                   X86_CR4_PGE | X86_CR4_PCE | X86_CR4_OSFXSR | X86_CR4_OSXMMEXCPT | X86_CR4_UMIP | X86_CR4_FSGSBASE | \
                   X86_CR4_PCIDE | X86_CR4_OSXSAVE | X86_CR4_SMEP | X86_CR4_SMAP)
-#define EFER_BITS (X86_EFER_SCE | X86_EFER_LME | X86_EFER_LMA | X86_EFER_NXE | X86_EFER_FFXSR)
+#define EFER_AUTOIBRS (1u << 21)       /* AMD: automatic IBRS; kernels set it where CPUID offers it */
+#define EFER_BITS (X86_EFER_SCE | X86_EFER_LME | X86_EFER_LMA | X86_EFER_NXE | X86_EFER_FFXSR | EFER_AUTOIBRS)
 
 static int reserved(const char *name, uint64_t value, uint64_t bits)
 {

@@ -379,6 +379,7 @@ static void show(vm_vcpu *cpu, const run *r)
 static void begin(vm_vcpu *cpu, run *r)
 {
     const vm_run_options *o = r->options;
+    atomic_store_explicit(&cpu->machine->is_touched, true, memory_order_relaxed);
     r->left = o->max_instructions && o->max_instructions < (uint64_t)SLICE_FOREVER ? o->max_instructions
                                                                                    : (uint64_t)SLICE_FOREVER;
     r->deadline = UINT64_MAX;

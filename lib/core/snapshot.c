@@ -1000,6 +1000,7 @@ static int switch_to(vm_snapshot *s)
     struct vm_track *t = s->machine->track;
     vm_snapshot *from = t->current;
     int status = prepare_map(s);
+    s->machine->is_touched = true;
     if (status != VM_OK)
         return status;
     if (from != s)

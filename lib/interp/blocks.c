@@ -30,8 +30,10 @@ void block_cache_free(block_cache *c)
 
 void block_cache_clear(block_cache *c)
 {
-    memset(c->hash, 0, sizeof c->hash);
-    memset(c->pages, 0, sizeof c->pages);
+    if (c->chunk_at || c->chunk_used) {          /* else the tables are still untouched zero pages */
+        memset(c->hash, 0, sizeof c->hash);
+        memset(c->pages, 0, sizeof c->pages);
+    }
     c->chunk_at = c->chunk_used = 0;
     c->generation++;
     c->jump_generation += 256;

@@ -68,3 +68,6 @@ tests/api/replay.$(OBJEXT): tests/api/replay_guest.bin
 tests/api/replay_guest.bin: tests/api/replay_guest.c tests/api/call_guest.ld
 	$(AM_V_GEN)$(MKDIR_P) tests/api && $(GUEST_IMAGE) -m32 -o $@ $(srcdir)/tests/api/replay_guest.c
 CLEANFILES += tests/api/replay_guest.bin
+check_PROGRAMS += tests/api/api_snapshot_linux
+tests_api_api_snapshot_linux_SOURCES = tests/api/snapshot_linux.c
+tests_api_api_snapshot_linux_LDADD = $(TEST_LIBS)
