@@ -47,7 +47,8 @@ static inline void e_rex(jit_writer *w, unsigned size, unsigned reg, unsigned in
 static inline void e_rr(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned rm) {
     if (size == 2) e8(w, 0x66);
     e_rex(w, size, reg, 0, rm);
-    e8(w, op);
+    if (op > 0xff) e8(w, op >> 8);
+    e8(w, op & 0xff);
     e8(w, 0xc0u | (reg & 7) << 3 | (rm & 7));
 }
 /* op reg, gs:[disp32] */

@@ -902,8 +902,7 @@ static void emit_indirect(emitter *e) {
             e_mov(w, 8, T0, T1);
         e->tmp_reg = T0;
     }
-    if (e->tmp_reg != T1) e_mov(w, 4, T1, e->tmp_reg);
-    e_alu_imm(w, 4, 4, T1, (int32_t)(X86_JUMP_ENTRIES - 1));
+    e_rr(w, 4, 0x0fb7, T1, e->tmp_reg); /* movzx: the low 16 bits are the index */
     e_r_gs8(w, 8, 0x3b, e->tmp_reg, T1, jump_offset(e->u, false));
     new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
     e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true)); /* jmp gs:[r13 * 8 + disp32] */

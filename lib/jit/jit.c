@@ -121,11 +121,24 @@ bool jit_is_stop(const jit *j, uint64_t rip) {
 
 static x86_jumps *jumps_of(x86_cpu *cpu, uint32_t key) { return &cpu->jump[jit_table_index(key)]; }
 
+enum { TABLE_PART = X86_JUMP_ENTRIES / 64 };
+
 static void clear_table(jit *j, unsigned t) {
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
-    memset(jumps->rip, 0, sizeof jumps->rip);
+    for (uint64_t parts = j->table_touched[t]; parts; parts &= parts - 1)
+        memset(&jumps->rip[(unsigned)__builtin_ctzll(parts) * TABLE_PART], 0, TABLE_PART * sizeof *jumps->rip);
     jumps->rip[0] = ~UINT64_C(0);
     j->table_used[t] = j->table_local[t] = false;
+    j->table_touched[t] = j->table_gigs[t] = 0;
+}
+
+static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code) {
+    x86_jumps *jumps = &j->vcpu->x86.jump[t];
+    unsigned i = rip & (X86_JUMP_ENTRIES - 1);
+    jumps->rip[i] = rip;
+    jumps->code[i] = code;
+    j->table_touched[t] |= UINT64_C(1) << i / TABLE_PART;
+    j->table_gigs[t] |= UINT64_C(1) << (rip >> 30 & 63);
 }
 
 static void clear_tables(jit *j) {
@@ -136,8 +149,12 @@ static void clear_tables(jit *j) {
 /* Addresses in the gigabyte around la (a large page may have gone) have come to mean something else. */
 static void drop_from_table(jit *j, unsigned t, uint64_t la) {
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
-    for (unsigned i = 0; i < X86_JUMP_ENTRIES; i++)
-        if (!((jumps->rip[i] ^ la) >> 30)) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
+    if (!(j->table_gigs[t] >> (la >> 30 & 63) & 1)) return;
+    for (uint64_t parts = j->table_touched[t]; parts; parts &= parts - 1) {
+        unsigned first = (unsigned)__builtin_ctzll(parts) * TABLE_PART;
+        for (unsigned i = first; i < first + TABLE_PART; i++)
+            if (!((jumps->rip[i] ^ la) >> 30)) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
+    }
 }
 
 static void use_table(jit *j, uint32_t key) {
@@ -647,8 +664,7 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     const uint8_t *code = b->entry_mem + j->w.to_exec;
     if (!jit_is_stop(j, b->rip)) {
         if (!(key & JIT_KEY_PLAIN)) {
-            jumps->rip[i] = b->rip;
-            jumps->code[i] = code;
+            enter_in_table(j, jit_table_index(key), b->rip, code);
             if (!is_global(cpu, b->rip)) j->table_local[jit_table_index(key)] = true;
         }
         if (link && flushes == j->flushes) link_blocks(j, link, b);

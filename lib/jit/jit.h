@@ -153,6 +153,14 @@ typedef struct jit_unit { /* one block being translated */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
+/* A decoded instruction and the bytes it was made from: each is asked for several times, as code and by who looks ahead. */
+typedef struct jit_memo {
+    const uint8_t *at;
+    uint8_t size, bytes[15]; /* size: of the code, 4 or 8 */
+    x86_insn in;
+} jit_memo;
+#define JIT_MEMOS 2048
+
 typedef struct jit {
     vm_vcpu *vcpu;
     struct jit_unit *unit;           /* the block being translated */
@@ -165,6 +173,8 @@ typedef struct jit {
     jit_block *hash[JIT_HASH], *pages[JIT_PAGES], *all;
     uint32_t table_key[JIT_TABLES];
     bool table_used[JIT_TABLES];
+    uint64_t table_touched[JIT_TABLES]; /* which 64ths of it may hold entries */
+    uint64_t table_gigs[JIT_TABLES];    /* and of which gigabytes, modulo 64 */
     bool table_local[JIT_TABLES]; /* holds addresses of pages that are not global */
     uint64_t stops[JIT_STOPS];
     unsigned stop_count, stop_next; /* addresses that no block contains or is linked to */
@@ -180,6 +190,7 @@ typedef struct jit {
         x87_pointers[18]; /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
     uint8_t vec_ctx;      /* ...in this context */
     bool must_flush;      /* at the next block boundary */
+    jit_memo memo[JIT_MEMOS];
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     bool has_avx, has_bmi2;
     bool window_stale;        /* the memory map changed */

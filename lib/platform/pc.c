@@ -123,6 +123,8 @@ static int map_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
     if (status)
         return status;
     r->is_internal = true;
+    if (end - gpa >= UINT64_C(4) << 20)
+        (void)vm_advise(m, gpa, end - gpa, VM_ADVICE_HUGE);   /* an operating system will use it all; a host without them says no */
     if (out)
         *out = r;
     return VM_OK;

@@ -145,7 +145,7 @@ typedef struct x86_tlb {
 
 /* The JIT's jump caches: linear addresses of code and their translations, indexed by the address's low bits. An entry's rip is
  * 0 in zeroed memory, so index 0 never holds rip 0. */
-#define X86_JUMP_ENTRIES 4096u
+#define X86_JUMP_ENTRIES 65536u              /* by the low 16 bits of rip; memory is touched as used */
 typedef struct x86_jumps { uint64_t rip[X86_JUMP_ENTRIES]; const uint8_t *code[X86_JUMP_ENTRIES]; } x86_jumps;
 
 /* Access kinds; the values of vm_prot. */
