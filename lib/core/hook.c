@@ -244,6 +244,7 @@ static void unlink_hook(vm_machine *m, vm_hook *h)
         h->next->link = h->link;
     else
         hs->end = h->link;
+    h->link = NULL;
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus[i]->hook_stop.hook == h)
             m->vcpus[i]->hook_stop.hook = NULL;

@@ -64,6 +64,11 @@ unsigned vm_hook_before(vm_vcpu *cpu, const x86_insn *in, uint64_t gpa);
 /* One event to one list; the strongest answer. For translated code that has more than one hook at a place. */
 unsigned vm_hook_fire(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, vm_hook_event *e);
 
+/* For code that calls a hook's function itself: the answer was STOP. note: for the exit. before: the run ends in front of the
+ * instruction (or where the callback went). */
+void vm_hook_note_stop(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e);
+void vm_hook_stop_before(x86_cpu *x, bool is_moved);
+
 /* Run loop. take: at an instruction boundary, when hooks_seen is not the machine's. exit: why a hook stopped the run; 0:
  * none did. boundary: graves that waited for this vCPU. */
 void vm_hooks_take(vm_vcpu *cpu);

@@ -11,13 +11,13 @@
 
 /* ---- one hook, one list ---- */
 
-static void note_stop(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e)
+void vm_hook_note_stop(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e)
 {
     if (cpu->hook_stop.is_set && (h->cls != VM_HOOKED_BREAK || cpu->hook_stop.cls == VM_HOOKED_BREAK))
         return;                        /* the first is told, but a breakpoint in any case */
     cpu->hook_stop.is_set = true;
     cpu->hook_stop.cls = h->cls;
-    cpu->hook_stop.hook = h;
+    cpu->hook_stop.hook = h->link ? h : NULL;                /* NULL: has just removed itself */
     cpu->hook_stop.debug = (vm_exit_debug){ .is_watchpoint = h->cls == VM_HOOKED_WATCH, .address = e->address, .bytes = e->bytes,
                                 .access = e->kind == VM_HOOK_MEM_READ ? VM_PROT_R :
                                           e->kind == VM_HOOK_MEM_WRITE ? VM_PROT_W : VM_PROT_X,
@@ -36,7 +36,7 @@ static unsigned call(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e)
     if (h->cls == VM_HOOKED_USER)
         answer = (unsigned)h->desc.fn(h->desc.user, cpu, e);
     if (answer == X86_HOOK_STOP)
-        note_stop(cpu, h, e);
+        vm_hook_note_stop(cpu, h, e);
     return answer <= X86_HOOK_RETRY ? answer : X86_HOOK_GO;
 }
 
@@ -101,7 +101,7 @@ static unsigned fire_breakpoint(vm_vcpu *cpu, uint64_t la)
 }
 
 /* A callback asked to stop before the instruction; the next run goes on with it, unless RIP has been set. */
-static void stop_before(x86_cpu *x, bool is_moved)
+void vm_hook_stop_before(x86_cpu *x, bool is_moved)
 {
     x->stop = X86_STOP_HOOK;
     x->hook_done = !is_moved;
@@ -129,7 +129,7 @@ unsigned vm_hook_before(vm_vcpu *cpu, const x86_insn *in, uint64_t gpa)
     if (x86_hooked(x, X86_HOOK_BREAK))
         answer = stronger(answer, fire_breakpoint(cpu, la));
     if (answer == X86_HOOK_STOP)
-        stop_before(x, x->next_rip != next);
+        vm_hook_stop_before(x, x->next_rip != next);
     else if (x->next_rip != next)
         answer = X86_HOOK_SKIP;
     return answer == X86_HOOK_RETRY ? X86_HOOK_GO : answer;
@@ -178,7 +178,7 @@ unsigned vm_env_hook(x86_cpu *x, const x86_hook *h)
         return X86_HOOK_GO;
     }
     if (answer == X86_HOOK_STOP && x->next_rip != next)
-        stop_before(x, true);
+        vm_hook_stop_before(x, true);
     else if (answer != X86_HOOK_STOP && x->next_rip != next)
         answer = X86_HOOK_SKIP;
     return answer;

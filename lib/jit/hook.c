@@ -1,22 +1,291 @@
-/* hook.c - hooks in translated code. See lib/core/hook.h. */
+/* hook.c - hooks in translated code. See lib/core/hook.h.
+ *
+ * Which hooks an instruction has is known when it is translated (an edit of hooks empties the code cache), so the call is
+ * compiled in front of it: IR_HOOK. With exactly one hook there, no vector registers in the host's and no coverage, the
+ * program's function is called directly: the registers that live in the host's go to x86_cpu, the rest (R12-R15 and the
+ * flags, in the frame on the host's stack) is fetched only if the callback asks, through get_state. Afterwards only what
+ * a C function may destroy is loaded again: a callback that changes anything sets X86_ATT_LOOK, and the block is left.
+ * JIT_SLOT_HOOK says that such a call is under way, and for which site.
+ *
+ * In emitted code x86_cpu.block_state is X86_BLOCK_EDGE, "what comes next begins a block", for that is what edges to
+ * branch targets mean; an edge that only goes on (full block, page end) says MID, and whoever consumes that puts it back.
+ */
 #include "core/hook.h"
 #include "jit/jit.h"
+#include "x86/cover.h"
 
-/* Is something called before the instruction at rip? */
-bool jit_is_hooked(const jit_unit *u, uint64_t rip, unsigned length) {
+#define T0 R14
+#define T1 R13
+#define CNT R15
+
+static const struct { uint8_t host, guest; } registers[12] = {
+    {RAX, X86_RAX}, {RCX, X86_RCX}, {RDX, X86_RDX}, {RBX, X86_RBX}, {R12, X86_RSP}, {RBP, X86_RBP},
+    {RSI, X86_RSI}, {RDI, X86_RDI}, {R8, X86_R8},   {R9, X86_R9},   {R10, X86_R10}, {R11, X86_R11}};
+
+/* ---- which ---- */
+
+unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block) {
+    static const struct { uint8_t kind; bool at_block, is_long; } asked[] = {
+        {X86_HOOK_BREAK, false, false}, {X86_HOOK_INSN, false, false}, {X86_HOOK_FETCH, false, true},
+        {X86_HOOK_BLOCK, true, false},  {X86_HOOK_EDGE, true, false}};
     const x86_cpu *cpu = u->cpu;
-    const vm_machine *m = u->j->vcpu->machine;
-    if (!(cpu->hook_mask & X86_HOOK_CODE)) return false;
+    if (!(cpu->hook_mask & X86_HOOK_CODE)) return 0;
     uint64_t la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip, gpa = (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
-    return vm_hook_covers(m, X86_HOOK_BREAK, la, 1, gpa) || vm_hook_covers(m, X86_HOOK_INSN, la, 1, gpa) ||
-           vm_hook_covers(m, X86_HOOK_FETCH, la, length, gpa);
+    unsigned kinds = 0;
+    for (unsigned i = 0; i < sizeof asked / sizeof *asked; i++)
+        if (x86_hooked(cpu, asked[i].kind) && (begins_block || !asked[i].at_block) &&
+            vm_hook_covers(u->j->vcpu->machine, asked[i].kind, la, asked[i].is_long ? length : 1, gpa))
+            kinds |= X86_HOOK_BIT(asked[i].kind);
+    return kinds;
 }
 
-bool jit_hooks_want_interpreter(const x86_cpu *cpu) {
-    return cpu->careful || (cpu->hook_mask & X86_HOOK_BLOCKS) || cpu->hook_done;
+bool jit_hooks_want_interpreter(x86_cpu *cpu) {
+    if (cpu->hook_done && cpu->hook_rip != cpu->rip) cpu->hook_done = false;
+    return cpu->careful || cpu->hook_done;
 }
 
 /* A part of an instruction (PUSH, CALL, RET...) whose access is watched: the interpreter does the whole instruction. */
 bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la) {
     return cpu->watch && !s->is_single && cpu->env->watched(cpu, la, s->size, s->access);
+}
+
+/* ---- sites ---- */
+
+/* The only hook for this place, or NULL: several. */
+static vm_hook *only_hook(const jit_unit *u, unsigned kinds, uint64_t la, unsigned length, uint64_t gpa) {
+    if (kinds & (kinds - 1) || kinds & X86_HOOK_BIT(X86_HOOK_BREAK)) return NULL;
+    unsigned kind = (unsigned)__builtin_ctz(kinds), n = kind == X86_HOOK_FETCH ? length : 1;
+    const vm_hook_list *l = u->j->vcpu->machine->hooks->list[kind];
+    vm_hook *only = NULL;
+    for (unsigned i = 0; i < l->count; i++) {
+        vm_hook *h = l->hook[i];
+        uint64_t at = h && h->is_gpa ? gpa : la;
+        if (!h || h->lo > at + (n - 1) || at > h->hi) continue;
+        if (only) return NULL;
+        only = h;
+    }
+    return only;
+}
+
+static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event) {
+    jit_hook_site *h = user;
+    x86_cpu *cpu = &vcpu->x86;
+    (void)event;
+    if (h->state != JIT_HOOK_ENTRY) cpu->block_state = h->state;
+    if (h->state == X86_BLOCK_EDGE) cpu->edge_from = h->event.from;
+    unsigned answer = vm_hook_before(vcpu, &h->site.in, h->gpa);
+    if (answer == X86_HOOK_GO) cpu->block_state = X86_BLOCK_EDGE;
+    return (vm_hook_result)answer;
+}
+
+void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i) {
+    const x86_insn *in = &u->insn[i];
+    uint64_t rip = u->insn_rip[i], la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip;
+    unsigned kinds = u->hooked[i];
+    bool begins = i && (u->insn[i - 1].flags & (X86_IF_BRANCH | X86_IF_END));
+    h->gpa = (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
+    h->state = !i ? JIT_HOOK_ENTRY : begins ? X86_BLOCK_EDGE : X86_BLOCK_MID;
+    h->event = (vm_hook_event){.size = sizeof h->event, .address = la, .from = begins ? u->insn_rip[i - 1] : 0};
+    h->hook = only_hook(u, kinds, la, in->length, h->gpa);
+    h->fn = h->hook ? h->hook->desc.fn : call_all;
+    h->user = h->hook ? h->hook->desc.user : h;
+    if (!h->hook) return;
+    h->event.kind = (vm_hook_kind)__builtin_ctz(kinds);
+    if (h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH) return;
+    memset(h->bytes, 0, sizeof h->bytes);
+    memcpy(h->bytes, in->bytes, in->length);
+    h->event.bytes = in->length;
+    h->event.data = h->bytes;
+    memcpy(&h->event.value, h->bytes, 8);
+}
+
+/* ---- code ---- */
+
+static void store_gs_imm(jit_writer *w, int32_t at, uint64_t v) {
+    for (unsigned half = 0; half < (v == (uint64_t)(int32_t)v ? 1 : 2); half++) {
+        bool is_whole = v == (uint64_t)(int32_t)v;
+        e_r_gs(w, is_whole ? 8 : 4, 0xc7, 0, at + 4 * (int32_t)half);
+        e32(w, (uint32_t)(v >> 32 * half));
+    }
+}
+
+static void store_state(jit_writer *w, unsigned state) {
+    e_r_gs(w, 1, 0xc6, 0, JIT_OFF(block_state));
+    e8(w, state);
+}
+
+bool jit_hook_is_direct(const jit_unit *u) { return !jit_level(u->key) && !u->cpu->cover.is_on; }
+
+/* The call; the flags are in memory. Returns the jump taken when the block is to be left. */
+uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+    uint64_t next = h->site.in.mode == 8 ? h->site.rip + h->site.in.length
+                                         : (uint32_t)(h->site.rip + h->site.in.length);
+    for (unsigned i = 0; i < 12; i++)
+        e_gs_store(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+    store_gs_imm(w, JIT_OFF(rip), h->site.rip);
+    store_gs_imm(w, JIT_OFF(next_rip), next);
+    store_gs_imm(w, JIT_SLOT(JIT_SLOT_HOOK), at);
+    e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    e_mov_imm(w, RDI, (uint64_t)(uintptr_t)h->user);
+    e_gs_load(w, 8, RSI, JIT_SLOT(JIT_SLOT_SELF));
+    e_mov_imm(w, RDX, (uint64_t)(uintptr_t)&h->event);
+    if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
+        e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
+        e_rr(w, 8, 0x89, RAX, RCX);
+        ebytes(w, "\x48\x89\x4a", 3); /* mov [rdx + disp8], rcx */
+        e8(w, offsetof(vm_hook_event, from));
+    }
+    e_mov_imm(w, RAX, (uint64_t)(uintptr_t)h->fn);
+    e8(w, 0xff), e8(w, 0xd0); /* call rax */
+    e_mov(w, 4, T0, RAX);
+    e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
+    uint8_t *leave = e_jcc(w, CC_NE);
+    for (unsigned i = 0; i < 12; i++)
+        if (registers[i].host != RBX && registers[i].host != RBP && registers[i].host != R12)
+            e_gs_load(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+    return leave;
+}
+
+/* At the entry of a unit whose first instruction has a block hook (and nothing else): does a block begin? Returns the
+ * jump taken if not simply so. */
+uint8_t *jit_hook_entry(jit_writer *w) {
+    e_r_gs(w, 1, 0x80, 7, JIT_OFF(block_state)); /* cmp byte, EDGE */
+    e8(w, X86_BLOCK_EDGE);
+    return e_jcc(w, CC_NE);
+}
+
+/* The rest of it: back to `resume` in the middle of a block; otherwise falls through, for the interpreter. */
+void jit_hook_entry_stub(jit_writer *w, uint8_t *jump, const uint8_t *resume) {
+    e_patch(jump, w->p);
+    e_r_gs(w, 1, 0x80, 7, JIT_OFF(block_state));
+    e8(w, X86_BLOCK_MID);
+    uint8_t *fresh = e_jcc(w, CC_NE);
+    store_state(w, X86_BLOCK_EDGE);
+    e_jmp_to(w, resume);
+    e_patch(fresh, w->p);
+}
+
+/* An edge after instruction i. Flags and registers stay. `goes_on`: it is no branch, the unit was just full. */
+void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on) {
+    if (!(u->cpu->hook_mask & X86_HOOK_BLOCKS) || !u->count) return;
+    if (goes_on && !(u->insn[i].flags & (X86_IF_BRANCH | X86_IF_END)))
+        store_state(w, X86_BLOCK_MID);
+    else if (x86_hooked(u->cpu, X86_HOOK_EDGE))
+        store_gs_imm(w, JIT_OFF(edge_from), u->key & JIT_KEY_64 ? u->insn_rip[i] : (uint32_t)u->insn_rip[i]);
+}
+
+/* The unit is left in front of instruction i, whose hooks have not been called. */
+void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i) {
+    if (i && i <= u->count) jit_hook_edge(u, w, i - 1, true);
+}
+
+/* ---- what C does ---- */
+
+/* A direct call is under way: bring what is in the frame to x86_cpu. */
+static void fetch(x86_cpu *cpu) {
+    uint64_t *slot = cpu->jit_scratch;
+    const uint64_t *frame = (const uint64_t *)(uintptr_t)slot[JIT_SLOT_FRAME];
+    if (!(uint32_t)slot[JIT_SLOT_HOOK] || slot[JIT_SLOT_HOOK] >> 32) return;
+    slot[JIT_SLOT_HOOK] |= UINT64_C(1) << 32;
+    memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], 32);
+    slot[JIT_SLOT_FLAGS] = frame[JIT_FRAME_FLAGS];
+    slot[JIT_SLOT_FLAG_A] = frame[JIT_FRAME_FLAG_A];
+    slot[JIT_SLOT_FLAG_B] = frame[JIT_FRAME_FLAG_B];
+    jit_load_flags(cpu);
+}
+
+void jit_get_state(vm_vcpu *vcpu, unsigned parts) {
+    (void)parts;
+    if (vcpu->x86.jit_scratch[JIT_SLOT_HOOK]) fetch(&vcpu->x86);
+}
+
+void jit_hook_disturb(x86_cpu *cpu) {
+    if (cpu->jit_scratch[JIT_SLOT_HOOK]) atomic_fetch_or(&cpu->attention, X86_ATT_LOOK);
+}
+
+void jit_set_state(vm_vcpu *vcpu, unsigned parts) {
+    (void)parts;
+    jit_hook_disturb(&vcpu->x86);
+}
+
+uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu) {
+    uint32_t at = (uint32_t)cpu->jit_scratch[JIT_SLOT_HOOK];
+    if (!at) return cpu->retired;
+    const jit_site *s = (const jit_site *)(j->arena + at);
+    return cpu->retired + (uint64_t)(j->r15_start - (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + s->index);
+}
+
+/* The block is left after the call for site h: where and in which state. */
+static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint64_t next) {
+    bool is_moved = cpu->next_rip != next;
+    if (h->hook && answer == X86_HOOK_STOP) {
+        vm_hook_note_stop(j->vcpu, h->hook, &h->event);
+        vm_hook_stop_before(cpu, is_moved);
+    }
+    if (answer == X86_HOOK_STOP) {
+        j->hook_stop = cpu->stop;
+        cpu->stop = X86_STOP_NONE;
+    } else if (answer == X86_HOOK_SKIP || is_moved) {
+        if (is_moved || (h->site.in.flags & (X86_IF_BRANCH | X86_IF_END)))
+            x86_block_end(cpu, x86_rip_linear(cpu));
+        else
+            cpu->block_state = X86_BLOCK_MID;
+        cpu->rip = cpu->next_rip;
+        cpu->jit_scratch[JIT_SLOT_R15]--; /* retired */
+        cpu->hook_done = false;
+    } else {
+        cpu->hook_done = true;
+        cpu->hook_rip = cpu->rip;
+    }
+}
+
+static uint64_t next_of(const jit_site *s) {
+    return s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
+}
+
+/* After a direct call that answered or changed something. */
+uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
+    jit *j = cpu->jit;
+    jit_hook_site *h = (jit_hook_site *)(j->arena + at);
+    fetch(cpu);
+    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    jit_count_retired(j, cpu, h->site.index);
+    cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
+    decide(j, cpu, h, (uint32_t)answer <= X86_HOOK_RETRY ? (unsigned)answer : X86_HOOK_GO, next_of(&h->site));
+    jit_store_flags(cpu);
+    return 0;
+}
+
+/* The call where it cannot be direct. Non-zero: leave. */
+uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
+    jit *j = cpu->jit;
+    jit_hook_site *h = (jit_hook_site *)jit_begin_helper(cpu, at);
+    uint64_t flushes = j->flushes;
+    if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) h->event.from = cpu->edge_from;
+    unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
+    if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
+    bool leaves = answer || cpu->next_rip != next_of(&h->site) || h->site.block->is_dead || flushes != j->flushes ||
+                  j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+    if (leaves) {
+        cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
+        decide(j, cpu, h, answer, next_of(&h->site));
+    }
+    jit_end_helper(j, cpu, &h->site);
+    return leaves;
+}
+
+/* A semantic function has executed the instruction of a site; `leaves`: the block is left after it. */
+void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves) {
+    if (!(cpu->hook_mask & X86_HOOK_BLOCKS)) return;
+    if (s->in.flags & (X86_IF_BRANCH | X86_IF_END))
+        x86_block_end(cpu, s->in.mode == 8 ? s->rip : (uint32_t)s->rip);
+    else if (leaves)
+        cpu->block_state = X86_BLOCK_MID;
+}
+
+/* The instruction at rip has been left half-way: its hooks are not called again when it goes on. */
+void jit_hook_half_way(x86_cpu *cpu) {
+    if (!(cpu->hook_mask & X86_HOOK_CODE)) return;
+    cpu->hook_done = true;
+    cpu->hook_rip = cpu->rip;
 }

@@ -52,7 +52,7 @@ static void flag_pass(jit_unit *u) {
         jit_info *f = &u->info[i];
         jit_classify_flags(in, f);
         f->falls_back = (u->forced >> i & 1) || jit_insn_falls_back(u, in);
-        f->can_leave = f->falls_back || f->is_side || jit_insn_can_leave(u, in);
+        f->can_leave = f->falls_back || f->is_side || u->hooked[i] || jit_insn_can_leave(u, in);
         if (f->is_side) {
             host |= f->side_need & JIT_NEED_HOST ? X86_FL_ARITH : 0;
             exact = X86_FL_ARITH;
