@@ -69,3 +69,13 @@ bench: bench-snapshot
 bench-snapshot: bench/bench_snapshot
 	bench/bench_snapshot --json bench/snapshot.json
 .PHONY: bench-snapshot
+
+# Hooks and registers: calls a second, beside Unicorn.
+EXTRA_PROGRAMS += bench/bench_hooks
+bench_bench_hooks_SOURCES = bench/bench_hooks.c
+bench_bench_hooks_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
+bench_bench_hooks_LDADD = libvm.la $(UNICORN_LIBS)
+CLEANFILES += bench/hooks.json
+bench: bench-hooks
+bench-hooks: bench/bench_hooks
+	bench/bench_hooks --json bench/hooks.json
