@@ -21,7 +21,11 @@ typedef struct run_case {
     vm_backend backend;
 } run_case;
 
-#ifndef INSN_HOOKED
+#if defined INSN_HOOKED
+#include "hooked.inc"
+#elif defined INSN_SNAPSHOTS
+#include "snapshots.inc"
+#else
 enum way { WHOLE, STEPWISE, DELIVERED, WAYS };
 static const char *const way_names[WAYS] = { "whole", "stepwise", "delivered" };
 static bool is_sliced(enum way way) { return way == STEPWISE; }
@@ -32,8 +36,6 @@ static void between(world *w, enum way way, vm_run_options *o)
     (void)w;
     o->max_instructions = way == STEPWISE ? 1 : o->max_instructions;
 }
-#else
-#include "hooked.inc"
 #endif
 
 /* What the world should look like at the end. */

@@ -18,6 +18,11 @@ tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/wo
 tests_insn_scenes_LDADD = $(TEST_LIBS)
 # The same cases under hooks, single steps and random budgets.
 check_PROGRAMS += tests/insn/insn_hooked
-tests_insn_insn_hooked_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/hooked.inc
+tests_insn_insn_hooked_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/hooked.inc tests/insn/warm.inc
 tests_insn_insn_hooked_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_HOOKED
 tests_insn_insn_hooked_LDADD = $(TEST_LIBS)
+# And with snapshots taken and restored on the way.
+check_PROGRAMS += tests/insn/insn_snapshots
+tests_insn_insn_snapshots_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/snapshots.inc tests/insn/warm.inc
+tests_insn_insn_snapshots_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_SNAPSHOTS
+tests_insn_insn_snapshots_LDADD = $(TEST_LIBS)
