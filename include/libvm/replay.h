@@ -11,7 +11,7 @@
  * What cannot be recorded: several vCPUs, BARE machines (they repeat themselves without a log), KVM (VM_E_UNSUPPORTED);
  * writes through vm_region_data() or a vm_map_host() region while recording. Map edits, vm_backend_select() to KVM, bound
  * functions and snapshot restores are refused (VM_E_BUSY) while a machine records or replays, hooks that change the guest
- * make the replay diverge.
+ * make the replay diverge. Snapshots taken during a replay can be restored in the same replay: so one goes back in it.
  */
 #ifndef LIBVM_INCLUDE_REPLAY_H
 #define LIBVM_INCLUDE_REPLAY_H

@@ -19,8 +19,40 @@ int vm_play_diverged(vm_vcpu *cpu, const char *what, uint64_t got, uint64_t want
 
 void vm_play_next(struct vm_replay *rp)
 {
-    if (rp->next.type != VM_LOG_END)
-        vm_log_next(&rp->log, &rp->offset, &rp->at, &rp->next);
+    if (rp->next.type == VM_LOG_END)
+        return;
+    rp->next_offset = rp->offset;
+    rp->before_next = rp->at;
+    vm_log_next(&rp->log, &rp->offset, &rp->at, &rp->next);
+}
+
+void vm_replay_mark(const vm_machine *m, uint64_t mark[3])
+{
+    const struct vm_replay *rp = m->replay;
+    mark[0] = rp && rp->mode == VM_REPLAY_PLAYING && !rp->status ? rp->session : 0;
+    mark[1] = rp ? rp->next_offset : 0;
+    mark[2] = rp ? rp->before_next : 0;
+}
+
+int vm_replay_may_return(vm_machine *m, const uint64_t mark[3])
+{
+    const struct vm_replay *rp = m->replay;
+    bool is_here = !rp || (rp->mode == VM_REPLAY_PLAYING && mark[0] == rp->session);
+    return is_here ? VM_OK : vm_replay_forbids(m, "vm_snapshot_restore to before it");
+}
+
+void vm_replay_return(vm_machine *m, const uint64_t mark[3])
+{
+    struct vm_replay *rp = m->replay;
+    if (!rp)
+        return;
+    rp->status = VM_OK;
+    rp->at_end = false;
+    rp->next = (vm_log_event){ 0 };
+    rp->offset = mark[1];
+    rp->at = mark[2];
+    vm_play_next(rp);
+    rp->state_sum = vm_replay_state_sum(m->vcpus[0]);
 }
 
 bool vm_replay_answer(vm_vcpu *cpu, vm_log_type type, uint64_t *value, int *status)

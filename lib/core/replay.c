@@ -318,7 +318,9 @@ static int begin_play(vm_machine *m)
         put_state(cpu, &s);
         vm_clock_set(m, h->time_ns, h->tsc);             /* it counts from the vCPU's instructions */
         rp->offset = rp->at = 0;
-        vm_log_next(&rp->log, &rp->offset, &rp->at, &rp->next);
+        rp->session++;
+        rp->next = (vm_log_event){ 0 };
+        vm_play_next(rp);
         begin(m, VM_REPLAY_PLAYING);
     }
     free(s.io_log);

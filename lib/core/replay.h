@@ -49,6 +49,8 @@ struct vm_replay {
     size_t offset;
     uint64_t at;                       /* of `next` */
     vm_log_event next;                 /* the END when it is over */
+    size_t next_offset; uint64_t before_next;            /* where `next` begins, the position of the event before it */
+    uint64_t session;                  /* counts them, so that marks of others are known */
 };
 
 /* Public functions that change a machine from outside: `if (m->replay) return vm_replay_input(m, &in);` */
@@ -65,6 +67,12 @@ void vm_replay_finish(vm_vcpu *cpu);
 /* bus.c: an access to a device of the program. Playing: true, and the answer is the log's. Recording: after the callback. */
 bool vm_replay_answer(vm_vcpu *cpu, vm_log_type type, uint64_t *value, int *status);
 void vm_replay_answered(vm_vcpu *cpu, vm_log_type type, uint64_t value, int status);
+
+/* snapshot.c: a snapshot taken in a replay can be gone back to in the same one. may_return: VM_E_BUSY when the machine records,
+ * or replays something else. */
+void vm_replay_mark(const vm_machine *m, uint64_t mark[3]);
+int vm_replay_may_return(vm_machine *m, const uint64_t mark[3]);
+void vm_replay_return(vm_machine *m, const uint64_t mark[3]);
 
 /* lib/api */
 int vm_replay_record(vm_machine *m, int fd, const vm_record_options *options);

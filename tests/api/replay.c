@@ -305,6 +305,53 @@ static void replay_life(vm_backend backend, const record *rec, unsigned rounds, 
     vm_destroy(w.m);
 }
 
+/* Snapshots on the way, gone back to in any order; and a replay that begins at one. */
+static void back_and_forth(const record *rec, vm_backend backend, unsigned rounds)
+{
+    world w;
+    vm_exit e = VM_EXIT_INIT;
+    vm_snapshot *first, *s[MARKS];
+    uint64_t seed = 3;
+    make(&w, backend, rounds);
+    run(&w, 1000, &e);
+    OK(vm_snapshot_take(w.m, &first));
+    w.is_quiet = true;
+    CHECK(lseek(rec->fd, 0, SEEK_SET) == 0);
+    OK(vm_replay(w.m, rec->fd));
+    REFUSED(vm_snapshot_restore(w.m, first), VM_E_BUSY);
+    for (unsigned k = 0; k < rec->count; k++) {
+        uint64_t at = where(&w).at;
+        if (rec->marks[k].at > at)
+            run(&w, rec->marks[k].at - at, &e);
+        OK(vm_snapshot_take(w.m, &s[k]));
+    }
+    for (unsigned i = 0; i < 30 && rec->count > 1; i++) {
+        unsigned from = (unsigned)(next(&seed) % (rec->count - 1)), to = from + 1;
+        OK(vm_snapshot_restore(w.m, s[from]));
+        CHECK_EQ(where(&w).sum, rec->marks[from].sum);
+        if (rec->marks[to].at > rec->marks[from].at)
+            run(&w, rec->marks[to].at - rec->marks[from].at, &e);
+        CHECK_EQ(where(&w).sum, rec->marks[to].sum);
+    }
+    OK(vm_snapshot_restore(w.m, s[0]));
+    OK(vm_vcpu_run(w.cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_REPLAY);
+    CHECK_EQ(e.replay.status, VM_OK);
+    OK(vm_replay_stop(w.m));
+    OK(vm_snapshot_restore(w.m, first));                 /* and all of it once more */
+    CHECK(lseek(rec->fd, 0, SEEK_SET) == 0);
+    OK(vm_replay(w.m, rec->fd));
+    REFUSED(vm_snapshot_restore(w.m, s[0]), VM_E_BUSY);
+    OK(vm_vcpu_run(w.cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_REPLAY);
+    CHECK_EQ(e.replay.status, VM_OK);
+    CHECK_EQ(where(&w).sum, rec->sum);
+    for (unsigned k = 0; k < rec->count; k++)
+        vm_snapshot_free(s[k]);
+    vm_snapshot_free(first);
+    vm_destroy(w.m);
+}
+
 static const vm_backend software[] = { VM_BACKEND_INTERP, VM_BACKEND_JIT };
 typedef struct life { vm_backend by, on; bool is_wild; } life;
 
@@ -318,6 +365,7 @@ static void relive(const void *arg)
         replay_whole(l->on, &rec, life);
         replay_life(l->on, &rec, life, 0);
         replay_life(l->on, &rec, life, 7 + i);
+        back_and_forth(&rec, l->on, life);
         close(rec.fd);
     }
 }
