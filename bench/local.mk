@@ -79,3 +79,15 @@ CLEANFILES += bench/hooks.json
 bench: bench-hooks
 bench-hooks: bench/bench_hooks
 	bench/bench_hooks --json bench/hooks.json
+# afl-fuzz on a small parser, from a snapshot and with a fork for each test case. Left out where afl-fuzz is missing.
+EXTRA_DIST += bench/afl
+EXTRA_PROGRAMS += bench/afl_unicorn
+bench_afl_unicorn_SOURCES = bench/afl_unicorn.c
+bench_afl_unicorn_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
+bench_afl_unicorn_LDADD = $(UNICORN_LIBS)
+CLEANFILES += afl.json
+bench: bench-afl
+bench-afl: examples/fuzz_afl examples/fuzz_target.elf
+	-test -z '$(UNICORN_LIBS)' || $(MAKE) bench/afl_unicorn
+	BENCH_JSON=afl.json $(srcdir)/bench/afl examples/fuzz_afl examples/fuzz_target.elf bench/afl_unicorn
+.PHONY: bench-afl
