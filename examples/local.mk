@@ -13,9 +13,24 @@ examples_fuzz_afl_LDADD = libvm.la
 # afl-fuzz looks into the binary: no libtool script in its place.
 examples_fuzz_afl_LDFLAGS = $(AM_LDFLAGS) -static
 EXTRA_DIST += examples/fuzz_target.c examples/fuzz_target.ld
-all-local: examples/fuzz_target.elf
+example_files = examples/fuzz_target.elf
 CLEANFILES += examples/fuzz_target.elf
 examples/fuzz_target.elf: examples/fuzz_target.c examples/fuzz_target.ld
 	@$(MKDIR_P) examples
-	$(AM_V_CC)$(CC) -O1 -g -std=gnu11 -Wall -Wextra -ffreestanding -fno-pic -fno-pie -no-pie -fno-stack-protector -fcf-protection=none \
+	$(AM_V_CC)$(CC) -O1 -g -fno-inline -std=gnu11 -Wall -Wextra -ffreestanding -fno-pic -fno-pie -no-pie -fno-stack-protector -fcf-protection=none \
 	  -mno-red-zone -nostdlib -static -Wl,--build-id=none -Wl,-e,fuzz_target -Wl,-T,$(srcdir)/examples/fuzz_target.ld -o $@ $(srcdir)/examples/fuzz_target.c
+noinst_PROGRAMS += examples/trace examples/taint
+examples_trace_SOURCES = examples/trace.c examples/target.c examples/target.h
+examples_trace_LDADD = libvm.la
+examples_taint_SOURCES = examples/taint.c examples/target.c examples/target.h
+examples_taint_LDADD = libvm.la
+# libFuzzer brings its own main() and comes with clang.
+EXTRA_DIST += examples/fuzz_libfuzzer.c
+if HAVE_LIBFUZZER
+example_files += examples/fuzz_libfuzzer
+CLEANFILES += examples/fuzz_libfuzzer
+examples/fuzz_libfuzzer: examples/fuzz_libfuzzer.c examples/target.c examples/target.h libvm.la
+	$(AM_V_CCLD)$(LIBTOOL) $(AM_V_lt) --tag=CC --mode=link $(CLANG) -std=gnu11 -g -O2 -Wall -Wextra -fsanitize=fuzzer -static \
+	  -I$(top_srcdir)/include -o $@ $(srcdir)/examples/fuzz_libfuzzer.c $(srcdir)/examples/target.c libvm.la
+endif
+all-local: $(example_files)

@@ -10,3 +10,6 @@ fuzz_devices_SOURCES = tests/fuzz/devices.c
 fuzz_devices_CPPFLAGS = $(AM_CPPFLAGS) -DVM_LIBFUZZER
 fuzz_devices_LDADD = libvm.la $(ZYDIS_LIBS)
 fuzz_devices_LDFLAGS = -static -fsanitize=fuzzer
+# The examples for fuzzing.
+EXTRA_DIST += tests/fuzz/examples
+script_tests += tests/fuzz/examples
