@@ -68,6 +68,14 @@ typedef struct div_stub {
     unsigned insn;
 } div_stub;
 
+/* A hook's call, when the block is left after it; or the question at the entry whether a block begins. */
+typedef struct hook_stub {
+    uint8_t *jump, *entry, *dead, *resume;
+    uint32_t site;
+    unsigned insn;
+    bool is_direct;
+} hook_stub;
+
 typedef struct emitter {
     jit_unit *u;
     jit *j;
@@ -80,6 +88,10 @@ typedef struct emitter {
     side_stub side[JIT_MAX_SIDES];
     unsigned ndiv;
     div_stub div[JIT_MAX_INSNS];
+    unsigned nhook;
+    hook_stub hook[JIT_MAX_INSNS];
+    bool goes_on;  /* the edge to come is no branch's */
+    bool is_loose; /* a part of an instruction may have called a callback and not left */
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;       /* instruction that could not be spelled, or -1 */
@@ -474,11 +486,11 @@ static void emit_access(emitter *e, const jit_op *o) {
 
 /* ---- sites and stubs ---- */
 
-static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
+static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes) {
     jit *j = e->j;
     jit_site *s = (jit_site *)(j->arena + j->arena_used);
     uint32_t at = (uint32_t)j->arena_used;
-    j->arena_used += (sizeof *s + 15) & ~15u;
+    j->arena_used += (bytes + 15) & ~(size_t)15;
     s->in = e->u->insn[i];
     s->rip = e->u->insn_rip[i];
     s->block = e->block;
@@ -497,6 +509,9 @@ static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_si
     }
     s->is_single = is_single;
     return at;
+}
+static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
+    return new_site_of(e, i, check, is_single, sizeof(jit_site));
 }
 
 static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump) {
@@ -600,6 +615,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     before_clobber(e);
     e->t0_group = is_leader && !check->window ? check->slot : -1;
     slow_stub *s = &e->slow[e->nslow++];
+    e->is_loose |= access->op != IR_ACCESS;
     memset(s, 0, sizeof *s);
     s->check = check;
     s->access = access;
@@ -685,6 +701,7 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     e8(w, 0);
     uint8_t *stay = e_jcc(w, CC_E);
     jit_cover_leave(e->u, w, i + 1);
+    jit_hook_leave(e->u, w, i + 1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
     e_gs_load(w, 8, T0, JIT_OFF(next_rip));
     e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
@@ -700,6 +717,7 @@ static void emit_leave_dead(emitter *e, const slow_stub *s) {
     unsigned i = s->check->insn;
     bool is_done = s->access->op == IR_ACCESS;
     jit_cover_leave(e->u, w, i + is_done);
+    if (is_done) jit_hook_leave(e->u, w, i + 1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + is_done));
     if (is_done)
         e_gs_load(w, 8, T0, JIT_OFF(next_rip));
@@ -769,6 +787,7 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         e_jmp_to(w, s->resume);
         e_patch(leave, w->p);
         jit_cover_leave(e->u, w, s->check->insn + 1);
+        jit_hook_leave(e->u, w, s->check->insn + 1);
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->check->insn + 1));
         e_gs_load(w, 8, T0, JIT_OFF(rip));
         e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
@@ -840,6 +859,8 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
          is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
     bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true;
     jit_cover_edge(u, w, i, target, is_live && target > u->insn_rip[i]);
+    jit_hook_edge(u, w, i, e->goes_on);
+    e->goes_on = false;
     if (is_live && target > u->insn_rip[i]) {
         counted = false;
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
@@ -893,6 +914,7 @@ static void emit_indirect(emitter *e) {
         e->tmp_reg = T0;
     }
     jit_cover_indirect(e->u, w, e->tmp_reg);
+    jit_hook_edge(e->u, w, e->u->count - 1, false);
     emit_count(e, e->u->count);
     new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
     if (e->tmp_reg == RSP || e->tmp_reg == T1) {
@@ -1066,7 +1088,69 @@ static void emit_canon(emitter *e, const jit_op *o) {
 }
 
 /* Ops at which the state may be seen, besides accesses. */
+/* Hooks before an instruction. */
+static void emit_hook(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    jit *j = e->j;
+    const jit_unit *u = e->u;
+    uint32_t at = (uint32_t)j->arena_used;
+    hook_stub *s = &e->hook[e->nhook++];
+    need_mem(e);
+    jit_hook_site *h = (jit_hook_site *)(j->arena + new_site_of(e, o->insn, NULL, true, sizeof *h));
+    jit_hook_fill(u, h, o->insn);
+    *s = (hook_stub){.site = at, .insn = o->insn, .is_direct = jit_hook_is_direct(u)};
+    if (e->is_loose) {
+        e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
+        e8(w, 0);
+        s->dead = e_jcc(w, CC_NE);
+    }
+    if (h->hook && h->state == JIT_HOOK_ENTRY && h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH)
+        s->entry = jit_hook_entry(w);
+    if (s->is_direct) {
+        s->jump = jit_hook_call(w, h, at);
+    } else {
+        e_mov_imm(w, T1, at);
+        e_call_to(w, j->hook[jit_level(u->key)]);
+        e_rr(w, 8, 0x85, T0, T0);
+        s->jump = e_jcc(w, CC_NE);
+    }
+    s->resume = w->p;
+    e->host = false;
+}
+
+static void emit_hook_leave(emitter *e, unsigned reason) {
+    e_gs_load(e->w, 8, T0, JIT_OFF(rip));
+    e_mov_imm(e->w, T1, reason);
+    e_jmp_to(e->w, e->j->leave[jit_level(e->u->key)]);
+}
+
+static void emit_hook_stub(emitter *e, const hook_stub *s) {
+    jit_writer *w = e->w;
+    e_patch(s->jump, w->p);
+    if (s->is_direct) {
+        e_mov_imm(w, T1, s->site);
+        e_call_to(w, e->j->hook_left);
+    } else
+        jit_cover_leave(e->u, w, s->insn);
+    emit_hook_leave(e, JIT_LEAVE_HOOKED);
+    if (s->entry) {
+        jit_hook_entry_stub(w, s->entry, s->resume);
+        e_mov_imm(w, T0, e->u->insn_rip[s->insn]);
+        e_mov_imm(w, T1, JIT_LEAVE_WATCHED);
+        e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
+    }
+    if (!s->dead) return;
+    e_patch(s->dead, w->p);
+    jit_cover_leave(e->u, w, s->insn);
+    jit_hook_leave(e->u, w, s->insn);
+    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->insn);
+    e_mov_imm(w, T0, e->u->insn_rip[s->insn]);
+    e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
+    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
+}
+
 static const bool op_is_seen[] = {
+    [IR_HOOK] = true,
     [IR_DIV] = true,  [IR_CANON] = true, [IR_FALLBACK] = true, [IR_FALLBACK_END] = true, [IR_JUMP] = true,
     [IR_SIDE] = true, [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
     [IR_NEED_STEP] = true};
@@ -1115,8 +1199,13 @@ static void emit_op(emitter *e, unsigned k) {
         e->t0_group = -1;
         emit_fallback(e, o);
         break;
+    case IR_HOOK:
+        e->t0_group = -1;
+        emit_hook(e, o);
+        break;
     case IR_JUMP:
         prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);
+        e->goes_on = o->goes_on;
         emit_edge(e, o->insn, o->target, u->edge_need[0]);
         break;
     case IR_JCC: emit_jcc(e, o); break;
@@ -1125,7 +1214,7 @@ static void emit_op(emitter *e, unsigned k) {
     case IR_NEED_VEC:
     case IR_NEED_X87:
     case IR_NEED_STEP: {
-        unsigned reason = o->op == IR_NEED_STEP ? JIT_LEAVE_STEP : o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC;
+        unsigned reason = o->op == IR_NEED_STEP ? JIT_LEAVE_WATCHED : o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC;
         leave_stub *s = new_leave(e, reason, NULL);
         s->rip = u->rip;
         emit_leave_stub(e, s);
@@ -1149,6 +1238,7 @@ static void emit_block(emitter *e) {
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
     jit_cover_stubs(u, e->w);
+    for (unsigned k = 0; k < e->nhook && e->failed < 0; k++) emit_hook_stub(e, &e->hook[k]);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
@@ -1181,7 +1271,7 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
         j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_INSNS * sizeof(jit_edge) +
-                                             JIT_MAX_SITES * (sizeof(jit_site) + 16))
+                                             JIT_MAX_SITES * (sizeof(jit_site) + 16) + JIT_MAX_INSNS * sizeof(jit_hook_site))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
@@ -1317,6 +1407,7 @@ static uint8_t *emit_enter(jit *j, unsigned vec) {
         emit_vec_reload(j, vec);
     }
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    e_gs_store(w, 8, RSP, JIT_SLOT(JIT_SLOT_FRAME));
     emit_reload(w, 0);
     e_rex(w, 4, 0, 0, T0);
     e8(w, 0xff), e8(w, 0xe0u | (T0 & 7)); /* jmp r14 */
@@ -1403,14 +1494,33 @@ static uint8_t *emit_flags_thunk(jit *j) {
     return start;
 }
 
+/* After a direct call to a hook that has to be left: T0 = its answer, T1 = site. The registers are in x86_cpu. */
+static uint8_t *emit_hook_left(jit *j) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    e_alu_imm(w, 8, 5, RSP, 8);
+    e_gs_load(w, 8, RDI, JIT_SLOT(JIT_SLOT_SELF));
+    e_mov(w, 8, RSI, T0);
+    e_mov(w, 4, RDX, T1);
+    e_mov_imm(w, RAX, (uint64_t)(uintptr_t)jit_help_hook_left);
+    e8(w, 0xff), e8(w, 0xd0); /* call rax */
+    e_alu_imm(w, 8, 0, RSP, 8);
+    e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    emit_reload(w, 8);
+    e8(w, 0xc3);
+    return start;
+}
+
 void jit_emit_thunks(jit *j) {
     for (unsigned vec = 0; vec < 3; vec++) {
         j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
         j->leave[vec] = emit_leave(j, vec);
         j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);
         j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false);
+        j->hook[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_hook, false);
         j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false);
     }
+    j->hook_left = emit_hook_left(j);
     j->flags = emit_flags_thunk(j);
     j->code_start = j->w.p;
 }

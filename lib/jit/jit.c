@@ -101,7 +101,7 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
 }
 
 /* Modes and moments that the interpreter handles. */
-static bool wants_interpreter(const jit *j, const x86_cpu *cpu) {
+static bool wants_interpreter(const jit *j, x86_cpu *cpu) {
     if (jit_hooks_want_interpreter(cpu) || cpu->code_size == 2 || cpu->inhibit || cpu->io_count || j->step_one ||
         (cpu->rflags & X86_FL_RF))
         return true;
@@ -313,7 +313,8 @@ static void publish(jit *j, jit_block *b) {
 }
 
 static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
-    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
+    unsigned most = (u->cpu->hook_mask & X86_HOOK_CODE) && JIT_MAX_INSNS > 32 ? 32 : JIT_MAX_INSNS;
+    if (!jit_lift(u, u->crosses ? 1 : most)) return NULL;
     jit_optimise(u);
     return jit_emit(u, failed);
 }
@@ -329,7 +330,7 @@ static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8
     u->key = key;
     u->page = page;
     u->forced = 0;
-    u->no_groups = (key & JIT_KEY_PLAIN) || j->no_groups[hash_block(u->rip) & 1023];
+    u->no_groups = (key & JIT_KEY_PLAIN) || (cpu->hook_mask & X86_HOOK_CODE) || j->no_groups[hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
         jit_block *b = translate_with(j, u, &failed);
@@ -453,17 +454,17 @@ static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
     return out & 0xffff;
 }
 
-static void load_flags(x86_cpu *cpu) {
+void jit_load_flags(x86_cpu *cpu) {
     uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS] & 0xffffffff;
     if ((f & 0xff) > 1) f = lazy_flags(cpu, f);
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
 }
-static void store_flags(x86_cpu *cpu) {
+void jit_store_flags(x86_cpu *cpu) {
     cpu->jit_scratch[JIT_SLOT_FLAGS] = (cpu->rflags & (X86_FL_ARITH & 0xff)) << 8 | (cpu->rflags >> 11 & 1);
 }
 
 /* Count what has retired since the last time; `index` instructions of the current block have. */
-static void count_retired(jit *j, x86_cpu *cpu, unsigned index) {
+void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index) {
     int64_t r15 = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] - index, done = j->r15_start - r15;
     cpu->budget -= done;
     cpu->retired += (uint64_t)done;
@@ -494,13 +495,14 @@ static void keep_x87_pointers(jit *j, const x86_cpu *cpu) {
     memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
 }
 
-static jit_site *begin_helper(x86_cpu *cpu, uint32_t at) {
+jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
+    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
-    count_retired(j, cpu, s->index);
+    jit_count_retired(j, cpu, s->index);
     if (s->block->nedges) jit_cover_look(cpu, s, 1);
-    load_flags(cpu);
+    jit_load_flags(cpu);
     cpu->rip = s->rip;
     cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
     return s;
@@ -515,11 +517,11 @@ static void hurry(jit *j, x86_cpu *cpu) {
     }
 }
 
-static void end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
+void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
     if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
     if (s->block->nedges) jit_cover_look(cpu, s, -1);
-    store_flags(cpu);
+    jit_store_flags(cpu);
     if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
         cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
         hurry(j, cpu);
@@ -537,15 +539,18 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
         if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->in.flags & (X86_IF_REP | X86_IF_REPNE))) break;
         if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || s->block->is_dead) {
             cpu->jit_scratch[JIT_SLOT_R15]++; /* not finished: not retired */
+            jit_hook_half_way(cpu);
             return true;
         }
         cpu->next_rip = next;
     }
     cpu->rip = cpu->next_rip;
     if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
-    return s->block->is_dead || j->must_flush || cpu->rip != next || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
+    bool leaves = s->block->is_dead || j->must_flush || cpu->rip != next || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
            ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
            atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+    jit_hook_after(cpu, s, leaves);
+    return leaves;
 }
 
 /* A group of this block could not be looked up: if that is its habit, make it again without. */
@@ -572,10 +577,10 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
 
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit *j = cpu->jit;
-    jit_site *s = begin_helper(cpu, at);
+    jit_site *s = jit_begin_helper(cpu, at);
     if (s->leader_size) {
         uint8_t *span = find_span(j, cpu, s, la);
-        end_helper(j, cpu, s);
+        jit_end_helper(j, cpu, s);
         return span;
     }
     if (s->align > 1 && (la & (s->align - 1u))) x86_raise_error(cpu, X86_GP, 0);
@@ -587,7 +592,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     j->bounce_active = false;
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);
     if (!p && jit_hook_steps(cpu, s, la)) {
-        end_helper(j, cpu, s);
+        jit_end_helper(j, cpu, s);
         return NULL;
     }
     if (!p && s->access == (X86_READ | X86_WRITE))
@@ -601,24 +606,24 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
         j->bounce_active = true;
         p = j->bounce;
     }
-    end_helper(j, cpu, s);
+    jit_end_helper(j, cpu, s);
     return p;
 }
 
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     if (!j->bounce_active) return 0;
-    jit_site *s = begin_helper(cpu, at);
+    jit_site *s = jit_begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
-    end_helper(j, cpu, s);
+    jit_end_helper(j, cpu, s);
     return s->block->is_dead;
 }
 
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
-    jit_site *s = begin_helper(cpu, at);
+    jit_site *s = jit_begin_helper(cpu, at);
     bool leave = execute(j, cpu, s);
-    end_helper(j, cpu, s);
+    jit_end_helper(j, cpu, s);
     return leave;
 }
 
@@ -636,12 +641,16 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
     cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
-    store_flags(cpu);
+    jit_store_flags(cpu);
     if (key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
+    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    j->in_code = true;
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
+    j->in_code = false;
+    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
     if (key & JIT_KEY_X87) load_x87_pointers(j, cpu);
-    count_retired(j, cpu, 0);
-    load_flags(cpu);
+    jit_count_retired(j, cpu, 0);
+    jit_load_flags(cpu);
     return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
 }
 
@@ -748,6 +757,7 @@ static void jit_map_changed(vm_machine *m) {
     vm_backend_interp.map_changed(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus[i] && m->vcpus[i]->x86.jit) {
+            jit_hook_disturb(&m->vcpus[i]->x86);
             ((jit *)m->vcpus[i]->x86.jit)->window_stale = true;
             m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT] = m->vcpus[i]->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] =
                 0;
@@ -779,8 +789,14 @@ static x86_stop run_loop(jit *j) {
             unsigned reason = enter(j, cpu, key, code);
             if (reason == JIT_LEAVE_LINK)
                 link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
-            else if (reason == JIT_LEAVE_STEP)
+            else if (reason == JIT_LEAVE_STEP || reason == JIT_LEAVE_WATCHED) {
                 j->step_one = true;
+                if (reason == JIT_LEAVE_STEP) jit_hook_half_way(cpu);
+            } else if (reason == JIT_LEAVE_HOOKED && j->hook_stop) {
+                x86_stop stop = j->hook_stop;
+                j->hook_stop = X86_STOP_NONE;
+                return stop;
+            }
             else if (reason == JIT_LEAVE_VEC) {
                 j->has_vec = vec_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
@@ -799,6 +815,9 @@ static bool jit_start(jit *j);
 
 /* Back from a longjmp: an exit, or a fault to deliver. */
 static x86_stop caught(jit *j, x86_cpu *cpu) {
+    if (j->in_code) jit_hook_half_way(cpu);
+    j->in_code = false;
+    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
     if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
     if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
         cpu->retired++;
@@ -961,12 +980,14 @@ static void jit_vcpu_destroy(vm_vcpu *cpu) {
 }
 
 static void jit_code_changed_both(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+    jit_hook_disturb(&cpu->x86);
     jit_code_changed(cpu, gpa, bytes);
     vm_backend_interp.code_changed(cpu, gpa, bytes);
 }
 
 static void jit_flush_code(vm_vcpu *cpu) {
     jit *j = cpu->x86.jit;
+    jit_hook_disturb(&cpu->x86);
     if (j->write_base) j->must_flush = true;
     vm_backend_interp.flush_code(cpu);
 }
@@ -974,6 +995,7 @@ static void jit_flush_code(vm_vcpu *cpu) {
 static void jit_tlb_flushed(vm_vcpu *cpu) {
     jit *j = cpu->x86.jit;
     if (j) clear_tables(j);
+    jit_hook_disturb(&cpu->x86);
     if (vm_backend_interp.tlb_flushed) vm_backend_interp.tlb_flushed(cpu);
 }
 
@@ -1007,12 +1029,13 @@ static int jit_machine_create(vm_machine *m) {
 /* While the interpreter runs in the JIT's place, it knows how far it is. */
 static uint64_t jit_retired(const vm_vcpu *cpu) {
     const jit *j = cpu->x86.jit;
-    return j && j->is_cold ? vm_backend_interp.retired(cpu) : cpu->x86.retired;
+    return j && j->is_cold ? vm_backend_interp.retired(cpu) : j ? jit_hook_retired(j, &cpu->x86) : cpu->x86.retired;
 }
 
 static void jit_look_again(vm_vcpu *cpu) {
     const jit *j = cpu->x86.jit;
     if (j && j->is_cold) vm_backend_interp.look_again(cpu);
+    jit_hook_disturb(&cpu->x86);
 }
 
 /* Hooks changed: translate anew. */
@@ -1025,6 +1048,8 @@ static void jit_hooks_changed(vm_vcpu *cpu) {
 const vm_backend_ops vm_backend_jit = {
     .serves_hooks = true,
     .hooks_changed = jit_hooks_changed,
+    .get_state = jit_get_state,
+    .set_state = jit_set_state,
     .retired = jit_retired,
     .look_again = jit_look_again,
     .name = "jit",

@@ -97,6 +97,7 @@ enum { JIT_CHECK_ALONE, JIT_CHECK_LEADER, JIT_CHECK_MEMBER };
 
 typedef struct jit_op {
     uint8_t op, cc, access, size, reg, align;
+    bool goes_on;        /* JUMP: no instruction's, the unit was full */
     uint8_t role, slot;  /* CHECK */
     uint16_t span;       /* LEADER: bytes from the group's lowest address */
     uint8_t span_access; /* LEADER: what the group does */
@@ -150,6 +151,7 @@ typedef struct jit_unit { /* one block being translated */
     const uint8_t *edge_code;
     uint64_t forced; /* instructions that must fall back */
     bool no_groups;
+    uint16_t hooked[JIT_MAX_INSNS]; /* X86_HOOK_BIT()s of what is called before each instruction */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
@@ -182,6 +184,8 @@ typedef struct jit {
     uint64_t bounce_la;
     bool bounce_active;
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
+    x86_stop hook_stop; /* a hook wants the run to end */
+    bool in_code;       /* emitted code executes */
     bool is_cold;      /* the interpreter runs instead */
     bool step_one;     /* next instruction by the interpreter */
     bool has_vec;      /* guest code that runs now uses vector registers */
@@ -205,7 +209,7 @@ typedef struct jit {
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[3];                                              /* by jit_level() */
-    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *flags; /* writable view, for e_call_to */
+    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *hook[3], *hook_left, *flags; /* writable view, for e_call_to */
 } jit;
 
 #define JIT_GROUPS 13
@@ -236,7 +240,9 @@ enum {
     JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
     JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */,
     JIT_SLOT_X87_LA,
-    JIT_SLOT_X87_NEXT_LA
+    JIT_SLOT_X87_NEXT_LA,
+    JIT_SLOT_HOOK /* site of a direct call to a hook under way; bit 32: the frame has been fetched */,
+    JIT_SLOT_FRAME
 };
 /* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result),
  * FLAG_B its second. */
@@ -250,7 +256,9 @@ enum {
     JIT_LEAVE_INDIRECT,
     JIT_LEAVE_VEC,
     JIT_LEAVE_X87,
-    JIT_LEAVE_STEP
+    JIT_LEAVE_STEP, /* half-way through an instruction */
+    JIT_LEAVE_WATCHED /* in front of one that is the interpreter's */,
+    JIT_LEAVE_HOOKED /* jit_hook_site decided */
 };
 
 #define JIT_OFF(field) ((int32_t)offsetof(x86_cpu, field))
@@ -299,9 +307,41 @@ void jit_cover_look(x86_cpu *cpu, const jit_site *site, int sign); /* +1 somebod
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* hook.c */
-bool jit_is_hooked(const jit_unit *u, uint64_t rip, unsigned length);
-bool jit_hooks_want_interpreter(const x86_cpu *cpu);
+enum { JIT_HOOK_ENTRY = 0xff };
+typedef struct jit_hook_site {
+    jit_site site; /* first */
+    vm_hook *hook; /* NULL: several, see call_all() */
+    vm_hook_fn fn;
+    void *user;
+    uint64_t gpa;
+    vm_hook_event event;
+    uint8_t state; /* X86_BLOCK_* at this place, or JIT_HOOK_ENTRY: as x86_cpu.block_state says */
+    uint8_t bytes[16];
+} jit_hook_site;
+unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block);
+bool jit_hooks_want_interpreter(x86_cpu *cpu);
 bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
+void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i);
+bool jit_hook_is_direct(const jit_unit *u);
+uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at);
+uint8_t *jit_hook_entry(jit_writer *w);
+void jit_hook_entry_stub(jit_writer *w, uint8_t *jump, const uint8_t *resume);
+void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on);
+void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i);
+void jit_get_state(vm_vcpu *vcpu, unsigned parts);
+void jit_set_state(vm_vcpu *vcpu, unsigned parts);
+void jit_hook_disturb(x86_cpu *cpu); /* a callback changed something: leave the block after it */
+uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu);
+uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at);
+uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at);
+void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves);
+void jit_hook_half_way(x86_cpu *cpu);
+/* jit.c, for hook.c */
+void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index);
+void jit_load_flags(x86_cpu *cpu);
+void jit_store_flags(x86_cpu *cpu);
+jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at);
+void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s);
 /* jit.c: helpers called by emitted code */
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
 uint64_t jit_help_commit(x86_cpu *cpu,

@@ -343,7 +343,7 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
         jit_info *f = &info[n];
         jit_classify_flags(&in[n], f);
         f->falls_back = class_of(u, &in[n]) == C_FALLBACK || (n && jit_is_stop(u->j, rip + (offset - (rip & 0xfff)))) ||
-                       jit_is_hooked(u, rip + (offset - (rip & 0xfff)), in[n].length);
+                       jit_hook_kinds(u, rip + (offset - (rip & 0xfff)), in[n].length, !n);
         f->can_leave = f->falls_back || jit_insn_can_leave(u, &in[n]) || (in[n].flags & X86_IF_BRANCH);
         offset += in[n].length;
         extent->end = (uint16_t)offset;
@@ -640,7 +640,9 @@ static bool lift_next(jit_unit *u, trace *t) {
     if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
         return false;
     if (!decode_at(u, offset, in)) return false;
-    if (jit_is_hooked(u, t->rip, in->length)) {
+    bool begins_block = !i || (in[-1].flags & (X86_IF_BRANCH | X86_IF_END));
+    u->hooked[i] = (uint16_t)jit_hook_kinds(u, t->rip, in->length, begins_block);
+    if (u->hooked[i] & X86_HOOK_BIT(X86_HOOK_BREAK)) {
         if (!i) {
             add_op(u, IR_NEED_STEP, 0);
             t->is_open = false;
@@ -666,6 +668,7 @@ static bool lift_next(jit_unit *u, trace *t) {
     u->count++;
     unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
     t->can_loop &= class != C_FALLBACK;
+    if (u->hooked[i]) add_op(u, IR_HOOK, i);
     if ((class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end)) {
         if (class == C_JCC && t->rip == u->insn_rip[i]) t->rip = wrap(u, t->rip + in->length);
         return true;
@@ -682,7 +685,11 @@ bool jit_lift(jit_unit *u, unsigned max_insns) {
     while (t.is_open && u->count < max_insns && lift_next(u, &t))
         ;
     if (!u->nops && !u->count) return false;
-    if (t.is_open) add_op(u, IR_JUMP, u->count - 1)->target = t.rip;
+    if (t.is_open) {
+        jit_op *o = add_op(u, IR_JUMP, u->count - 1);
+        o->target = t.rip;
+        o->goes_on = true;
+    }
     uint64_t last = u->count ? u->insn_rip[u->count - 1] : u->rip;
     close_piece(u, &t, (unsigned)(last & 0xfff) + (u->count ? u->insn[u->count - 1].length : u->insn[0].length));
     return true;
