@@ -306,9 +306,12 @@ static int ept_create(vm_machine *m, void **state)
 static void ept_destroy(void *state)
 {
     ept *s = state;
-    for (unsigned i = 0; i < s->m->vcpu_count; i++)
-        if (s->m->vcpus && s->m->vcpus[i])
-            s->m->vcpus[i]->ept_view = NULL, s->m->vcpus[i]->x86.exec_varies = false;
+    for (unsigned i = 0; i < s->m->vcpu_count; i++) {
+        vm_vcpu *cpu = s->m->vcpus ? s->m->vcpus[i] : NULL;
+        /* Chosen again, a new state has been entered before the old one goes. */
+        if (cpu && cpu->ept_view == s->views[cpu->ept_index])
+            cpu->ept_view = NULL, cpu->x86.exec_varies = false;
+    }
     for (unsigned i = 0; i < VM_EPT_MAX_VIEWS; i++)
         free_view(s->views[i]);
     free(s);

@@ -3,31 +3,14 @@
  * The input is a list of accesses. Each begins with a byte: bits 0-1 width, bit 2 write, bit 3 memory instead of a port, bit 5
  * take what the interrupt controllers offer, bits 6-7: 1 save and restore the platform, all of 4-7 reset it. Then two bytes pick
  * the port or register, and a write takes as many bytes as it is wide. Running out of bytes ends it.
- *
- * Three ways to run it:
- *   without arguments   a fixed pseudo-random corpus, one test line (part of `make check`)
- *   with files or "-"   each as one input (AFL++: afl-fuzz ... -- tests/fuzz/devices @@)
- *   libFuzzer           configure with CC=clang CFLAGS="-g -O1 -fsanitize=fuzzer-no-link,address,undefined", make fuzz-devices
  */
 #include "core/core.h"
+#include "fuzz.h"
 #include "platform/pc.h"
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-typedef struct input { const uint8_t *data; size_t left; } input;
-
-static bool take(input *in, void *to, size_t n)
-{
-    if (in->left < n)
-        return false;
-    memcpy(to, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return true;
-}
+const struct fuzz_target fuzz_target = { "devices", 200, 20000 };
 
 static void access_one(vm_machine *m, bool is_memory, uint16_t pick, unsigned width, bool is_write, uint64_t value)
 {
@@ -73,12 +56,12 @@ static void take_interrupts(vm_machine *m)
     }
 }
 
-static void step(vm_machine *m, uint8_t op, input *in)
+static void step(vm_machine *m, uint8_t op, fuzz_input *in)
 {
     uint16_t pick;
     uint64_t value = 0;
     unsigned width = 1u << (op & 3);
-    if (!take(in, &pick, 2) || ((op & 4) && !take(in, &value, width)))
+    if (!fuzz_take(in, &pick, 2) || ((op & 4) && !fuzz_take(in, &value, width)))
         return;
     vm_device_lock(m);
     access_one(m, op & 8, pick, width, op & 4, value);
@@ -91,57 +74,35 @@ static void step(vm_machine *m, uint8_t op, input *in)
         take_interrupts(m);
 }
 
+/* A PC as it was made. It is kept, since making one takes longer than an input, and put back before each. */
+static vm_machine *fresh_machine(void)
+{
+    static vm_machine *m;
+    static uint8_t *state;
+    static size_t bytes;
+    if (!m) {
+        vm_options options = VM_OPTIONS_INIT;
+        options.platform = VM_PLATFORM_PC;
+        options.backend = VM_BACKEND_INTERP;
+        options.ram_bytes = 1 << 20;
+        options.vcpus = 2;
+        if (vm_create(&options, &m) != VM_OK || vm_pc_save(m, NULL, &bytes) != VM_OK || !(state = malloc(bytes)) ||
+            vm_pc_save(m, state, &bytes) != VM_OK)
+            abort();
+    }
+    vm_device_lock(m);
+    if (vm_pc_restore(m, state, bytes) != VM_OK)
+        abort();
+    vm_device_unlock(m);
+    return m;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    vm_options options = VM_OPTIONS_INIT;
-    vm_machine *m;
-    input in = { data, size };
+    vm_machine *m = fresh_machine();
+    fuzz_input in = { data, size };
     uint8_t op;
-    options.platform = VM_PLATFORM_PC;
-    options.backend = VM_BACKEND_INTERP;
-    options.ram_bytes = 1 << 20;
-    options.vcpus = 2;
-    if (vm_create(&options, &m) != VM_OK)
-        return 0;
-    while (take(&in, &op, 1))
+    while (fuzz_take(&in, &op, 1))
         step(m, op, &in);
-    vm_destroy(m);
     return 0;
 }
-
-#ifndef VM_LIBFUZZER
-static int run_file(const char *path)
-{
-    static uint8_t bytes[1 << 20];
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) {
-        perror(path);
-        return 1;
-    }
-    size_t n = fread(bytes, 1, sizeof bytes, f);
-    if (f != stdin)
-        fclose(f);
-    LLVMFuzzerTestOneInput(bytes, n);
-    return 0;
-}
-
-int main(int argc, char **argv)
-{
-    static uint8_t bytes[20000];
-    int status = 0;
-    uint32_t seed = 1;
-    for (int i = 1; i < argc; i++)
-        status |= run_file(argv[i]);
-    if (argc > 1)
-        return status;
-    for (unsigned round = 0; round < 200; round++) {
-        for (size_t i = 0; i < sizeof bytes; i++) {
-            seed = seed * 1664525 + 1013904223;
-            bytes[i] = (uint8_t)(seed >> 24);
-        }
-        LLVMFuzzerTestOneInput(bytes, sizeof bytes);
-    }
-    puts("ok fuzz.devices");
-    return 0;
-}
-#endif
