@@ -296,7 +296,7 @@ class Machine(_libvm.Machine):
     @property
     def console(self) -> Console:
         """The first serial port as a file."""
-        return self.serial(0)  # type: ignore[return-value]
+        return self.serial(0)
 
     # ---- hooks ----
 

@@ -3,7 +3,6 @@
  * The signature is checked by libvm and then read here once more, for the kinds of its types only. */
 #include "pv.h"
 
-#include <libvm/replay.h>
 #include <stddef.h>
 
 typedef enum value_kind { V_VOID, V_UNSIGNED, V_SIGNED, V_F32, V_F64, V_STR, V_BUF, V_CBUF, V_CPU, V_USER } value_kind;
@@ -58,6 +57,28 @@ static void read_signature(const char *text, pv_signature *s)
         is_result = false;
         at += n;
     }
+}
+
+/* The signature without the types that take nothing from the guest: what libvm gets for a function of values. */
+static void without_cpu(const char *text, char *out)
+{
+    const char *open = strchr(text, '(');
+    size_t n = (size_t)(open - text) + 1;
+    bool is_first = true;
+    memcpy(out, text, n);
+    for (const char *at = open + 1; *at && *at != ')';) {
+        size_t length = strcspn(at, ",)"), begin = strspn(at, " \t\n"), word = strcspn(at + begin, " \t\n,)");
+        bool is_host = (word == 3 && memcmp(at + begin, "cpu", 3) == 0) || (word == 4 && memcmp(at + begin, "user", 4) == 0);
+        if (!is_host) {
+            if (!is_first)
+                out[n++] = ',';
+            memcpy(out + n, at, length);
+            n += length;
+            is_first = false;
+        }
+        at += length + (at[length] == ',');
+    }
+    memcpy(out + n, ")", 2);
 }
 
 void pv_signature_free(pv_signature *s) { free(s); }
@@ -465,10 +486,15 @@ static PyObject *bind(PyObject *self, PyObject *args, PyObject *kwargs, bool is_
     int status = vm_signature_check(text, NULL);
     if (status != VM_OK)
         return pv_raise(m->st, status);
+    char *values = malloc(strlen(text) + 2);
+    if (!values)
+        return PyErr_NoMemory();
+    without_cpu(text, values);
     pv_binding_data *b = calloc(1, sizeof *b);
     pv_binding *h = b ? pv_new(m->st->types[PV_T_BINDING]) : NULL;
     if (!h || !(b->signature = calloc(1, sizeof *b->signature))) {
         free(b);
+        free(values);
         Py_XDECREF(h);
         return PyErr_NoMemory();
     }
@@ -483,12 +509,13 @@ static PyObject *bind(PyObject *self, PyObject *args, PyObject *kwargs, bool is_
     if (b->next)
         b->next->link = &b->next;
     m->bindings = b;
-    d.signature = text, d.values = call_bound, d.user = b, d.destroy = destroy_binding;
+    d.signature = values, d.values = call_bound, d.user = b, d.destroy = destroy_binding;
     vm_binding *made = NULL;
     pv_frame frame;
     pv_enter(&frame, m);
     status = is_hypercall ? vm_bind_hypercall(m->m, where, &d, &made) : vm_bind_function(m->m, where, &d, &made);
     bool ok = pv_leave(&frame);
+    free(values);
     if (status != VM_OK) {
         binding_data_free(b);
         Py_DECREF(h);

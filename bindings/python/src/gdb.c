@@ -30,24 +30,44 @@ static vm_gdb_action on_exit_call(void *user, vm_vcpu *cpu, vm_exit *exit)
     return (vm_gdb_action)action;
 }
 
+static int on_reset_call(void *user, vm_machine *unused)
+{
+    pv_gdb *g = user;
+    pv_gate gate;
+    pv_callback_begin(&gate);
+    PyObject *fn = Py_XNewRef(g->on_reset), *o = fn ? PyObject_CallFunctionObjArgs(fn, (PyObject *)g->machine, NULL) : NULL;
+    bool ok = o != NULL;
+    if (!ok && pv_top)
+        pv_callback_failed(g->machine, NULL);
+    else if (!ok)
+        PyErr_WriteUnraisable(fn);
+    Py_XDECREF(o);
+    Py_XDECREF(fn);
+    pv_callback_end(&gate);
+    return ok ? VM_OK : VM_E_INTERNAL;
+}
+
 static PyObject *machine_gdbstub(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = { "address", "runs_alone", "reverse_interval", "on_exit", NULL };
+    static char *names[] = { "address", "runs_alone", "reverse_interval", "on_exit", "on_reset", NULL };
     pv_machine *m = (pv_machine *)self;
     const char *address;
     int alone = 0;
-    PyObject *fn = Py_None;
+    PyObject *fn = Py_None, *reset = Py_None;
     vm_gdb_options o = VM_GDB_OPTIONS_INIT;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|pO&O:gdbstub", names, &address, &alone, pv_u64, &o.reverse_interval, &fn))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|pO&OO:gdbstub", names, &address, &alone, pv_u64, &o.reverse_interval, &fn,
+                                     &reset))
         return NULL;
-    if (fn != Py_None && !PyCallable_Check(fn))
-        return PyErr_Format(PyExc_TypeError, "on_exit is a function, not %R", fn);
+    if ((fn != Py_None && !PyCallable_Check(fn)) || (reset != Py_None && !PyCallable_Check(reset)))
+        return PyErr_SetString(PyExc_TypeError, "on_exit and on_reset are functions"), NULL;
     pv_gdb *g = pv_open(m) ? pv_new(m->st->types[PV_T_GDB]) : NULL;
     if (!g)
         return NULL;
     g->machine = (pv_machine *)Py_NewRef(self);
     g->on_exit = fn == Py_None ? NULL : Py_NewRef(fn);
+    g->on_reset = reset == Py_None ? NULL : Py_NewRef(reset);
     o.runs_alone = alone;
+    o.on_reset = g->on_reset ? on_reset_call : NULL;
     o.on_exit = g->on_exit ? on_exit_call : NULL;
     o.user = g;
     vm_gdb *made = NULL;
@@ -139,6 +159,7 @@ static void gdb_dealloc(PyObject *self)
     if (g->machine)
         gdb_drop(g);
     Py_CLEAR(g->on_exit);
+    Py_CLEAR(g->on_reset);
     Py_CLEAR(g->machine);
     pv_free(g);
 }
@@ -147,6 +168,7 @@ static int gdb_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(((pv_gdb *)self)->on_exit);
+    Py_VISIT(((pv_gdb *)self)->on_reset);
     Py_VISIT(((pv_gdb *)self)->machine);
     return 0;
 }
@@ -154,6 +176,7 @@ static int gdb_traverse(PyObject *self, visitproc visit, void *arg)
 static int gdb_clear(PyObject *self)
 {
     Py_CLEAR(((pv_gdb *)self)->on_exit);
+    Py_CLEAR(((pv_gdb *)self)->on_reset);
     return 0;
 }
 
@@ -180,6 +203,6 @@ PyType_Spec pv_gdb_spec = {
 
 PyMethodDef pv_gdb_methods[] = {
     { "gdbstub", PV_KW(machine_gdbstub), METH_VARARGS | METH_KEYWORDS,
-      "gdbstub(address, runs_alone=False, reverse_interval=0, on_exit=None) -> Gdb\nListens for a debugger." },
+      "gdbstub(address, runs_alone=False, reverse_interval=0, on_exit=None, on_reset=None) -> Gdb\nListens for a debugger." },
     { NULL, NULL, 0, NULL }
 };

@@ -110,7 +110,11 @@ static void destroy(pv_machine *m)
         return;
     m->closing = true;
     pv_top = &frame;
+    vm_gdb *stub = m->gdb ? m->gdb->g : NULL;
+    if (stub)
+        m->gdb->g = NULL, m->gdb = NULL;
     frame.ts = PyEval_SaveThread();
+    vm_gdb_free(stub);
     vm_destroy(vm);
     PyEval_RestoreThread(frame.ts);
     pv_top = frame.outer;
@@ -385,6 +389,57 @@ static PyObject *machine_irq_msi(PyObject *self, PyObject *args)
     return pv_none_or(m->st, status);
 }
 
+static PyObject *machine_ioeventfd(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = { "file", "address", "width", "port", "match", "on", NULL };
+    pv_machine *m = (pv_machine *)self;
+    vm_doorbell d = VM_DOORBELL_INIT;
+    PyObject *file, *match = Py_None;
+    int is_port = 0, on = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO&|O&pOp:ioeventfd", names, &file, pv_u64, &d.address, pv_u32, &d.width, &is_port,
+                                     &match, &on) ||
+        (d.fd = PyObject_AsFileDescriptor(file)) < 0 || (match != Py_None && !pv_u64(match, &d.match)))
+        return NULL;
+    d.is_port = is_port;
+    d.has_match = match != Py_None;
+    PV_BEGIN(m);
+    int status = vm_ioeventfd(m->m, &d, on);
+    PV_END();
+    return pv_none_or(m->st, status);
+}
+
+static PyObject *machine_irqfd(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = { "file", "gsi", "on", NULL };
+    pv_machine *m = (pv_machine *)self;
+    PyObject *file;
+    uint32_t gsi = 0;
+    int on = 1, fd;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O&p:irqfd", names, &file, pv_u32, &gsi, &on) ||
+        (fd = PyObject_AsFileDescriptor(file)) < 0)
+        return NULL;
+    PV_BEGIN(m);
+    int status = vm_irqfd(m->m, fd, gsi, on);
+    PV_END();
+    return pv_none_or(m->st, status);
+}
+
+static PyObject *machine_irqfd_msi(PyObject *self, PyObject *args)
+{
+    pv_machine *m = (pv_machine *)self;
+    PyObject *file;
+    uint64_t address;
+    uint32_t data;
+    int fd;
+    if (!PyArg_ParseTuple(args, "OO&O&:irqfd_msi", &file, pv_u64, &address, pv_u32, &data) ||
+        (fd = PyObject_AsFileDescriptor(file)) < 0)
+        return NULL;
+    PV_BEGIN(m);
+    int status = vm_irqfd_msi(m->m, fd, address, data);
+    PV_END();
+    return pv_none_or(m->st, status);
+}
+
 static PyObject *machine_vcpu(PyObject *self, PyObject *args)
 {
     pv_machine *m = (pv_machine *)self;
@@ -469,6 +524,10 @@ static PyMethodDef methods[] = {
       "into the library comes back, a running vCPU's every 50 ms." },
     { "irq_set", machine_irq_set, METH_VARARGS, "irq_set(gsi, level)\nSets an interrupt line of a PC." },
     { "irq_msi", machine_irq_msi, METH_VARARGS, "irq_msi(address, data)\nSends a message-signalled interrupt." },
+    { "ioeventfd", PV_KW(machine_ioeventfd), METH_VARARGS | METH_KEYWORDS,
+      "ioeventfd(file, address, width=0, port=False, match=None, on=True)\nWrites of the guest ring an eventfd." },
+    { "irqfd", PV_KW(machine_irqfd), METH_VARARGS | METH_KEYWORDS, "irqfd(file, gsi=0, on=True)\nAn eventfd interrupts a PC." },
+    { "irqfd_msi", machine_irqfd_msi, METH_VARARGS, "irqfd_msi(file, address, data)\nThe same with a message." },
     { "vcpu", machine_vcpu, METH_VARARGS, "vcpu(index) -> Vcpu" },
     { NULL, NULL, 0, NULL }
 };

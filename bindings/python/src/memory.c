@@ -534,6 +534,20 @@ static PyObject *region_repr(PyObject *self)
     return PyUnicode_FromString(text);
 }
 
+static PyObject *region_coalesce(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = { "offset", "size", "on", NULL };
+    pv_region *r = (pv_region *)self;
+    uint64_t offset, bytes;
+    int on = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&|p:coalesce", names, pv_u64, &offset, pv_bytes, &bytes, &on) || !is_mapped(r))
+        return NULL;
+    PV_BEGIN(r->machine);
+    int status = vm_coalesce(r->machine->m, r->r, offset, bytes, on);
+    PV_END();
+    return pv_none_or(r->machine->st, status);
+}
+
 static PyGetSetDef region_getters[] = {
     { "gpa", region_gpa, NULL, "Where it lies; its first port.", NULL }, { "size", region_size, NULL, "Its bytes.", NULL },
     { "machine", region_machine, NULL, "Whose it is.", NULL }, { "mapped", region_mapped, NULL, "It has not been unmapped.", NULL },
@@ -541,6 +555,8 @@ static PyGetSetDef region_getters[] = {
     { "device", region_device, NULL, "The object behind a device region.", NULL }, { NULL, NULL, NULL, NULL, NULL }
 };
 static PyMethodDef region_methods[] = {
+    { "coalesce", PV_KW(region_coalesce), METH_VARARGS | METH_KEYWORDS,
+      "coalesce(offset, size, on=True)\nWrites there may be collected before they reach the device." },
     { "unmap", region_unmap, METH_NOARGS, "unmap()\nTakes the region away. BufferError while views of it exist." },
     { "view", region_view, METH_NOARGS,
       "view() -> memoryview\nIts memory, writable, without a copy. When it is released code caches over the region are dropped." },

@@ -34,8 +34,6 @@
 #define Py_XSETREF(place, value) do { PyObject *old_ = (PyObject *)(place); (place) = (value); Py_XDECREF(old_); } while (0)
 
 #include <libvm/libvm.h>
-#include <libvm/gdb.h>
-#include <libvm/snapshot.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -209,7 +207,7 @@ typedef struct pv_gdb {
     PyObject_HEAD
     pv_machine *machine;
     vm_gdb *g;                          /* NULL: closed */
-    PyObject *on_exit;
+    PyObject *on_exit, *on_reset;
 } pv_gdb;
 
 /* ---- module.c ---- */

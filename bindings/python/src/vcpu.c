@@ -43,7 +43,8 @@ static PyObject *exit_reason(PyObject *self, void *unused)
 
 /* Which records have which attributes: a field and the reasons it belongs to. */
 enum { IO = 1 << VM_EXIT_IO, MMIO = 1 << VM_EXIT_MMIO | 1 << VM_EXIT_UNMAPPED | 1 << VM_EXIT_VIOLATION,
-       EXC = 1 << VM_EXIT_EXCEPTION, HYPER = 1 << VM_EXIT_HYPERCALL, GUEST = 1 << VM_EXIT_GUEST_EXIT, BREAK = 1 << VM_EXIT_BREAKPOINT };
+       EXC = 1 << VM_EXIT_EXCEPTION, HYPER = 1 << VM_EXIT_HYPERCALL, GUEST = 1 << VM_EXIT_GUEST_EXIT, BREAK = 1 << VM_EXIT_BREAKPOINT,
+       REPLAY = 1 << VM_EXIT_REPLAY };
 typedef struct exit_field { const char *name; unsigned reasons, offset, bytes; bool is_bool, can_set; } exit_field;
 #define FIELD(name, reasons, member, is_bool, can_set) \
     { #name, reasons, offsetof(vm_exit, member), sizeof ((vm_exit *)0)->member, is_bool, can_set }
@@ -58,7 +59,7 @@ static const exit_field exit_fields[] = {
     FIELD(result, HYPER, hypercall.result, false, true), FIELD(code, GUEST, guest_exit.code, false, false),
     FIELD(is_watchpoint, BREAK, debug.is_watchpoint, true, false), FIELD(bytes, BREAK, debug.bytes, false, false),
     FIELD(address, BREAK, debug.address, false, false), FIELD(value, BREAK, debug.value, false, false),
-    FIELD(access, BREAK, debug.access, false, false),
+    FIELD(access, BREAK, debug.access, false, false), FIELD(position, REPLAY, replay.position, false, false),
 };
 
 static const exit_field *field_of(pv_exit *x, const char *name)
@@ -133,6 +134,15 @@ static PyObject *exit_args(PyObject *self, void *unused)
     return args;
 }
 
+static PyObject *exit_status(PyObject *self, void *unused)
+{
+    pv_exit *x = (pv_exit *)self;
+    if (x->e.reason == VM_EXIT_REPLAY)
+        return pv_enum(x->st, "Status", x->e.replay.status);
+    PyErr_Format(PyExc_AttributeError, "a %s exit has no attribute 'status'", vm_exit_name(x->e.reason));
+    return NULL;
+}
+
 static PyObject *exit_str(PyObject *self)
 {
     char text[256] = "";
@@ -162,6 +172,8 @@ static PyGetSetDef exit_getters[] = {
     EXIT_FIELD(number, "HYPERCALL"), EXIT_FIELD(result, "HYPERCALL: set it before the next run."), EXIT_FIELD(code, "GUEST_EXIT"),
     EXIT_FIELD(is_watchpoint, "BREAKPOINT"), EXIT_FIELD(bytes, "BREAKPOINT: width of the access."),
     EXIT_FIELD(value, "BREAKPOINT: what was read or written."), EXIT_FIELD(access, "BREAKPOINT: R, W or X."),
+    EXIT_FIELD(position, "REPLAY: instructions since the log's begin."),
+    { "status", exit_status, NULL, "REPLAY: Status.OK, or what went wrong.", NULL },
     { NULL, NULL, NULL, NULL, NULL }
 };
 static PyType_Slot exit_slots[] = {
