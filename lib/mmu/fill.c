@@ -78,6 +78,8 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
     x86_walk w;
     unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
+    if (access & X86_WRITE)
+        access = X86_WRITE;            /* of read and write: on x86 what may be written may be read */
     if (x86_tlb_known(x, ctx, la, access, gpa)) {
         /* The first write since a snapshot, mostly: all that it needs is a note. */
         if (cpu->machine->track && access == X86_WRITE && cpu->machine->vcpu_count == 1 && !x->watch &&
@@ -117,6 +119,19 @@ static void flushed(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global)
         cpu->machine->backend->tlb_flushed(cpu);
 }
 
+/* Back in an address space that "shadow" knows: enter what the inline TLB held when it was left. */
+static void refill(vm_vcpu *cpu)
+{
+    x86_walk w;
+    uint64_t la;
+    for (unsigned i = 0, ctx; vm_shadow_saved(cpu, i, &la, &ctx, &w); i++) {
+        unsigned prot = 0;
+        uint8_t *host = w.prot ? cpu->x86.env->page(&cpu->x86, w.gpa & X86_PAGE_MASK, &prot) : NULL;
+        if (host && (prot & w.prot))
+            enter_ram(cpu, la, ctx, &w, host, prot);
+    }
+}
+
 void vm_mmu_root_changed(x86_cpu *x, bool keep_global)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
@@ -129,6 +144,8 @@ void vm_mmu_root_changed(x86_cpu *x, bool keep_global)
     else
         x86_tlb_clear(x);
     flushed(cpu, 0, 0, keep_global);
+    if (m->mmu == &vm_mmu_shadow)
+        refill(cpu);
 }
 
 void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)

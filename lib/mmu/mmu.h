@@ -39,6 +39,9 @@ static inline bool vm_mmu_is_plain(const vm_machine *m) {
 
 /* ---- shadow.c ---- */
 bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
+/* The i-th page that the inline TLB held when the root now in use was last left, as it is translated now; w->prot 0: not any
+ * more. False: no more of them. */
+bool vm_shadow_saved(vm_vcpu *cpu, unsigned i, uint64_t *la, unsigned *ctx, x86_walk *w);
 uint64_t vm_shadow_pages(const vm_machine *m);            /* shadow pages that there are now */
 
 #endif

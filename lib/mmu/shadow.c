@@ -17,6 +17,9 @@
  * of a page for the rest of its block can be under way at any other time. With several vCPUs the world is stopped for
  * it, so that no store is under way anywhere.
  *
+ * A switch back. The inline TLB is emptied at each MOV CR3. What it held is noted with the root and, when a vCPU enters the
+ * root again, entered from the shadows as far as they still say so (vm_shadow_saved()): the guest misses nothing.
+ *
  * A changed entry of a leaf is dropped there. A changed entry above empties the directories of the roots it is part of,
  * by their epoch; the leaves stay.
  *
@@ -37,7 +40,7 @@
 #else
 #define VM_SHADOW_PAGES 1024
 #endif
-enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64 };
+enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64, SAVED = 192 };
 enum { IS_LEAF = 1, RIGHT_RW = 2, RIGHT_US = 4, RIGHT_NX = 8, MODE_NARROW = 16, MODE_NXE = 32 };      /* page.role */
 enum state { IDLE, LOOSE, PROTECTED };
 
@@ -48,24 +51,29 @@ typedef struct page {
     uint64_t roots;                    /* bit i: part of root i */
     unsigned index;                    /* in shadow.pages */
     uint8_t role, state;
-    bool is_used;                      /* looked at since somebody last asked */
+    bool is_used;                      /* recorded to, or (after spread_use()) looked at, since the hand last came by */
+    bool is_live;                      /* recorded to since the last flush */
     uint16_t stood, stands;            /* flushes unchanged; of how many */
     uint16_t known_count;
     uint64_t known[16];                /* bit i: entry i is recorded */
-    union { uint64_t wide[512]; uint32_t narrow[1024]; } e;            /* as in the guest; 0: not recorded */
+    uint32_t e[1024];                  /* packed entries (512 of them if not narrow); 0: not recorded */
 } page;
 
-typedef struct spot {                  /* of a directory */
+typedef struct spot {                  /* of a directory: a cache line */
     uint64_t tag;                      /* epoch and upper bits of the linear address */
-    page *leaf;                        /* NULL: a large page: */
-    uint64_t pte, gpa, page_bytes;     /* its entry, where it begins, its size */
-    uint8_t role;                      /* rights of the levels above (large: and its own) */
-} spot;
+    const uint32_t *entries;           /* the leaf's; NULL: a large page: */
+    uint64_t gpa, page_bytes;          /* where it begins, its size */
+    uint32_t entry;                    /* and its entry, packed */
+    page *leaf;
+    uint8_t role;                      /* rights of the levels above (large: and its own), MODE_NARROW */
+    bool is_used;                      /* since spread_use() */
+} __attribute__((aligned(64))) spot;
 
 typedef struct root {
     uint64_t cr3, mode, pdpte[4];
     uint64_t epoch, stamp;
-    unsigned index, shift;
+    unsigned index, shift, saved_count;
+    uint64_t saved[SAVED];             /* what the inline TLB held when a vCPU left: linear page, context in the low bits */
     spot directory[DIRECTORY];
 } root;
 
@@ -113,28 +121,35 @@ static uint64_t read_guest(const uint8_t *table, bool is_narrow, unsigned i)
                      : __atomic_load_n((const uint64_t *)table + i, __ATOMIC_RELAXED);
 }
 
-static uint64_t entry_of(const page *p, unsigned i)
+/* What matters of an entry in 32 bits, so that twice as many fit the host's caches: address bits 35..12, P RW US A D in their
+ * places, NX in bit 3, G in bit 4, PS in bit 7. 0: not present, or an address too high to be recorded. */
+#define PACKED_NX 8u
+#define PACKED_G 16u
+
+static uint32_t pack(uint64_t pte, uint8_t role)
 {
-    return p->role & MODE_NARROW ? p->e.narrow[i] : p->e.wide[i];
+    uint64_t address = role & MODE_NARROW ? pte & 0xfffff000 : pte & UINT64_C(0x000ffffffffff000);
+    bool is_upper = !(role & IS_LEAF);
+    if (!(pte & X86_PTE_P) || address >> 36)
+        return 0;
+    return (uint32_t)(address >> 12 << 8 | (pte & (is_upper ? 0xe7 : 0x67)) | (pte & X86_PTE_G ? PACKED_G : 0) |
+                      (!(role & MODE_NARROW) && (pte & X86_PTE_NX) ? PACKED_NX : 0));
 }
 
-static void set_entry(page *p, unsigned i, uint64_t pte)
+static void set_entry(page *p, unsigned i, uint32_t packed)
 {
     uint64_t bit = UINT64_C(1) << (i & 63);
-    bool was = p->known[i >> 6] & bit, is = pte != 0;
+    bool was = p->known[i >> 6] & bit, is = packed != 0;
     p->known[i >> 6] = (p->known[i >> 6] & ~bit) | (is ? bit : 0);
     p->known_count = (uint16_t)(p->known_count + is - was);
-    if (p->role & MODE_NARROW)
-        p->e.narrow[i] = (uint32_t)pte;
-    else
-        p->e.wide[i] = pte;
+    p->e[i] = packed;
 }
 
 /* Does the guest's entry still say what was recorded? It may have more accessed and dirty bits, from other vCPUs or roots. */
-static bool is_same(uint64_t guest, uint64_t recorded)
+static bool is_same(uint32_t guest, uint32_t recorded)
 {
-    uint64_t x = guest ^ recorded;
-    return !(x & ~(uint64_t)(X86_PTE_A | X86_PTE_D)) && !(x & recorded);
+    uint32_t x = guest ^ recorded;
+    return !(x & ~(X86_PTE_A | X86_PTE_D)) && !(x & recorded);
 }
 
 /* ---- pages and their states ---- */
@@ -188,7 +203,7 @@ static void drop_entry(shadow *s, page *p, unsigned i)
 static void drop_all(shadow *s, page *p)
 {
     memset(p->known, 0, sizeof p->known);
-    memset(&p->e, 0, sizeof p->e);
+    memset(p->e, 0, sizeof p->e);
     p->known_count = 0;
     if (!(p->role & IS_LEAF))
         empty_directories(s, p->roots);
@@ -226,10 +241,23 @@ static unsigned budget_of(const shadow *s)
     return budget < LEAST_BUDGET ? LEAST_BUDGET : budget > MOST_BUDGET ? MOST_BUDGET : (unsigned)budget;
 }
 
+/* Lookups note use in the directory, where they are anyhow. */
+static void spread_use(shadow *s)
+{
+    for (unsigned i = 0; i < ROOTS && s->roots[i]; i++)
+        for (unsigned k = 0; k < DIRECTORY; k++) {
+            spot *d = &s->roots[i]->directory[k];
+            if (d->is_used && d->leaf && d->tag >> 27 == (s->roots[i]->epoch << 27) >> 27)
+                d->leaf->is_used = true;
+            d->is_used = false;
+        }
+}
+
 /* Make room: a part of the pages, those first that nobody used since the hand last came by. */
 static void reclaim(shadow *s, unsigned budget)
 {
     unsigned goal = budget - budget / 8;
+    spread_use(s);
     for (unsigned looks = 2 * s->page_count; looks && s->page_count > goal; looks--) {
         if (s->hand >= s->page_count)
             s->hand = 0;
@@ -295,7 +323,7 @@ static bool compare_page(shadow *s, page *p)
     for (unsigned word = 0; word < 16; word++)
         for (uint64_t bits = p->known[word]; bits; bits &= bits - 1) {
             unsigned i = word * 64 + (unsigned)__builtin_ctzll(bits);
-            if (!table || !is_same(read_guest(table, is_narrow, i), entry_of(p, i))) {
+            if (!table || !is_same(pack(read_guest(table, is_narrow, i), p->role), p->e[i])) {
                 drop_entry(s, p, i);
                 has_changed = true;
             }
@@ -315,14 +343,14 @@ static void compare_loose(shadow *s, vm_vcpu *cpu, bool uppers_only)
         if (uppers_only) {
             p->stood = has_changed ? 0 : p->stood;
         } else if (has_changed) {
-            if (!p->is_used)           /* the guest has put the page to another use */
+            if (!p->is_live)           /* the guest has put the page to another use */
                 drop_all(s, p);
             p->stood = 0;
         } else if (++p->stood == p->stands) {
             s->ripe++;
         }
         if (!uppers_only)
-            p->is_used = false;
+            p->is_live = false;
         if (!p->known_count)
             set_state(s, p, IDLE);
     }
@@ -377,6 +405,8 @@ static void flush(shadow *s, vm_vcpu *cpu)
 
 /* ---- roots ---- */
 
+static bool look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
+
 static uint64_t mode_of(const x86_cpu *x)
 {
     return (x->cr4 & (X86_CR4_PAE | X86_CR4_PSE)) | (x->efer & (X86_EFER_LMA | X86_EFER_NXE));
@@ -417,6 +447,14 @@ static void init_root(shadow *s, root *r, const x86_cpu *x, unsigned index)
     r->shift = x->cr4 & X86_CR4_PAE ? 21 : 22;
 }
 
+static root *new_root(void)
+{
+    root *r = aligned_alloc(64, sizeof *r);
+    if (r)
+        memset(r, 0, sizeof *r);
+    return r;
+}
+
 /* The root for the state that the vCPU is in; NULL: no memory. */
 static root *find_root(shadow *s, vm_vcpu *cpu)
 {
@@ -429,7 +467,7 @@ static root *find_root(shadow *s, vm_vcpu *cpu)
     for (unsigned i = 0; i < ROOTS; i++) {
         root *r = s->roots[i];
         if (!r) {
-            r = calloc(1, sizeof *r);
+            r = new_root();
             if (r) {
                 s->roots[i] = r;
                 init_root(s, r, x, i);
@@ -444,6 +482,32 @@ static root *find_root(shadow *s, vm_vcpu *cpu)
         return NULL;
     init_root(s, s->roots[oldest], x, oldest);
     return s->roots[oldest];
+}
+
+/* The root is left: note which of its pages the inline TLB holds, so that they can be entered at once when it is back. */
+static void save_tlb(shadow *s, vm_vcpu *cpu)
+{
+    root *r = cpu->mmu_root;
+    if (!r)
+        return;
+    lock(s);
+    r->saved_count = x86_tlb_list(&cpu->x86, r->saved, SAVED);
+    unlock(s);
+}
+
+bool vm_shadow_saved(vm_vcpu *cpu, unsigned i, uint64_t *la, unsigned *ctx, x86_walk *w)
+{
+    shadow *s = cpu->machine->mmu_state;
+    const root *r = cpu->mmu_root;
+    if (!r || i >= r->saved_count)
+        return false;
+    *la = r->saved[i] & X86_PAGE_MASK;
+    *ctx = r->saved[i] & 3;
+    lock(s);
+    if (!look_up(cpu, *la, 0, *ctx, w) || w->global)     /* one that has become global would outlive the root */
+        w->prot = 0;
+    unlock(s);
+    return true;
 }
 
 static void enter_root(shadow *s, vm_vcpu *cpu)
@@ -472,32 +536,26 @@ static bool look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x8
 {
     const x86_cpu *x = &cpu->x86;
     root *r = cpu->mmu_root;
-    const spot *d = spot_of(r, la);
+    spot *d = spot_of(r, la);
     if (d->tag != tag_of(r, la))
         return false;
-    uint64_t pte = d->pte, rights = d->role & (RIGHT_RW | RIGHT_US);
-    bool nx = d->role & RIGHT_NX;
-    if (d->leaf) {
-        page *p = d->leaf;
-        bool is_narrow = p->role & MODE_NARROW;
-        pte = is_narrow ? p->e.narrow[la >> 12 & 1023] : p->e.wide[la >> 12 & 511];
-        if (!pte)
+    uint32_t e = d->entry;
+    if (d->entries) {
+        e = d->entries[la >> 12 & (d->role & MODE_NARROW ? 1023 : 511)];
+        if (!e)
             return false;
-        if (!p->is_used)
-            p->is_used = true;
-        rights &= pte;
-        nx = nx || (!is_narrow && (pte & X86_PTE_NX));
-        w->gpa = (pte & UINT64_C(0x000ffffffffff000)) | (la & 0xfff);
+        d->is_used = true;
+        w->gpa = (uint64_t)(e >> 8) << 12 | (la & 0xfff);
         w->page_bytes = 4096;
     } else {
         w->gpa = d->gpa | (la & (d->page_bytes - 1));
         w->page_bytes = d->page_bytes;
     }
-    unsigned prot = x86_walk_prot(x, rights, nx, ctx);
-    if (!(pte & X86_PTE_D))
+    unsigned prot = x86_walk_prot(x, d->role & e, (d->role | e) & RIGHT_NX, ctx);
+    if (!(e & X86_PTE_D))
         prot &= ~(unsigned)X86_WRITE;
     w->prot = prot;
-    w->global = (pte & X86_PTE_G) && (x->cr4 & X86_CR4_PGE);
+    w->global = (e & PACKED_G) && (x->cr4 & X86_CR4_PGE);
     w->count = 0;
     return (prot & access) == access;
 }
@@ -514,15 +572,18 @@ static page *record_step(shadow *s, const root *r, const x86_step *step, uint8_t
     if (!p && !(p = new_page(s, gfn, role)))
         return NULL;
     p->roots |= UINT64_C(1) << r->index;
-    p->is_used = true;
-    if (entry_of(p, i) == step->pte)
+    p->is_used = p->is_live = true;
+    uint32_t packed = pack(step->pte, role);
+    if (!packed)
+        return NULL;
+    if (p->e[i] == packed)
         return p;
     if (p->state == IDLE)
         set_state(s, p, has_other_protected(s, p) ? PROTECTED : LOOSE);
     const uint8_t *table = table_host(s, gfn);
-    if (!table || !is_same(read_guest(table, is_narrow, i), step->pte))
+    if (!table || !is_same(pack(read_guest(table, is_narrow, i), role), packed))
         return NULL;
-    set_entry(p, i, step->pte);
+    set_entry(p, i, packed);
     return p;
 }
 
@@ -539,7 +600,7 @@ static void record(shadow *s, root *r, uint64_t la, const x86_walk *w)
     unsigned last = w->count - 1, i = 0;
     if (!is_large && d->tag == tag_of(r, la) && d->leaf && d->leaf->gfn == (w->steps[last].gpa & X86_PAGE_MASK)) {
         i = last;                      /* the levels above are recorded */
-        rights = d->role;
+        rights = d->role & (RIGHT_RW | RIGHT_US | RIGHT_NX);
     }
     for (; i < w->count; i++) {
         const x86_step *step = &w->steps[i];
@@ -548,13 +609,14 @@ static void record(shadow *s, root *r, uint64_t la, const x86_walk *w)
         if (!p)
             return;
         if (is_leaf) {
-            *d = (spot){ .tag = tag_of(r, la), .leaf = p, .role = rights };
+            *d = (spot){ .tag = tag_of(r, la), .leaf = p, .entries = p->e, .is_used = true,
+                         .role = (uint8_t)(rights | (role & MODE_NARROW)) };
             return;
         }
         rights = (uint8_t)((rights & step->pte & (RIGHT_RW | RIGHT_US)) | (rights & RIGHT_NX) |
                            (!(role & MODE_NARROW) && (step->pte & X86_PTE_NX) ? RIGHT_NX : 0));
     }
-    *d = (spot){ .tag = tag_of(r, la), .pte = w->steps[last].pte, .gpa = w->gpa & ~(w->page_bytes - 1),
+    *d = (spot){ .tag = tag_of(r, la), .entry = pack(w->steps[last].pte, role), .gpa = w->gpa & ~(w->page_bytes - 1),
                  .page_bytes = w->page_bytes, .role = rights };
 }
 
@@ -647,6 +709,7 @@ static void shadow_root_changed(void *state, vm_vcpu *cpu, uint64_t cr3)
         cpu->mmu_root = NULL;
         return;
     }
+    save_tlb(s, cpu);
     flush(s, cpu);
     enter_root(s, cpu);
 }
@@ -655,9 +718,8 @@ static void shadow_root_changed(void *state, vm_vcpu *cpu, uint64_t cr3)
 static void compare_entry(shadow *s, page *p, unsigned i)
 {
     bool is_narrow = p->role & MODE_NARROW;
-    uint64_t recorded = entry_of(p, i);
-    const uint8_t *table = recorded ? table_host(s, p->gfn) : NULL;
-    if (recorded && (!table || !is_same(read_guest(table, is_narrow, i), recorded))) {
+    const uint8_t *table = p->e[i] ? table_host(s, p->gfn) : NULL;
+    if (p->e[i] && (!table || !is_same(pack(read_guest(table, is_narrow, i), p->role), p->e[i]))) {
         drop_entry(s, p, i);
         p->stood = 0;
     }

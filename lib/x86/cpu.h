@@ -499,6 +499,8 @@ void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsig
 bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);
 void x86_tlb_clear(x86_cpu *cpu);                                /* every entry of every context */
 void x86_tlb_clear_nonglobal(x86_cpu *cpu);
+/* Lists the pages of RAM that are not global: linear address, context in the low bits. How many, at most `max`. */
+unsigned x86_tlb_list(const x86_cpu *cpu, uint64_t *pages, unsigned max);
 void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* the page la lies in, every context, large pages as a whole */
 /* Take write permission from every entry for the page at gpa (UINT64_MAX: any page). True if there was one. Also called by
  * other threads, see lib/core. */

@@ -167,6 +167,21 @@ static void sweep(x86_cpu *cpu, uint64_t keep)
     }
 }
 
+unsigned x86_tlb_list(const x86_cpu *cpu, uint64_t *pages, unsigned max)
+{
+    unsigned n = 0;
+    for (unsigned c = 0; c < X86_NCTX; c++) {
+        const x86_tlb *t = &cpu->tlb[c];
+        for (uint32_t chunks = cpu->tlb_touched[c]; chunks; chunks &= chunks - 1) {
+            unsigned chunk = (unsigned)__builtin_ctz(chunks);
+            for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
+                if (t->meta[i] && !(t->meta[i] & (X86_TLBM_GLOBAL | X86_TLBM_IO)) && n < max)
+                    pages[n++] = page_of(t, i) | c;
+        }
+    }
+    return n;
+}
+
 void x86_tlb_clear(x86_cpu *cpu)
 {
     sweep(cpu, 0);
