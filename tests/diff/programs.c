@@ -533,6 +533,28 @@ static uint64_t stops[32], runs, retired, jit_blocks, jit_decoded;
 
 /* Some cases record edges, blocks or comparisons: the records must agree too, and be up to date in callbacks. */
 static bool has_map, has_ring, has_log;
+static uint64_t record_hash(const column *c);
+
+/* ... and while hooks look at them. */
+static vm_hook_result look(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
+    column *c = user;
+    (void)cpu;
+    c->device_hash = c->device_hash * 31 + e->kind + e->address + record_hash(c);
+    return VM_HOOK_CONTINUE;
+}
+static void add_hook(column *c, uint64_t seed)
+{
+    static const vm_hook_kind kinds[] = {VM_HOOK_INSN, VM_HOOK_FETCH, VM_HOOK_MEM_READ, VM_HOOK_MEM_WRITE};
+    vm_hook_desc d = VM_HOOK_INIT;
+    d.kind = kinds[seed / 16 % 4];
+    d.fn = look;
+    d.user = c;
+    if (seed / 64 % 2)
+        d.begin = BASE + (d.kind == VM_HOOK_INSN || d.kind == VM_HOOK_FETCH ? CODE : DATA), d.end = d.begin + PAGE - 1;
+    OK(vm_hook_add(c->m, &d, NULL));
+}
+
 static void record(column *c, uint64_t seed)
 {
     has_map = seed % 4;
@@ -548,6 +570,8 @@ static void record(column *c, uint64_t seed)
         OK(vm_block_trace(c->cpu, c->ring, 64, &c->entered));
     if (has_log)
         OK(vm_compare_log(c->cpu, c->log, 64, &c->compared));
+    if (has_map && seed % 16 < 4)
+        add_hook(c, seed);
 }
 static uint64_t record_hash(const column *c)
 {
