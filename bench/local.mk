@@ -28,7 +28,7 @@ bench_bench_calls_LDADD = libvm.la $(UNICORN_LIBS)
 CLEANFILES += bench/kernels.elf bench/guest64 bench/guest32 bench/kernels.json bench/calls.json guest.json boot.json
 
 BENCH_COLUMNS = jit,flat,interp,unicorn
-bench: bench-kernels bench-calls bench-guest bench-boot $(bench_kvm_target)
+bench: bench-kernels bench-calls bench-guest bench-boot bench-mmu $(bench_kvm_target)
 bench-kernels: bench/bench_kernels bench/kernels.elf
 	bench/bench_kernels bench/kernels.elf --json bench/kernels.json --columns $(BENCH_COLUMNS)
 bench-calls: bench/bench_calls
@@ -38,6 +38,21 @@ bench-guest: examples/vmrun bench/cputime bench/guest64 bench/guest32
 bench-boot: examples/vmrun
 	VMRUN=examples/vmrun BENCH_JSON=boot.json $(srcdir)/bench/boot
 .PHONY: bench bench-kernels bench-calls bench-guest bench-boot bench-kvm
+
+# MMU strategies side by side; PLOT=FILE draws them.
+EXTRA_DIST += bench/mmu bench/mmu_guest.c
+EXTRA_PROGRAMS += bench/bench_mmu bench/mmu_linux
+bench_bench_mmu_SOURCES = bench/bench_mmu.c
+bench_bench_mmu_LDADD = libvm.la
+bench_mmu_linux_SOURCES = bench/mmu_linux.c
+bench_mmu_linux_LDADD = libvm.la
+CLEANFILES += bench/mmu_guest mmu.json mmu-linux.json
+bench/mmu_guest: bench/mmu_guest.c
+	@$(MKDIR_P) bench
+	$(AM_V_CC)$(CC) $(GUEST_CFLAGS) -o $@ $(srcdir)/bench/mmu_guest.c
+bench-mmu: bench/bench_mmu bench/mmu_linux bench/mmu_guest
+	$(srcdir)/bench/mmu bench/bench_mmu bench/mmu_linux bench/mmu_guest $(PLOT)
+.PHONY: bench-mmu
 
 # KVM: exits, creation, ring 3, against raw ioctls. Says so and ends where there is no usable KVM.
 if BUILD_KVM
@@ -91,3 +106,12 @@ bench-afl: examples/fuzz_afl examples/fuzz_target.elf
 	-test -z '$(UNICORN_LIBS)' || $(MAKE) bench/afl_unicorn
 	BENCH_JSON=afl.json $(srcdir)/bench/afl examples/fuzz_afl examples/fuzz_target.elf bench/afl_unicorn
 .PHONY: bench-afl
+# The Python module, beside python3-unicorn.
+EXTRA_DIST += bench/bench_python.py
+if WITH_PYTHON
+bench: bench-python
+endif
+bench-python: bindings/python/_libvm.la
+	with_python=$(have_python) PYTHON='$(PYTHON)' top_builddir=. $(srcdir)/bindings/python/tests/run --package-only
+	LD_LIBRARY_PATH=.libs PYTHONPATH=bindings/python/package $(PYTHON) $(srcdir)/bench/bench_python.py
+.PHONY: bench-python
