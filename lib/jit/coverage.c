@@ -227,8 +227,7 @@ void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn) {
     emit_sum(u, w, &s, false);
 }
 
-void jit_cover_look(x86_cpu *cpu, const jit_site *site, int sign) {
-    const jit_block *b = site->block;
-    for (unsigned k = 0; k < b->nedges && b->edges[k].insn < site->index; k++)
+void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign) {
+    for (unsigned k = 0; k < b->nedges && b->edges[k].insn < insn; k++)
         cpu->cover.map[b->edges[k].index] += (uint8_t)sign;
 }

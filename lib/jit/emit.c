@@ -21,6 +21,7 @@
  * stub asks C for a host pointer (RAM after a TLB fill, or a bounce buffer), makes the access again from its own copy,
  * and lets C store a bounced write. A read-modify-write that cannot have a direct pointer is done whole by C.
  */
+#include <sys/mman.h>
 #include "jit/jit.h"
 #include "x86/native.h"
 
@@ -48,7 +49,7 @@ typedef struct leave_stub {
     jit_link *link;
     int recipe;
     uint8_t reason, index;
-    bool rip_in_memory, rip_in_tmp, save, regen;
+    bool rip_in_tmp, save, regen;
     uint8_t tmp_reg;
     uint64_t branch_rip; /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
     int32_t sp_delta;
@@ -508,6 +509,7 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
         s->access = check->span_access;
     }
     s->is_single = is_single;
+    s->is_end = false;
     return at;
 }
 static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
@@ -693,52 +695,10 @@ static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
 
 /* After a slow access that is the whole instruction: does a callback want the run loop now? */
 static void emit_leave_check(emitter *e, const slow_stub *s) {
-    jit_writer *w = e->w;
     unsigned i = s->check->insn;
     bool in_host = s->restore || e->u->info[i].written || (e->u->insn[i].flags_maybe & X86_FL_ARITH);
-    if (in_host) emit_save(w);
-    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
-    e8(w, 0);
-    uint8_t *stay = e_jcc(w, CC_E);
-    jit_cover_leave(e->u, w, i + 1);
-    jit_hook_leave(e->u, w, i + 1);
-    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + 1));
-    e_gs_load(w, 8, T0, JIT_OFF(next_rip));
-    e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
-    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
-    e_patch(stay, w->p);
-    if (in_host) emit_restore(w);
-}
-
-/* The store has killed this very block. A single access is done: go on after it, for it may have rewritten itself. One
- * that is part of an instruction (PUSH, CALL) is made again by the interpreter. */
-static void emit_leave_dead(emitter *e, const slow_stub *s) {
-    jit_writer *w = e->w;
-    unsigned i = s->check->insn;
-    bool is_done = s->access->op == IR_ACCESS;
-    jit_cover_leave(e->u, w, i + is_done);
-    if (is_done) jit_hook_leave(e->u, w, i + 1);
-    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(i + is_done));
-    if (is_done)
-        e_gs_load(w, 8, T0, JIT_OFF(next_rip));
-    else
-        e_mov_imm(w, T0, e->u->insn_rip[i]);
-    e_mov_imm(w, T1, is_done ? JIT_LEAVE_LOOKUP : JIT_LEAVE_STEP);
-    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
-}
-
-/* C gave no pointer for a part of an instruction: somebody watches, and the interpreter does it from its start. */
-static void emit_step_if_null(emitter *e, const slow_stub *s) {
-    jit_writer *w = e->w;
-    unsigned i = s->check->insn;
-    e_rr(w, 8, 0x85, T0, T0);
-    uint8_t *fine = e_jcc(w, CC_NE);
-    jit_cover_leave(e->u, w, i);
-    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)i);
-    e_mov_imm(w, T0, e->u->insn_rip[i]);
-    e_mov_imm(w, T1, JIT_LEAVE_STEP);
-    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
-    e_patch(fine, w->p);
+    e_mov_imm(e->w, T1, s->site);
+    e_call_to(e->w, e->j->check[jit_level(e->u->key)][in_host]);
 }
 
 static void emit_slow_stub(emitter *e, slow_stub *s) {
@@ -760,23 +720,17 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     }
     e_mov_imm(w, T1, s->site);
     e_call_to(w, j->begin[vec]);
-    uint8_t *handled = NULL, *leave = NULL;
+    uint8_t *handled = NULL;
     if (is_write && is_read) {
-        e_alu_imm(w, 8, 7, T0, 1);
-        handled = e_jcc(w, CC_B);
-        leave = e_jcc(w, CC_E);
+        e_rr(w, 8, 0x85, T0, T0);
+        handled = e_jcc(w, CC_E);
     }
-    if (e->u->cpu->watch && s->access->op != IR_ACCESS) emit_step_if_null(e, s);
     if (s->check->window) emit_host_to_offset(e, s);
     if (s->restore) emit_restore(w);
     emit_access(e, s->access);
     if (is_write && !is_read) {
         e_mov_imm(w, T1, s->site);
         e_call_to(w, j->commit[vec]);
-        e_rr(w, 8, 0x85, T0, T0);
-        uint8_t *fine = e_jcc(w, CC_E);
-        emit_leave_dead(e, s);
-        e_patch(fine, w->p);
         if (s->restore) emit_restore(w);
     }
     if (s->access->op == IR_ACCESS) emit_leave_check(e, s);
@@ -785,13 +739,6 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         e_patch(handled, w->p);
         emit_restore(w);
         e_jmp_to(w, s->resume);
-        e_patch(leave, w->p);
-        jit_cover_leave(e->u, w, s->check->insn + 1);
-        jit_hook_leave(e->u, w, s->check->insn + 1);
-        e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->check->insn + 1));
-        e_gs_load(w, 8, T0, JIT_OFF(rip));
-        e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
-        e_jmp_to(w, j->leave[vec]);
     }
 }
 
@@ -825,20 +772,26 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
         e_gs_store(w, 8, T0, JIT_OFF(rip));
         if (e->u->key & JIT_KEY_64) emit_canonical_test(e, s);
     }
+    unsigned level = jit_level(e->u->key);
     if (s->regen) emit_regen(e, s->recipe);
-    if (s->save) emit_save(w);
     if (s->index) jit_cover_leave(e->u, w, s->index);
     if (s->index) e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)s->index);
-    if (s->rip_in_memory || s->rip_in_tmp)
+    if (s->link) {
+        e_mov_imm(w, T0, (uint64_t)(uintptr_t)s->link);
+        e_jmp_to(w, e->j->leave_link[level][s->save]);
+        return;
+    }
+    if (s->rip_in_tmp)
         e_gs_load(w, 8, T0, JIT_OFF(rip));
     else
         e_mov_imm(w, T0, s->rip);
-    if (s->link) {
-        e_mov_imm(w, T1, (uint64_t)(uintptr_t)s->link);
-        e_gs_store(w, 8, T1, JIT_SLOT(JIT_SLOT_LINK));
+    if (s->reason == JIT_LEAVE_SLICE) {
+        e_jmp_to(w, e->j->leave_slice[level][s->save]);
+        return;
     }
+    if (s->save) emit_save(w);
     e_mov_imm(w, T1, s->reason);
-    e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
+    e_jmp_to(w, e->j->leave[level]);
 }
 
 /* ---- control flow ---- */
@@ -971,23 +924,13 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     unsigned vec = jit_level(e->u->key);
     need_mem(e);
-    e_mov_imm(w, T1, new_site(e, o->insn, NULL, true));
+    uint32_t at = new_site(e, o->insn, NULL, true);
+    ((jit_site *)(e->j->arena + at))->is_end = o->op == IR_FALLBACK_END;
+    e_mov_imm(w, T1, at);
     e_call_to(w, e->j->fallback[vec]);
     e->host = false;
     e->mem = e->image = true;
     e->recipe = -1;
-    if (o->op == IR_FALLBACK_END) {
-        leave_stub *s = new_leave(e, JIT_LEAVE_LOOKUP, NULL);
-        s->rip_in_memory = true;
-        s->index = (uint8_t)(o->insn + 1);
-        emit_leave_stub(e, s);
-        e->nleave--;
-        return;
-    }
-    e_rr(w, 8, 0x85, T0, T0);
-    leave_stub *s = new_leave(e, JIT_LEAVE_LOOKUP, e_jcc(w, CC_NE));
-    s->rip_in_memory = true;
-    s->index = (uint8_t)(o->insn + 1);
 }
 
 /* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below
@@ -1027,14 +970,6 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
         if (s->jump[k]) e_patch(s->jump[k], w->p);
     e_mov_imm(w, T1, new_site(e, s->insn, NULL, true));
     e_call_to(w, e->j->fallback[level]);
-    e_rr(w, 8, 0x85, T0, T0);
-    uint8_t *stay = e_jcc(w, CC_E);
-    jit_cover_leave(e->u, w, s->insn + 1);
-    e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)(s->insn + 1));
-    e_gs_load(w, 8, T0, JIT_OFF(rip));
-    e_mov_imm(w, T1, JIT_LEAVE_LOOKUP);
-    e_jmp_to(w, e->j->leave[level]);
-    e_patch(stay, w->p);
     e_jmp_to(w, s->resume);
 }
 
@@ -1265,8 +1200,26 @@ static void place_lists(emitter *e) {
     memcpy(b->edges, e->u->edges, b->nedges * sizeof *b->edges);
 }
 
+/* Memory for what comes next, a quarter of a megabyte at a time: one call of the host instead of a fault for each page. */
+static void commit_ahead(jit *j) {
+    enum { STEP = 256 << 10, WRITE = 23 /* MADV_POPULATE_WRITE */, READ = 22 };
+    size_t code = (size_t)(j->w.p - j->write_base), step;
+    if (code > STEP / 4 && code + STEP / 4 > j->code_ready && j->code_ready < j->code_bytes) {
+        step = j->code_bytes - j->code_ready < STEP ? j->code_bytes - j->code_ready : STEP;
+        if (madvise(j->write_base + j->code_ready, step, WRITE) == 0)
+            madvise(j->exec_base + j->code_ready, step, READ);
+        j->code_ready += step;
+    }
+    if (j->arena_used > STEP / 4 && j->arena_used + STEP / 4 > j->arena_ready && j->arena_ready < j->arena_bytes) {
+        step = j->arena_bytes - j->arena_ready < STEP ? j->arena_bytes - j->arena_ready : STEP;
+        madvise(j->arena + j->arena_ready, step, WRITE);
+        j->arena_ready += step;
+    }
+}
+
 jit_block *jit_emit(jit_unit *u, int *failed) {
     jit *j = u->j;
+    commit_ahead(j);
     emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
@@ -1306,7 +1259,8 @@ static const struct {
                  {JIT_FRAME_R12 + 3, true, GPR(X86_R15)},
                  {JIT_FRAME_FLAGS, true, JIT_SLOT(JIT_SLOT_FLAGS)},
                  {JIT_FRAME_FLAG_A, false, JIT_SLOT(JIT_SLOT_FLAG_A)},
-                 {JIT_FRAME_FLAG_B, false, JIT_SLOT(JIT_SLOT_FLAG_B)}};
+                 {JIT_FRAME_FLAG_B, false, JIT_SLOT(JIT_SLOT_FLAG_B)},
+                 {JIT_FRAME_TMP, false, JIT_SLOT(JIT_SLOT_TMP)}};
 enum { FRAME_MAP = sizeof frame_map / sizeof *frame_map, FRAME_BYTES = (8 * JIT_FRAME_SLOTS + 15) & ~15 };
 
 /* Registers to the x86_cpu. `pushed`: bytes on the stack above the frame. */
@@ -1414,6 +1368,13 @@ static uint8_t *emit_enter(jit *j, unsigned vec) {
     return start;
 }
 
+/* Back to C. `pushed`: bytes on the stack above the frame. */
+static void emit_return(jit_writer *w, int32_t pushed) {
+    e_alu_imm(w, 8, 0, RSP, 8 + FRAME_BYTES + pushed);
+    for (unsigned i = sizeof saved; i-- > 0;) emit_push_pop(w, saved[i], false);
+    e8(w, 0xc3);
+}
+
 /* T0 = rip, T1 = reason: back to C. */
 static uint8_t *emit_leave(jit *j, unsigned vec) {
     jit_writer *w = &j->w;
@@ -1423,15 +1384,53 @@ static uint8_t *emit_leave(jit *j, unsigned vec) {
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
     emit_spill(w, 0);
     if (vec) emit_vec_spill(j, vec);
-    e_alu_imm(w, 8, 0, RSP, 8 + FRAME_BYTES);
-    for (unsigned i = sizeof saved; i-- > 0;) emit_push_pop(w, saved[i], false);
     if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
+    emit_return(w, 0);
+    return start;
+}
+
+/* The ways out that blocks take most, so that their stubs are short. T0 = the link, or rip. `save`: the flags first. */
+static uint8_t *emit_leave_link(jit *j, unsigned vec, bool save) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    if (save) emit_save(w);
+    e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_LINK));
+    e_r_mem(w, 8, 0x8b, T0, T0, 0xff, 1, (int32_t)offsetof(jit_link, target));
+    e_mov_imm(w, T1, JIT_LEAVE_LINK);
+    e_jmp_to(w, j->leave[vec]);
+    return start;
+}
+static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    if (save) emit_save(w);
+    e_mov_imm(w, T1, JIT_LEAVE_SLICE);
+    e_jmp_to(w, j->leave[vec]);
+    return start;
+}
+
+/* T1 = site: go on, or leave after its instruction if somebody asked for the run loop. `in_host`: the flags are. */
+static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host) {
+    jit_writer *w = &j->w;
+    uint8_t *start = w->p;
+    if (in_host) {
+        e_mov(w, 8, T0, RAX);
+        e8(w, 0x9f);                           /* lahf */
+        e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
+        e_r_mem(w, 4, 0x89, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + 8);
+        e_mov(w, 8, RAX, T0);
+    }
+    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
+    e8(w, 0);
+    e_jcc_to(w, CC_NE, j->after[vec]);
+    if (in_host) emit_restore_from(w, 8);
     e8(w, 0xc3);
     return start;
 }
 
-/* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. */
-static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address) {
+/* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. JIT_OUT: it has said where and
+ * why to leave; all state is in the x86_cpu already. */
+static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address, bool can_leave) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     emit_spill(w, 8);
@@ -1444,6 +1443,12 @@ static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has
     e_mov(w, 4, has_address ? RDX : RSI, T1);
     e_mov_imm(w, RAX, (uint64_t)(uintptr_t)function);
     e8(w, 0xff), e8(w, 0xd0); /* call rax */
+    if (can_leave) {
+        e_alu_imm(w, 8, 7, RAX, JIT_OUT);
+        uint8_t *stay = e_jcc(w, CC_NE);
+        emit_return(w, 16);
+        e_patch(stay, w->p);
+    }
     e_alu_imm(w, 8, 0, RSP, 8);
     e_mov(w, 8, T0, RAX);
     if (vec) emit_vec_reload(j, vec);
@@ -1515,10 +1520,16 @@ void jit_emit_thunks(jit *j) {
     for (unsigned vec = 0; vec < 3; vec++) {
         j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
         j->leave[vec] = emit_leave(j, vec);
-        j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true);
-        j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false);
-        j->hook[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_hook, false);
-        j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false);
+        j->begin[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_begin, true, true);
+        j->commit[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_commit, false, true);
+        j->hook[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_hook, false, false);
+        j->after[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_after, false, true);
+        for (unsigned k = 0; k < 2; k++) {
+            j->leave_link[vec][k] = emit_leave_link(j, vec, k);
+            j->leave_slice[vec][k] = emit_leave_slice(j, vec, k);
+            j->check[vec][k] = emit_leave_check_thunk(j, vec, k);
+        }
+        j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false, true);
     }
     j->hook_left = emit_hook_left(j);
     j->flags = emit_flags_thunk(j);

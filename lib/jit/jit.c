@@ -501,7 +501,7 @@ jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
     cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, s->index);
-    if (s->block->nedges) jit_cover_look(cpu, s, 1);
+    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
     jit_load_flags(cpu);
     cpu->rip = s->rip;
     cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
@@ -520,12 +520,21 @@ static void hurry(jit *j, x86_cpu *cpu) {
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
     if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
-    if (s->block->nedges) jit_cover_look(cpu, s, -1);
+    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, -1);
     jit_store_flags(cpu);
     if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
         cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
         hurry(j, cpu);
     }
+}
+
+/* Leave the block with n of its instructions done, for rip. After end_helper(). */
+static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigned reason, uint64_t rip) {
+    if (s->block->nedges) jit_cover_add(cpu, s->block, n, 1);
+    cpu->jit_scratch[JIT_SLOT_R15] -= n;
+    cpu->jit_scratch[JIT_SLOT_REASON] = reason;
+    cpu->rip = rip;
+    return JIT_OUT;
 }
 
 /* The whole instruction by its semantic function. True: leave the block after it. */
@@ -593,11 +602,14 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);
     if (!p && jit_hook_steps(cpu, s, la)) {
         jit_end_helper(j, cpu, s);
-        return NULL;
+        return (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index, JIT_LEAVE_STEP, s->rip);
     }
-    if (!p && s->access == (X86_READ | X86_WRITE))
-        p = (uint8_t *)(uintptr_t)(execute(j, cpu, s) ? 1 : 0);
-    else if (!p) {
+    if (!p && s->access == (X86_READ | X86_WRITE)) {
+        bool leaves = execute(j, cpu, s);
+        jit_end_helper(j, cpu, s);
+        return leaves ? (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : NULL;
+    }
+    if (!p) {
         if (s->access & X86_READ)
             x86_read_linear(cpu, la, j->bounce, s->size);
         else
@@ -610,21 +622,47 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     return p;
 }
 
+/* The store of a PUSH or CALL has killed its own block: what else the instruction does, for its bytes may have gone. */
+static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
+    if (!s->block->is_dead) return 0;
+    bool is_64 = s->in.mode == 8;
+    cpu->gpr[X86_RSP] = is_64 ? cpu->gpr[X86_RSP] - 8 : (uint32_t)(cpu->gpr[X86_RSP] - 4);
+    uint64_t rip = cpu->next_rip;
+    if (!(s->in.flags & X86_IF_BRANCH)) return rip;
+    rip = s->in.op[0].kind == X86_OP_REL ? rip + s->in.imm : cpu->jit_scratch[JIT_SLOT_TMP];
+    cpu->rip = is_64 ? rip : (uint32_t)rip;
+    if (cpu->cover.is_on) x86_cover_branch(cpu, s->rip);
+    return cpu->rip;
+}
+
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     if (!j->bounce_active) return 0;
     jit_site *s = jit_begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
+    uint64_t rip = s->is_single ? cpu->next_rip : finish_push(cpu, s);
+    if (s->block->is_dead) jit_hook_after(cpu, s, true);
     jit_end_helper(j, cpu, s);
-    return s->block->is_dead;
+    if (!s->block->is_dead) return 0;
+    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, rip);
 }
 
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = jit_begin_helper(cpu, at);
-    bool leave = execute(j, cpu, s);
+    bool leaves = execute(j, cpu, s);
     jit_end_helper(j, cpu, s);
-    return leave;
+    return leaves || s->is_end ? leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : 0;
+}
+
+/* A callback has asked for the run loop: leave after the instruction whose access it was. */
+uint64_t jit_help_after(x86_cpu *cpu, uint32_t at) {
+    jit *j = cpu->jit;
+    uint64_t next = cpu->next_rip; /* as the callback left it */
+    jit_site *s = jit_begin_helper(cpu, at);
+    jit_hook_after(cpu, s, true);
+    jit_end_helper(j, cpu, s);
+    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, next);
 }
 
 /* ---- the run loop's side ---- */

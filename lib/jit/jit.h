@@ -49,6 +49,7 @@ typedef struct jit_site {
     uint16_t span;
     uint8_t in_window; /* a group that must lie in a window (1 + which) */
     bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
+    bool is_end;       /* the block ends with it */
 } jit_site;
 
 /* A direct edge: a jmp that goes to its stub until linked. */
@@ -172,6 +173,7 @@ typedef struct jit {
     jit_writer w;
     uint8_t *arena; /* blocks and sites */
     size_t arena_bytes, arena_used;
+    size_t code_ready, arena_ready; /* committed by commit_ahead() */
     jit_block *hash[JIT_HASH], *pages[JIT_PAGES], *all;
     uint32_t table_key[JIT_TABLES];
     bool table_used[JIT_TABLES];
@@ -209,7 +211,10 @@ typedef struct jit {
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[3];                                              /* by jit_level() */
-    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *hook[3], *hook_left, *flags; /* writable view, for e_call_to */
+    uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *after[3], *hook[3], *hook_left, *flags; /* writable view,
+                                                                                                        for e_call_to */
+    uint8_t *leave_link[3][2], *leave_slice[3][2];                              /* [1]: saves the flags first */
+    uint8_t *check[3][2];                                                       /* [1]: the flags are in the host's */
 } jit;
 
 #define JIT_GROUPS 13
@@ -230,9 +235,10 @@ enum {
     JIT_SLOT_R15,
     JIT_SLOT_FLAGS /* as in the frame */,
     JIT_SLOT_LINK,
+    JIT_SLOT_TMP /* the frame's */,
     JIT_SLOT_REASON,
     JIT_SLOT_MXCSR,
-    JIT_SLOT_WINDOW_LIMIT = 6 /* offsets below it are inside, at any width */,
+    JIT_SLOT_WINDOW_LIMIT = 8 /* offsets below it are inside, at any width */,
     JIT_SLOT_WRITE_LIMIT,
     JIT_SLOT_FLAG_A,
     JIT_SLOT_FLAG_B,
@@ -303,7 +309,7 @@ void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned reg); /* for the ad
 void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare); /* the last edge only */
 void jit_cover_stubs(jit_unit *u, jit_writer *w); /* out of line, before the first stub that leaves in the middle */
 void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn); /* edges of instructions before `insn` */
-void jit_cover_look(x86_cpu *cpu, const jit_site *site, int sign); /* +1 somebody looks, -1 the block goes on */
+void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign); /* its edges before an instruction */
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* hook.c */
@@ -344,9 +350,10 @@ jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at);
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s);
 /* jit.c: helpers called by emitted code */
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t site);
-uint64_t jit_help_commit(x86_cpu *cpu,
-                         uint32_t site); /* non-zero: leave, the instruction is done again by the interpreter */
-uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site); /* non-zero: leave the block */
+uint64_t jit_help_commit(x86_cpu *cpu, uint32_t site);
+uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);
+uint64_t jit_help_after(x86_cpu *cpu, uint32_t site); /* leaves */
+#define JIT_OUT 1 /* what they return to leave the block */
 bool jit_is_stop(const jit *j, uint64_t rip);
 
 #endif
