@@ -26,13 +26,15 @@ typedef struct vm_record_options {
     uint32_t size;                      /* sizeof(vm_record_options): VM_RECORD_OPTIONS_INIT */
     bool     skip_idle;                 /* do not wait while the guest is halted and waits for a timer: its time jumps there.
                                            Else it waits as long in the host's time. Nothing in the log depends on it */
-    uint64_t max_bytes;                 /* of the log; 0: 1 GiB. When it is full, recording ends: VM_EXIT_REPLAY */
+    bool     omit_ram;                  /* leave the contents of RAM out of the log: whoever replays it brings them */
+    uint64_t max_bytes;                 /* of the log, RAM not counted; 0: 1 GiB. When it is full, recording ends:
+                                           VM_EXIT_REPLAY */
 } vm_record_options;
 #define VM_RECORD_OPTIONS_INIT VM_STRUCT_INIT(vm_record_options)
 
 /* Begins to record into `fd`, from its current offset on; written in pieces, complete when vm_record_stop() has returned.
  * The machine may be new (booted, not run yet) or in the midst of a run, but no vCPU may be running now (VM_E_BUSY). The
- * log begins with the state of CPU and devices and a checksum of RAM. `fd` stays open until the stop, the caller's.
+ * log begins with the state of CPU and devices and all pages of RAM that are not zero. `fd` stays open until the stop, the caller's.
  * Inputs from other threads while the vCPU runs are taken in at its next instruction boundary; the call waits for that.
  * VM_E_UNSUPPORTED see above; VM_E_HOST writing failed; VM_E_NOMEM. */
 VM_API int vm_record(vm_machine *m, int fd, const vm_record_options *options);
@@ -40,15 +42,16 @@ VM_API int vm_record(vm_machine *m, int fd, const vm_record_options *options);
  * not record; VM_E_HOST: writing failed, now or earlier: the log is not complete. VM_E_BUSY while the vCPU runs. */
 VM_API int vm_record_stop(vm_machine *m);
 
-/* Reads a whole log from `fd` (current offset to its end) and puts the machine in front of it: CPU, devices and time as they
- * were when vm_record() was called. RAM is not in the log: it must be the same already, by booting the same images in a
- * machine with the same options that has not run yet, or by restoring a snapshot that was taken when the recording began.
+/* Reads a whole log from `fd` (current offset to its end) and puts the machine in front of it: CPU, devices, time and RAM as
+ * they were when vm_record() was called. The machine is made with the same options and has the same memory map and devices
+ * of the program. With omit_ram its RAM must be the same already, by restoring a snapshot that was taken when the recording
+ * began, or by loading the same images (a Linux kernel gets other random numbers each time it is loaded).
  * Then vm_vcpu_run() replays, in as many runs as you like, with budgets, hooks and breakpoints. What is called to the
  * machine from outside meanwhile (the inputs listed above) is refused with VM_E_BUSY; callbacks of the program's own devices
  * are not called; console output is.
  * VM_E_FORMAT: damaged, of another version, incomplete, with a message that says where (nothing has changed then);
- * VM_E_INVALID: not this machine: its RAM, CPU model or memory size differ; VM_E_UNSUPPORTED, VM_E_BUSY, VM_E_NOMEM,
- * VM_E_HOST (reading). */
+ * VM_E_INVALID: not this machine: its CPU model, memory size or map differ, or its RAM with omit_ram; VM_E_UNSUPPORTED,
+ * VM_E_BUSY, VM_E_NOMEM, VM_E_HOST (reading). */
 VM_API int vm_replay(vm_machine *m, int fd);
 /* Ends a replay wherever it is; the machine lives on from there in host time. VM_E_INVALID: it does not replay. */
 VM_API int vm_replay_stop(vm_machine *m);

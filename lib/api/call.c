@@ -94,7 +94,7 @@ VM_API int vm_bind_function(vm_machine *m, uint64_t address, const vm_bind_desc 
 
 VM_API int vm_bind_hypercall(vm_machine *m, uint64_t number, const vm_bind_desc *desc, vm_binding **out)
 {
-    if (m && m->backend->get_state)
+    if (m && m->backend->takes_interrupts)               /* KVM */
         return vm_fail(VM_E_UNSUPPORTED, "vm_bind_hypercall: on %s hypercalls go to the host's kernel", m->backend->name);
     return bind(m, true, number, desc, out, "vm_bind_hypercall");
 }

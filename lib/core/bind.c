@@ -189,7 +189,7 @@ static bool translate(call *c, uint64_t la, unsigned access, uint64_t *gpa)
     x86_walk w = { 0 };
     if (x->code_size == 8 && !x86_canonical(la))
         return fault(c, X86_GP, true);
-    if (c->cpu->machine->backend->get_state) {           /* its TLB is not ours */
+    if (c->cpu->machine->backend->takes_interrupts) {    /* KVM: its TLB is not ours */
         if (!x86_walk_page(x, la, access, x->ctx, true, &w)) {
             c->fault = w.fault;
             return false;

@@ -163,7 +163,7 @@ static int check_machine(vm_machine *m, const char *function)
 {
     if (!m->is_pc || m->vcpu_count != 1)
         return vm_fail(VM_E_UNSUPPORTED, "%s: only a PC with one vCPU; a BARE machine repeats itself without a log", function);
-    if (m->backend->get_state)
+    if (m->backend->takes_interrupts)                    /* KVM */
         return vm_fail(VM_E_UNSUPPORTED, "%s: backend %s counts no instructions", function, m->backend->name);
     if (m->replay)
         return vm_replay_forbids(m, function);
@@ -227,6 +227,46 @@ static uint8_t *platform_bytes(vm_machine *m, size_t *bytes)
     return p;
 }
 
+static bool is_zero(const uint8_t *page)
+{
+    return !page[0] && !memcmp(page, page + 1, 4095);
+}
+
+/* fn for each page of RAM, ascending, until one says false. */
+static bool each_page(vm_machine *m, bool (*fn)(vm_machine *m, uint64_t gpa, const uint8_t *page))
+{
+    for (size_t i = 0; i < m->view.count; i++) {
+        const vm_range *range = &m->view.ranges[i];
+        if (range->region->kind > VM_REGION_FILE)
+            continue;
+        for (uint64_t at = 0; at < range->bytes; at += 4096)
+            if (!fn(m, range->gpa + at, range->region->host + range->offset + at))
+                return false;
+    }
+    return true;
+}
+
+static bool put_page(vm_machine *m, uint64_t gpa, const uint8_t *page)
+{
+    struct vm_replay *rp = m->replay_kept;
+    if (!is_zero(page))
+        vm_log_put(&rp->w, &(vm_log_event){ .type = VM_LOG_PAGE, .a = gpa, .data = page, .bytes = 4096 });
+    return rp->w.status == VM_OK;
+}
+
+/* Make a page what the log says: its next event, or zero. */
+static bool get_page(vm_machine *m, uint64_t gpa, const uint8_t *page)
+{
+    struct vm_replay *rp = m->replay_kept;
+    static const uint8_t zero[4096];
+    const uint8_t *want = zero;
+    if (rp->next.type == VM_LOG_PAGE && rp->next.a == gpa) {
+        want = rp->next.data;
+        vm_play_next(rp);
+    }
+    return !memcmp(page, want, 4096) || vm_memory_copy(m, gpa, (void *)(uintptr_t)want, 4096, true) == VM_OK;
+}
+
 /* The vCPU held, time virtual. */
 static int begin_record(vm_machine *m, int fd, const vm_record_options *o)
 {
@@ -239,8 +279,13 @@ static int begin_record(vm_machine *m, int fd, const vm_record_options *o)
         vm_log_header h = { .ram_bytes = m->options.ram_bytes, .ram_sum = vm_ram_sum(m), .model_sum = model_sum(cpu),
                             .time_ns = vm_clock_now(m), .tsc = vm_clock_tsc(m), .cpu_bytes = (uint32_t)cpu_bytes,
                             .platform_bytes = (uint32_t)pc_bytes };
-        status = vm_log_begin(&rp->w, fd, o->max_bytes ? o->max_bytes : LOG_DEFAULT, &h, state, pc);
+        status = vm_log_begin(&rp->w, fd, UINT64_MAX, &h, state, pc);
     }
+    if (!status && !o->omit_ram && !each_page(m, put_page)) {
+        status = rp->w.status;
+        vm_log_abandon(&rp->w);
+    }
+    rp->w.max_bytes = rp->w.written + rp->w.used + (o->max_bytes ? o->max_bytes : LOG_DEFAULT);
     free(state);
     free(pc);
     rp->skip_idle = o->skip_idle;
@@ -274,9 +319,21 @@ static int is_this_machine(vm_machine *m, const vm_log_header *h)
                        (unsigned long long)h->ram_bytes, (unsigned long long)m->options.ram_bytes);
     if (h->model_sum != model_sum(m->vcpus[0]))
         return vm_fail(VM_E_INVALID, "vm_replay: the recorded machine has another CPU (vm_options.cpu_model, or the host)");
-    if (h->ram_sum != vm_ram_sum(m))
-        return vm_fail(VM_E_INVALID, "vm_replay: what is in RAM is not what was there when vm_record() was called");
     return VM_OK;
+}
+
+/* `next` is then the first event behind the pages. */
+static int get_ram(vm_machine *m)
+{
+    struct vm_replay *rp = m->replay_kept;
+    bool has_pages = rp->next.type == VM_LOG_PAGE;
+    if (has_pages && !each_page(m, get_page))
+        return VM_E_HOST;
+    if (rp->next.type == VM_LOG_PAGE)
+        return vm_fail(VM_E_INVALID, "vm_replay: the log has a page of RAM at 0x%llx, the machine has none there",
+                       (unsigned long long)rp->next.a);
+    return rp->log.header.ram_sum == vm_ram_sum(m) ? VM_OK
+        : vm_fail(VM_E_INVALID, "vm_replay: what is in RAM is not what was there when vm_record() was called");
 }
 
 /* Devices as the log has them; those of before again if it makes no sense. */
@@ -307,6 +364,14 @@ static int begin_play(vm_machine *m)
         status = state_of(cpu, rp->log.cpu, h->cpu_bytes, &s);
     if (status)
         return status;
+    rp->offset = rp->at = 0;
+    rp->next = (vm_log_event){ 0 };
+    vm_play_next(rp);
+    status = get_ram(m);
+    if (status) {
+        free(s.io_log);
+        return status;
+    }
     uint64_t now = vm_clock_now(m), tsc = vm_clock_tsc(m);
     vm_clock_virtual(m, true);
     vm_clock_set(m, h->time_ns, h->tsc);
@@ -317,10 +382,7 @@ static int begin_play(vm_machine *m)
     } else {
         put_state(cpu, &s);
         vm_clock_set(m, h->time_ns, h->tsc);             /* it counts from the vCPU's instructions */
-        rp->offset = rp->at = 0;
         rp->session++;
-        rp->next = (vm_log_event){ 0 };
-        vm_play_next(rp);
         begin(m, VM_REPLAY_PLAYING);
     }
     free(s.io_log);

@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 enum { EVENT_ROOM = 64 };              /* an event without its data is shorter */
-#define LOG_MAX (UINT64_C(1) << 31)    /* a file that is read */
+#define LOG_MAX (UINT64_C(1) << 33)    /* a file that is read */
 
 uint32_t vm_crc32(uint32_t crc, const void *data, size_t bytes)
 {
@@ -250,7 +250,7 @@ static bool is_sound(const vm_log_event *e)
     if (e->type < VM_LOG_END || e->type >= VM_LOG_TYPES || (!both && e->is_inside != only_inside))
         return false;
     bool has_data = e->type == VM_LOG_STATE || e->type == VM_LOG_SERIAL || e->type == VM_LOG_WRITE;
-    return has_data || !e->bytes;
+    return e->type == VM_LOG_PAGE ? e->bytes == 4096 && !e->at : has_data || !e->bytes;
 }
 
 static int check_events(vm_log *log)

@@ -45,6 +45,7 @@ typedef enum vm_log_type {
     VM_LOG_WRITE,                      /* a: gpa; data */
     VM_LOG_INJECT,                     /* a: vector; b: 0, or 1 + error code */
     VM_LOG_COMPLETE,                   /* a: the caller's data for the access of the exit; b: 1: he had any */
+    VM_LOG_PAGE,                       /* a: gpa; data: the page of RAM there. Before all others, ascending */
     /* only inside an instruction: */
     VM_LOG_READ,                       /* a: what the program's device answered; b: 1: it did not */
     VM_LOG_WROTE,                      /* b: 1: it did not take it */
