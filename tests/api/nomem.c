@@ -34,6 +34,7 @@ static bool fails(void)
 void *__libc_malloc(size_t);
 void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
+void *__libc_memalign(size_t, size_t);
 void __libc_free(void *);
 
 void *malloc(size_t bytes)
@@ -46,6 +47,13 @@ void *malloc(size_t bytes)
 void *calloc(size_t n, size_t bytes)
 {
     void *p = fails() ? NULL : __libc_calloc(n, bytes);
+    live += p != NULL;
+    return p;
+}
+
+void *aligned_alloc(size_t alignment, size_t bytes)
+{
+    void *p = fails() ? NULL : __libc_memalign(alignment, bytes);
     live += p != NULL;
     return p;
 }
@@ -156,6 +164,93 @@ static int pc(vm_backend backend)
     return status;
 }
 
+/* What a failed call must leave alone. */
+static uint64_t state_of(vm_machine *m)
+{
+    static uint8_t page[4096];
+    vm_regs r = VM_REGS_INIT;
+    uint64_t h = 1469598103934665603u, regions = 0;
+    OK(vm_vcpu_get_regs(vm_vcpu_get(m, 0), &r));
+    OK(vm_stats(m, "regions", &regions));
+    for (size_t i = 0; i < sizeof r / 8; i++)
+        h = (h ^ ((uint64_t *)(void *)&r)[i]) * 1099511628211u;
+    for (uint64_t gpa = 0; gpa < 0x20000; gpa += 4096)
+        if (vm_read(m, gpa, page, sizeof page) == VM_OK)
+            for (size_t i = 0; i < sizeof page; i += 64)
+                h = (h ^ page[i] ^ gpa) * 1099511628211u;
+    return h ^ regions;
+}
+
+/* A call that fails for want of memory leaves the machine as it was, and succeeds when asked again. */
+#define AGAIN(m, call)                                                          \
+    do {                                                                        \
+        uint64_t again_before = state_of(m);                                    \
+        int again_status = (call);                                              \
+        if (again_status != VM_OK) {                                            \
+            if (!has_failed)                                                    \
+                FAIL("%s: %d, %s", #call, again_status, vm_errmsg());           \
+            CHECK_EQ(state_of(m), again_before);                                \
+            OK(call);                                                           \
+        }                                                                       \
+    } while (0)
+
+static void write_page(vm_machine *m, uint64_t gpa, uint8_t value)
+{
+    OK(vm_write(m, gpa, &value, 1));
+}
+
+/* Snapshots, nested, over edits of the map, to a file and back, and a clone. */
+static int snapshots(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL, *copy = NULL;
+    vm_region *r = NULL;
+    vm_snapshot *s = NULL, *t = NULL, *u = NULL;
+    o.backend = backend;
+    int status = vm_create(&o, &m);
+    if (status)
+        return status;
+    status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        status = vm_map_ram(m, 0x10000, 0x4000, VM_PROT_RWX, &r);
+    if (!status)
+        status = vm_protect(m, 0x3000, 0x1000, VM_PROT_R);
+    if (status) {
+        vm_destroy(m);
+        return status;
+    }
+    write_page(m, 0x1000, 1);
+    AGAIN(m, vm_snapshot_take(m, &s));
+    uint64_t first = state_of(m);
+    for (unsigned i = 0; i < 6; i++)
+        write_page(m, 0x4000 + 0x1000 * i, 2);
+    OK(vm_unmap(m, r));
+    AGAIN(m, vm_protect(m, 0x1000, 0x1000, VM_PROT_R));
+    AGAIN(m, vm_snapshot_take(m, &t));
+    uint64_t second = state_of(m);
+    AGAIN(m, vm_snapshot_restore(m, s));
+    CHECK_EQ(state_of(m), first);
+    write_page(m, 0x11000, 3);
+    AGAIN(m, vm_snapshot_restore(m, t));
+    CHECK_EQ(state_of(m), second);
+    int fd = memfd_create("snapshot", 0);
+    CHECK(fd >= 0);
+    AGAIN(m, (lseek(fd, 0, SEEK_SET), vm_snapshot_save(t, fd)));
+    write_page(m, 0x1000, 9);
+    AGAIN(m, vm_snapshot_load(m, fd, &u));
+    close(fd);
+    AGAIN(m, vm_snapshot_restore(m, u));
+    CHECK_EQ(state_of(m), second);
+    AGAIN(m, vm_fork(m, &copy));
+    CHECK_EQ(state_of(copy), second);
+    vm_snapshot_free(s);
+    AGAIN(m, vm_snapshot_restore(m, t));
+    CHECK_EQ(state_of(m), second);
+    vm_destroy(copy);
+    vm_destroy(m);
+    return VM_OK;
+}
+
 static void for_every_allocation(vm_backend backend, int (*scenario)(vm_backend))
 {
     CHECK_EQ(scenario(backend), 0);    /* warm: what the process keeps is kept now */
@@ -187,6 +282,13 @@ EACH_BACKEND(bare_machine)
     if (backend == VM_BACKEND_KVM)
         test_skip("KVM's own allocations are not under this test's control");
     for_every_allocation(backend, bare);
+}
+
+EACH_BACKEND(snapshots)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM's own allocations are not under this test's control");
+    for_every_allocation(backend, snapshots);
 }
 
 EACH_BACKEND(pc_machine)

@@ -6,7 +6,9 @@
 #include "../backends.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -656,7 +658,9 @@ EACH_BACKEND(misuse)
     REFUSED(vm_snapshot_load(m, -1, &(vm_snapshot *){ NULL }), VM_E_HOST);
     REFUSED(vm_snapshot_load_file(m, "/nonexistent/x", 0, &(vm_snapshot *){ NULL }), VM_E_NOTFOUND);
     REFUSED(vm_snapshot_load_file(m, "/", 0, &(vm_snapshot *){ NULL }), VM_E_FORMAT);
-    REFUSED(vm_fork(NULL, &other), VM_E_INVALID);
+    REFUSED(vm_fork(NULL, &(vm_machine *){ NULL }), VM_E_INVALID);
+    REFUSED(vm_fork(m, NULL), VM_E_INVALID);
+    vm_destroy(other);
     vm_snapshot_free(NULL);
     CHECK_EQ(vm_snapshot_bytes(NULL), 0);
     vm_destroy(m);
@@ -833,6 +837,53 @@ EACH_BACKEND(pipes)
     OK(vm_snapshot_restore(m, s));
     CHECK_EQ(state_of(m, counts(backend)), at);
     unlink(temporary());
+    vm_destroy(m);
+}
+
+static unsigned files_beside(const char *path)
+{
+    char command[200];
+    snprintf(command, sizeof command, "ls %s* 2>/dev/null | wc -l", path);
+    FILE *f = popen(command, "r");
+    unsigned n = 0;
+    CHECK(f && fscanf(f, "%u", &n) == 1);
+    pclose(f);
+    return n;
+}
+
+/* The disk is full after so many bytes: the old file stays, nothing else does. */
+TEST(full_disks)
+{
+    vm_machine *m = make(VM_BACKEND_INTERP);
+    vm_snapshot *s = NULL, *t = NULL;
+    const char *path = temporary();
+    struct stat before, after;
+    go(m, 100);
+    OK(vm_snapshot_take(m, &s));
+    OK(vm_snapshot_save_file(s, path, 0));
+    CHECK(stat(path, &before) == 0);
+    signal(SIGXFSZ, SIG_IGN);
+    for (size_t k = 0; k < 2; k++)
+        for (rlim_t limit = 0; limit < (rlim_t)before.st_size; limit = limit * 2 + 1000) {
+            struct rlimit old, full;
+            getrlimit(RLIMIT_FSIZE, &old);
+            full = old;
+            full.rlim_cur = limit;
+            setrlimit(RLIMIT_FSIZE, &full);
+            int status = vm_snapshot_save_file(s, path, save_flags[k] & ~(unsigned)VM_SNAPSHOT_NO_SYNC);
+            setrlimit(RLIMIT_FSIZE, &old);
+            if (status == VM_E_UNSUPPORTED || (k && status == VM_OK))
+                break;                 /* small enough when compressed */
+            CHECK_EQ(status, VM_E_HOST);
+            CHECK(vm_errmsg()[0]);
+            CHECK_EQ(files_beside(path), 1);
+            CHECK(stat(path, &after) == 0);
+            CHECK_EQ(after.st_ino, before.st_ino);
+        }
+    OK(vm_snapshot_load_file(m, path, 0, &t));
+    unlink(path);
+    OK(vm_snapshot_restore(m, t));     /* the file's pages stay while somebody maps them */
+    CHECK_EQ(files_beside(path), 0);
     vm_destroy(m);
 }
 
