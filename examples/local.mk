@@ -34,3 +34,12 @@ examples/fuzz_libfuzzer: examples/fuzz_libfuzzer.c examples/target.c examples/ta
 	  -I$(top_srcdir)/include -o $@ $(srcdir)/examples/fuzz_libfuzzer.c $(srcdir)/examples/target.c libvm.la
 endif
 all-local: $(example_files)
+
+# MMU strategies of one's own; `make check` runs them.
+noinst_PROGRAMS += examples/mmu_hashed examples/mmu_ecc examples/mmu_working_set
+examples_mmu_hashed_SOURCES = examples/mmu_hashed.c examples/paged.c examples/paged.h
+examples_mmu_hashed_LDADD = libvm.la
+examples_mmu_ecc_SOURCES = examples/mmu_ecc.c examples/paged.c examples/paged.h
+examples_mmu_ecc_LDADD = libvm.la
+examples_mmu_working_set_SOURCES = examples/mmu_working_set.c examples/paged.c examples/paged.h
+examples_mmu_working_set_LDADD = libvm.la

@@ -32,7 +32,10 @@ struct vm_mmu_result {
     /* Set by vm_mmu_walk(), also when the walk fails: the page-table entries it read, from the root down. */
     uint32_t entry_count;
     uint64_t entry[5];                  /* their guest-physical addresses */
+    uint32_t context;                   /* given to translate(): who asks, VM_MMU_SUPERVISOR... What prot holds for */
 };
+/* Access contexts: supervisor, user, and supervisor while CR4.SMAP and RFLAGS.AC let it at user pages. */
+enum { VM_MMU_SUPERVISOR, VM_MMU_USER, VM_MMU_SUPERVISOR_AC };
 
 /* A strategy. The struct must stay valid for ever once registered (static data). Functions run on the vCPU's thread. */
 typedef struct vm_mmu_ops {
@@ -41,7 +44,7 @@ typedef struct vm_mmu_ops {
     int  (*create)(vm_machine *m, void **state);            /* VM_OK or a status; optional */
     void (*destroy)(void *state);                           /* optional */
     /* VM_OK with *out filled, or VM_E_FAULT with fault_vector and fault_error (the guest's fault). out comes zeroed
-     * but for size. access is one of R, W, X. prot without it: this access is made all the same and the next one asks
+     * but for size and context. access is one of R, W, X. prot without it: this access is made all the same and the next one asks
      * again, so VM_PROT_NONE means "keep nothing".
      * Sets accessed and dirty bits as the architecture says; use vm_mmu_walk() for the guest's own tables. */
     int  (*translate)(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out);

@@ -25,7 +25,7 @@ static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
         w->global = false;
         return true;
     }
-    struct vm_mmu_result result = { .size = sizeof result };
+    struct vm_mmu_result result = { .size = sizeof result, .context = ctx };
     cpu->walk_ctx = ctx;
     int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &result);
     if (status != VM_OK) {

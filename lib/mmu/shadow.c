@@ -40,7 +40,8 @@
 #else
 #define VM_SHADOW_PAGES 1024
 #endif
-enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64, SAVED = 192 };
+enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64, SAVED = 256,
+       BELIEVED = 16 };
 enum { IS_LEAF = 1, RIGHT_RW = 2, RIGHT_US = 4, RIGHT_NX = 8, MODE_NARROW = 16, MODE_NXE = 32 };      /* page.role */
 enum state { IDLE, LOOSE, PROTECTED };
 
@@ -73,6 +74,7 @@ typedef struct root {
     uint64_t cr3, mode, pdpte[4];
     uint64_t epoch, stamp;
     unsigned index, shift, saved_count;
+    unsigned entered;                  /* counts; now and then what was saved is not believed, so that it shrinks to what is used */
     uint64_t saved[SAVED];             /* what the inline TLB held when a vCPU left: linear page, context in the low bits */
     spot directory[DIRECTORY];
 } root;
@@ -514,8 +516,11 @@ static void enter_root(shadow *s, vm_vcpu *cpu)
 {
     lock(s);
     root *r = find_root(s, cpu);
-    if (r)
+    if (r) {
         r->stamp = ++s->stamp;
+        if (r->saved_count == SAVED || r->entered++ % BELIEVED == 0)
+            r->saved_count = 0;
+    }
     cpu->mmu_root = r;
     unlock(s);
 }

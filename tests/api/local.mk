@@ -77,3 +77,17 @@ tests_api_api_replay_linux_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_sandbox
 tests_api_api_sandbox_SOURCES = tests/api/sandbox.c
 tests_api_api_sandbox_LDADD = $(TEST_LIBS)
+check_PROGRAMS += tests/api/api_hygiene
+tests_api_api_hygiene_SOURCES = tests/api/hygiene.c
+tests_api_api_hygiene_LDADD = $(TEST_LIBS)
+script_tests += tests/api/hardening
+EXTRA_DIST += tests/api/hardening
+# A hundred thousand machines on each backend, minutes.
+check-cycles: tests/api/api_hygiene
+	LIBVM_CYCLES=100000 tests/api/api_hygiene -t 3600 'many*'
+.PHONY: check-cycles
+check_PROGRAMS += tests/api/api_gdb
+tests_api_api_gdb_SOURCES = tests/api/gdb.c
+tests_api_api_gdb_LDADD = $(TEST_LIBS)
+script_tests += tests/api/strategies
+EXTRA_DIST += tests/api/strategies
