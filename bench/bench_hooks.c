@@ -148,7 +148,7 @@ static void read_ten(void *arg)
 
 static void read_all(void *arg)
 {
-    vm_regs r = VM_REGS_INIT;
+    static vm_regs r = VM_REGS_INIT;
     vm_vcpu_get_regs(arg, &r);
     sink = r.rax;
 }
@@ -239,9 +239,9 @@ static void uc_read_all(void *arg)
     static int ids[16] = { UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDX, UC_X86_REG_RBX, UC_X86_REG_RSP, UC_X86_REG_RBP,
                            UC_X86_REG_RSI, UC_X86_REG_RDI, UC_X86_REG_R8, UC_X86_REG_R9, UC_X86_REG_R10, UC_X86_REG_R11,
                            UC_X86_REG_R12, UC_X86_REG_R13, UC_X86_REG_R14, UC_X86_REG_R15 };
-    uint64_t v[16];
-    void *at[16];
-    for (unsigned i = 0; i < 16; i++)
+    static uint64_t v[16];
+    static void *at[16];
+    for (unsigned i = 0; !at[15] && i < 16; i++)
         at[i] = &v[i];
     uc_reg_read_batch(arg, ids, at, 16);
     sink = v[0];

@@ -36,8 +36,24 @@ VM_API int vm_vcpu_set_mode(vm_vcpu *cpu, vm_mode mode)
     return VM_OK;
 }
 
+/* The caller may look at the vCPU, found out without a call; false: ask vm_check_vcpu(). */
+static inline bool is_free(const vm_vcpu *cpu)
+{
+    return __builtin_expect(cpu != NULL, 1) &&
+           (__builtin_expect((atomic_load_explicit(&cpu->state, memory_order_acquire) & ~VM_WAITED) == VM_IDLE, 1) ||
+            vm_vcpu_is_mine(cpu));
+}
+
 VM_API int vm_vcpu_get_regs(vm_vcpu *cpu, vm_regs *regs)
 {
+    if (is_free(cpu) && regs && regs->size == sizeof *regs) {
+        const x86_cpu *x = &cpu->x86;
+        vm_vcpu_fetch(cpu, VM_STATE_REGS);
+        memcpy(&regs->rax, x->gpr, sizeof x->gpr);
+        regs->rip = x->rip;
+        regs->rflags = x->rflags;
+        return VM_OK;
+    }
     VM_CHECK(vm_check_vcpu(cpu, "vm_vcpu_get_regs"));
     if (regs && regs->size == sizeof *regs) {
         vm_regs_get(cpu, regs);
@@ -124,6 +140,11 @@ static int check_reg(vm_vcpu *cpu, const char *function, int reg_id, const void 
 
 VM_API int vm_vcpu_read_reg(vm_vcpu *cpu, int reg_id, void *value, size_t bytes)
 {
+    if (is_free(cpu) && (unsigned)reg_id - VM_REG_RAX < 16 && value && bytes == 8) {
+        vm_vcpu_fetch(cpu, VM_STATE_REGS);
+        memcpy(value, &cpu->x86.gpr[reg_id - VM_REG_RAX], 8);
+        return VM_OK;
+    }
     VM_CHECK(check_reg(cpu, "vm_vcpu_read_reg", reg_id, value, bytes));
     return vm_regs_read(cpu, reg_id, value);
 }

@@ -193,6 +193,7 @@ typedef struct vm_backend_ops {
      * anything outside of the backend can see it. */
     uint64_t (*retired)(const vm_vcpu *cpu);
     bool takes_interrupts;
+    bool keeps_state;                  /* elsewhere: get_state and set_state are to be called. Without it only while hook_site */
     /* World stopped: a doorbell or a zone of collected writes comes or goes (doorbell.h). NULL: the bus does it. */
     void (*doorbell)(vm_machine *m, const vm_doorbell *d, int fd, bool on);
     void (*coalesce)(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on);
@@ -251,12 +252,14 @@ struct vm_machine {
     _Atomic bool has_gdb;              /* a GDB stub exists */
 };
 static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
-    if (cpu->machine->backend->get_state)
-        cpu->machine->backend->get_state(cpu, parts);
+    const vm_backend_ops *b = cpu->machine->backend;
+    if (cpu->x86.hook_site | b->keeps_state)
+        b->get_state(cpu, parts);
 }
 static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts) {
-    if (cpu->machine->backend->set_state)
-        cpu->machine->backend->set_state(cpu, parts);
+    const vm_backend_ops *b = cpu->machine->backend;
+    if (cpu->x86.hook_site | b->keeps_state)
+        b->set_state(cpu, parts);
 }
 /* Stop every vCPU at a safe point (the caller's own counts as stopped) and let them go on. Nests; holds
  * machine->lock, so one thread at a time. With device_lock held too, or without it for good. */
@@ -287,6 +290,13 @@ int vm_add_pio(vm_machine *m, uint16_t port, unsigned count, const vm_io_ops *op
 /* Move or hide an internal region (APIC base, PCI BARs): device context, takes effect at the next boundary. */
 int vm_region_move(vm_region *r, uint64_t gpa, bool enabled);
 
+/* A moment of a replay (replay.h): session 0: none. */
+typedef struct vm_replay_place {
+    uint64_t session, offset, before;
+    unsigned timers;
+    uint64_t deadlines[32];
+} vm_replay_place;
+
 /* ---- clock (clock.c) ----
  * Guest time in nanoseconds. PC machines follow CLOCK_MONOTONIC; BARE machines follow retired instructions (1 ns each).
  * Timers fire from the run loop of vCPU 0 or from the clock's thread, always under device_lock. */
@@ -309,6 +319,10 @@ int  vm_clock_virtual(vm_machine *m, bool on);
 uint64_t vm_clock_next(vm_machine *m);                             /* when a timer falls due; UINT64_MAX: none */
 void vm_clock_fire(vm_machine *m);
 void vm_clock_skip(vm_machine *m, uint64_t ns);                    /* virtual time jumps */
+/* When each timer falls due, in an order that stays while none is made or freed; how many there are. A device restored from its
+ * state may choose other moments than it had chosen before. */
+unsigned vm_clock_deadlines(vm_machine *m, uint64_t *deadlines, unsigned room);
+void vm_clock_set_deadlines(vm_machine *m, const uint64_t *deadlines, unsigned count);
 uint64_t vm_host_now(void);                                        /* CLOCK_MONOTONIC, ns */
 vm_timer *vm_timer_new(vm_machine *m, void (*fn)(void *user), void *user);
 void vm_timer_set(vm_timer *t, uint64_t deadline_ns);              /* absolute guest time; UINT64_MAX: off */

@@ -68,6 +68,9 @@ unsigned vm_hook_fire(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint
  * instruction (or where the callback went). */
 void vm_hook_note_stop(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e);
 void vm_hook_stop_before(x86_cpu *x, bool is_moved);
+/* The callback was inside an instruction whose next_rip was `next`: if it set RIP, go there after the instruction. */
+void vm_hook_keep_redirect(vm_vcpu *cpu, uint64_t next);
+uint64_t vm_hook_gpa(vm_vcpu *cpu, const vm_hook_event *e);            /* of a MEM_* event, if some hook wants it */
 
 /* Run loop. take: at an instruction boundary, when hooks_seen is not the machine's. exit: why a hook stopped the run; 0:
  * none did. boundary: graves that waited for this vCPU. */

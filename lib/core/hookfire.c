@@ -146,7 +146,7 @@ static uint64_t gpa_of(x86_cpu *x, uint64_t la, unsigned access)
 static bool is_data(unsigned kind) { return X86_HOOK_DATA >> kind & 1; }
 
 /* "Where it goes on" of a callback inside an instruction: kept until that is done, for the instruction may branch. */
-static void keep_redirect(vm_vcpu *cpu, uint64_t next)
+void vm_hook_keep_redirect(vm_vcpu *cpu, uint64_t next)
 {
     x86_cpu *x = &cpu->x86;
     if (x->next_rip == next)
@@ -157,20 +157,25 @@ static void keep_redirect(vm_vcpu *cpu, uint64_t next)
     atomic_fetch_or(&x->attention, X86_ATT_LOOK);
 }
 
+uint64_t vm_hook_gpa(vm_vcpu *cpu, const vm_hook_event *e)
+{
+    const vm_hook_list *l = cpu->machine->hooks->list[e->kind];
+    bool is_read = e->kind == VM_HOOK_MEM_READ;
+    return l && l->has_gpa && is_data(e->kind) ? gpa_of(&cpu->x86, e->address, is_read ? X86_READ : X86_WRITE) : UINT64_MAX;
+}
+
 unsigned vm_env_hook(x86_cpu *x, const x86_hook *h)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
     const uint64_t next = x->next_rip;
-    const vm_hook_list *l = cpu->machine->hooks->list[h->kind];
     const bool is_inside = is_data(h->kind) || h->kind == X86_HOOK_PORT;
-    const uint64_t gpa = l && l->has_gpa && is_data(h->kind) ?
-                         gpa_of(x, h->address, h->kind == X86_HOOK_READ ? X86_READ : X86_WRITE) : UINT64_MAX;
-    vm_hook_event e = { .address = h->address, .from = h->from, .value = h->value, .bytes = h->bytes,
+    vm_hook_event e = { .kind = (vm_hook_kind)h->kind, .address = h->address, .from = h->from, .value = h->value, .bytes = h->bytes,
                         .flags = h->flags, .error = h->error, .data = h->data };
-    unsigned answer = vm_hook_fire(cpu, h->kind, h->number, is_data(h->kind) ? h->bytes : 1, gpa, &e);
+    unsigned answer = vm_hook_fire(cpu, h->kind, h->number, is_data(h->kind) ? h->bytes : 1,
+                                   vm_hook_gpa(cpu, &e), &e);
     if (is_inside) {
         if (answer != X86_HOOK_SKIP)
-            keep_redirect(cpu, next);
+            vm_hook_keep_redirect(cpu, next);
         if (answer != X86_HOOK_STOP)
             return answer;
         atomic_fetch_or(&x->attention, X86_ATT_STOP);

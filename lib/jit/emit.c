@@ -74,7 +74,7 @@ typedef struct hook_stub {
     uint8_t *jump, *entry, *dead, *resume;
     uint32_t site;
     unsigned insn;
-    bool is_direct;
+    bool is_direct, is_access;
 } hook_stub;
 
 typedef struct emitter {
@@ -90,7 +90,7 @@ typedef struct emitter {
     unsigned ndiv;
     div_stub div[JIT_MAX_INSNS];
     unsigned nhook;
-    hook_stub hook[JIT_MAX_INSNS];
+    hook_stub hook[2 * JIT_MAX_INSNS];
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
     slow_stub slow[JIT_MAX_SITES];
@@ -600,6 +600,26 @@ static void keep_tmp(emitter *e, const jit_op *access) {
     if (access->op == IR_LOAD_TMP) e->u->ops[access - e->u->ops].reg = tmp_can_stay(e, (unsigned)(access - e->u->ops));
 }
 
+/* Data hooks: T0 is the host address, and stays. */
+static void emit_access_hook(emitter *e, const jit_op *check, const jit_op *access) {
+    jit_writer *w = e->w;
+    hook_stub *s = &e->hook[e->nhook++];
+    uint32_t at = new_site_of(e, check->insn, check, true, sizeof(jit_hook_site));
+    jit_hook_site *h = (jit_hook_site *)(e->j->arena + at);
+    jit_access_fill(e->u, h, check, access);
+    *s = (hook_stub){.site = at, .insn = check->insn, .is_direct = jit_hook_is_direct(e->u), .is_access = true};
+    if (s->is_direct) {
+        s->jump = jit_access_call(w, h, at);
+        return;
+    }
+    e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_HOOK_HOST));
+    e_mov_imm(w, T1, at);
+    e_call_to(w, e->j->hook[jit_level(e->u->key)]);
+    e_rr(w, 8, 0x85, T0, T0);
+    s->jump = e_jcc(w, CC_NE);
+    e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_HOOK_HOST));
+}
+
 static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     jit_writer *w = e->w;
     const jit_info *f = &e->u->info[check->insn];
@@ -613,6 +633,11 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
         keep_tmp(e, access);
         emit_access(e, access);
         return;
+    }
+    bool is_hooked = jit_access_hooked(e->u, check->access);
+    if (is_hooked) {
+        need_mem(e);
+        e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_HOOK_LA));
     }
     before_clobber(e);
     e->t0_group = is_leader && !check->window ? check->slot : -1;
@@ -631,6 +656,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
         if (!check->window) frame_store(w, 8, T0, JIT_FRAME_GROUP + check->slot);
     }
     e->host = false;
+    if (is_hooked) emit_access_hook(e, check, access);
     if (live) {
         need_host(e);
         s->restore = true;
@@ -1063,6 +1089,7 @@ static void emit_hook_stub(emitter *e, const hook_stub *s) {
     jit_writer *w = e->w;
     e_patch(s->jump, w->p);
     if (s->is_direct) {
+        if (s->is_access) e_mov(w, 4, T0, RCX);
         e_mov_imm(w, T1, s->site);
         e_call_to(w, e->j->hook_left);
     } else
@@ -1094,7 +1121,7 @@ static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
-    if (op_is_seen[o->op]) settle_sp(e);
+    if (op_is_seen[o->op] || (u->cpu->watch && (o->op == IR_EA || o->op == IR_EA_SP || o->op == IR_EA_BP))) settle_sp(e);
     switch (o->op) {
     case IR_NATIVE:
         if (u->info[o->insn].host_at) need_host(e);
@@ -1224,7 +1251,7 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
         j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_INSNS * sizeof(jit_edge) +
-                                             JIT_MAX_SITES * (sizeof(jit_site) + 16) + JIT_MAX_INSNS * sizeof(jit_hook_site))
+                                             JIT_MAX_SITES * (sizeof(jit_site) + 16) + 2 * JIT_MAX_INSNS * sizeof(jit_hook_site))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;

@@ -5,7 +5,7 @@
  * program's function is called directly: the registers that live in the host's go to x86_cpu, the rest (R12-R15 and the
  * flags, in the frame on the host's stack) is fetched only if the callback asks, through get_state. Afterwards only what
  * a C function may destroy is loaded again: a callback that changes anything sets X86_ATT_LOOK, and the block is left.
- * JIT_SLOT_HOOK says that such a call is under way, and for which site.
+ * x86_cpu.hook_site says that such a call is under way, and for which site.
  *
  * In emitted code x86_cpu.block_state is X86_BLOCK_EDGE, "what comes next begins a block", for that is what edges to
  * branch targets mean; an edge that only goes on (full block, page end) says MID, and whoever consumes that puts it back.
@@ -41,11 +41,13 @@ unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool b
 
 bool jit_hooks_want_interpreter(x86_cpu *cpu) {
     if (cpu->hook_done && cpu->hook_rip != cpu->rip) cpu->hook_done = false;
-    return cpu->careful || cpu->hook_done;
+    return (cpu->careful & X86_CAREFUL_STEP) || cpu->hook_done;
 }
 
 /* A part of an instruction (PUSH, CALL, RET...) whose access is watched: the interpreter does the whole instruction. */
 bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la) {
+    if ((cpu->watch & X86_WATCH_ALL) && s->access != (X86_READ | X86_WRITE) && cpu->env->watched(cpu, la, s->size, s->access))
+        return true;                   /* compiled: the fast path reports by itself */
     return cpu->watch && !s->is_single && cpu->env->watched(cpu, la, s->size, s->access);
 }
 
@@ -99,6 +101,64 @@ void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i) {
     memcpy(&h->event.value, h->bytes, 8);
 }
 
+/* ---- accesses ---- */
+
+unsigned jit_access_hooked(const jit_unit *u, unsigned access) {
+    const x86_cpu *cpu = u->cpu;
+    if (!(cpu->watch & X86_WATCH_ALL)) return 0;
+    return access & ((x86_hooked(cpu, X86_HOOK_READ) ? X86_READ : 0u) | (x86_hooked(cpu, X86_HOOK_WRITE) ? X86_WRITE : 0u));
+}
+
+/* Accesses to be reported are compiled if there is one of them, it goes one way, and its value is easy to have: loads of
+ * general registers, MOV to memory, the stack. */
+bool jit_access_falls_back(const jit_unit *u, const x86_insn *in) {
+    if (!(in->flags & X86_IF_MEM)) return false;
+    unsigned access = jit_insn_access(in);
+    if (!jit_access_hooked(u, access)) return false;
+    if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_LOCK) || jit_insn_is_x87(in) || access == (X86_READ | X86_WRITE))
+        return true;
+    if (access == X86_WRITE) {
+        const x86_operand *v = &in->op[1];
+        return !jit_insn_is_mov(in) || (v->kind != X86_OP_IMM && (v->kind != X86_OP_GPR || v->reg >= 16));
+    }
+    return (in->flags & X86_IF_BRANCH) && jit_insn_pushes(in);
+}
+
+static vm_hook_result report_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event) {
+    jit_hook_site *h = user;
+    vm_hook_event e = *event;
+    return (vm_hook_result)vm_hook_fire(vcpu, (unsigned)h->event.kind, e.address, e.bytes, vm_hook_gpa(vcpu, &e), &e);
+}
+
+/* The only hook of a kind, if it is on everything. */
+static vm_hook *only_data_hook(const jit_unit *u, unsigned kind) {
+    const vm_hook_list *l = u->j->vcpu->machine->hooks->list[kind];
+    vm_hook *only = NULL;
+    for (unsigned i = 0; i < l->count; i++) {
+        vm_hook *h = l->hook[i];
+        if (h && (only || h->cls != VM_HOOKED_USER || h->is_gpa || h->lo || h->hi != UINT64_MAX)) return NULL;
+        if (h) only = h;
+    }
+    return only;
+}
+
+void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access) {
+    const x86_insn *in = &u->insn[check->insn];
+    unsigned kind = check->access & X86_WRITE ? X86_HOOK_WRITE : X86_HOOK_READ;
+    h->hook = only_data_hook(u, kind);
+    h->fn = h->hook ? h->hook->desc.fn : report_all;
+    h->user = h->hook ? h->hook->desc.user : h;
+    h->state = JIT_HOOK_ENTRY;
+    h->value_reg = 0;
+    h->event = (vm_hook_event){.size = sizeof h->event, .kind = (vm_hook_kind)kind, .bytes = check->size,
+                               .data = &h->event.value};
+    if (kind == X86_HOOK_READ) return;
+    bool is_imm = access->op == IR_PUSH_IMM || (access->op == IR_ACCESS && in->op[1].kind == X86_OP_IMM);
+    h->value_reg = is_imm ? JIT_HOOK_IMM : access->op == IR_ACCESS ? in->op[1].reg : access->reg;
+    if (is_imm) h->event.value = access->op == IR_ACCESS ? in->imm : (uint64_t)access->imm;
+    if (is_imm && check->size < 8) h->event.value &= (UINT64_C(1) << 8 * check->size) - 1;
+}
+
 /* ---- code ---- */
 
 static void store_gs_imm(jit_writer *w, int32_t at, uint64_t v) {
@@ -116,34 +176,70 @@ static void store_state(jit_writer *w, unsigned state) {
 
 bool jit_hook_is_direct(const jit_unit *u) { return !jit_level(u->key) && !u->cpu->cover.is_on; }
 
-/* The call; the flags are in memory. Returns the jump taken when the block is to be left. */
-uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+static void store_state_of(jit_writer *w, const jit_hook_site *h, uint32_t at) {
     uint64_t next = h->site.in.mode == 8 ? h->site.rip + h->site.in.length
                                          : (uint32_t)(h->site.rip + h->site.in.length);
     for (unsigned i = 0; i < 12; i++)
         e_gs_store(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
     store_gs_imm(w, JIT_OFF(rip), h->site.rip);
     store_gs_imm(w, JIT_OFF(next_rip), next);
-    store_gs_imm(w, JIT_SLOT(JIT_SLOT_HOOK), at);
+    store_gs_imm(w, JIT_OFF(hook_site), at);
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    e_mov_imm(w, RDX, (uint64_t)(uintptr_t)&h->event);
+}
+
+/* mov [rdx + field], reg */
+static void store_field(jit_writer *w, unsigned reg, unsigned field) {
+    e_r_mem(w, 8, 0x89, reg, RDX, 0xff, 1, (int32_t)field);
+}
+
+static void call_it(jit_writer *w, const jit_hook_site *h) {
     e_mov_imm(w, RDI, (uint64_t)(uintptr_t)h->user);
     e_gs_load(w, 8, RSI, JIT_SLOT(JIT_SLOT_SELF));
-    e_mov_imm(w, RDX, (uint64_t)(uintptr_t)&h->event);
-    if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
-        e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
-        e_rr(w, 8, 0x89, RAX, RCX);
-        ebytes(w, "\x48\x89\x4a", 3); /* mov [rdx + disp8], rcx */
-        e8(w, offsetof(vm_hook_event, from));
-    }
     e_mov_imm(w, RAX, (uint64_t)(uintptr_t)h->fn);
     e8(w, 0xff), e8(w, 0xd0); /* call rax */
-    e_mov(w, 4, T0, RAX);
+}
+
+/* EAX = the answer. What C may have destroyed comes back unless the block is to be left: returns the jump taken then. */
+static uint8_t *after_call(jit_writer *w) {
     e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
     uint8_t *leave = e_jcc(w, CC_NE);
     for (unsigned i = 0; i < 12; i++)
         if (registers[i].host != RBX && registers[i].host != RBP && registers[i].host != R12)
             e_gs_load(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
     return leave;
+}
+
+/* The call; the flags are in memory. Returns the jump taken when the block is to be left. */
+uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+    store_state_of(w, h, at);
+    if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
+        e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
+        store_field(w, RAX, offsetof(vm_hook_event, from));
+    }
+    call_it(w, h);
+    e_mov(w, 4, T0, RAX);
+    return after_call(w);
+}
+
+/* The same for an access: T0 = host address, which stays; its linear address is in JIT_SLOT_HOOK_LA. */
+uint8_t *jit_access_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+    unsigned n = h->site.size;
+    store_state_of(w, h, at);
+    if (h->event.kind == VM_HOOK_MEM_READ)
+        e_r_mem(w, n == 8 ? 8 : 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, T0, 0xff, 1, 0);
+    else if (h->value_reg >= X86_R12 && h->value_reg < 16)
+        e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * (JIT_FRAME_R12 + h->value_reg - X86_R12));
+    else if (h->value_reg < 16)
+        e_gs_load(w, 8, RAX, JIT_OFF(gpr) + 8 * h->value_reg);
+    if (h->event.kind == VM_HOOK_MEM_WRITE && h->value_reg != JIT_HOOK_IMM && n < 8)
+        e_rr(w, 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, RAX);
+    if (h->value_reg != JIT_HOOK_IMM) store_field(w, RAX, offsetof(vm_hook_event, value));
+    e_gs_load(w, 8, RCX, JIT_SLOT(JIT_SLOT_HOOK_LA));
+    store_field(w, RCX, offsetof(vm_hook_event, address));
+    call_it(w, h);
+    e_mov(w, 4, RCX, RAX); /* the answer, for the stub */
+    return after_call(w);
 }
 
 /* At the entry of a unit whose first instruction has a block hook (and nothing else): does a block begin? Returns the
@@ -185,8 +281,8 @@ void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i) {
 static void fetch(x86_cpu *cpu) {
     uint64_t *slot = cpu->jit_scratch;
     const uint64_t *frame = (const uint64_t *)(uintptr_t)slot[JIT_SLOT_FRAME];
-    if (!(uint32_t)slot[JIT_SLOT_HOOK] || slot[JIT_SLOT_HOOK] >> 32) return;
-    slot[JIT_SLOT_HOOK] |= UINT64_C(1) << 32;
+    if (!(uint32_t)cpu->hook_site || cpu->hook_site >> 32) return;
+    cpu->hook_site |= UINT64_C(1) << 32;
     memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], 32);
     slot[JIT_SLOT_FLAGS] = frame[JIT_FRAME_FLAGS];
     slot[JIT_SLOT_FLAG_A] = frame[JIT_FRAME_FLAG_A];
@@ -196,11 +292,11 @@ static void fetch(x86_cpu *cpu) {
 
 void jit_get_state(vm_vcpu *vcpu, unsigned parts) {
     (void)parts;
-    if (vcpu->x86.jit_scratch[JIT_SLOT_HOOK]) fetch(&vcpu->x86);
+    if (vcpu->x86.hook_site) fetch(&vcpu->x86);
 }
 
 void jit_hook_disturb(x86_cpu *cpu) {
-    if (cpu->jit_scratch[JIT_SLOT_HOOK]) atomic_fetch_or(&cpu->attention, X86_ATT_LOOK);
+    if (cpu->hook_site) atomic_fetch_or(&cpu->attention, X86_ATT_LOOK);
 }
 
 void jit_set_state(vm_vcpu *vcpu, unsigned parts) {
@@ -209,7 +305,7 @@ void jit_set_state(vm_vcpu *vcpu, unsigned parts) {
 }
 
 uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu) {
-    uint32_t at = (uint32_t)cpu->jit_scratch[JIT_SLOT_HOOK];
+    uint32_t at = (uint32_t)cpu->hook_site;
     if (!at) return cpu->retired;
     const jit_site *s = (const jit_site *)(j->arena + at);
     return cpu->retired + (uint64_t)(j->r15_start - (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + s->index);
@@ -239,6 +335,24 @@ static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint
     }
 }
 
+/* The same for an access: unless the hook ended the instruction, the interpreter executes it, from its start, and finds the
+ * event reported. */
+static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint64_t next) {
+    if (h->hook && answer == X86_HOOK_STOP) vm_hook_note_stop(j->vcpu, h->hook, &h->event);
+    if (answer == X86_HOOK_STOP) atomic_fetch_or(&cpu->attention, X86_ATT_STOP);
+    if (answer == X86_HOOK_SKIP) {
+        x86_block_end(cpu, x86_rip_linear(cpu));
+        cpu->rip = cpu->next_rip;
+        cpu->jit_scratch[JIT_SLOT_R15]--; /* retired */
+        cpu->hook_done = false;
+        return;
+    }
+    vm_hook_keep_redirect(j->vcpu, next);
+    jit_hook_half_way(cpu);
+    x86_hook_note(cpu);
+    j->must_step = true;
+}
+
 static uint64_t next_of(const jit_site *s) {
     return s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
 }
@@ -248,12 +362,23 @@ uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
     jit *j = cpu->jit;
     jit_hook_site *h = (jit_hook_site *)(j->arena + at);
     fetch(cpu);
-    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    cpu->hook_site = 0;
     jit_count_retired(j, cpu, h->site.index);
     cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
-    decide(j, cpu, h, (uint32_t)answer <= X86_HOOK_RETRY ? (unsigned)answer : X86_HOOK_GO, next_of(&h->site));
+    unsigned valid = (uint32_t)answer <= X86_HOOK_RETRY ? (unsigned)answer : X86_HOOK_GO;
+    (h->site.size ? decide_access : decide)(j, cpu, h, valid, next_of(&h->site));
     jit_store_flags(cpu);
     return 0;
+}
+
+static void complete_event(x86_cpu *cpu, jit_hook_site *h) {
+    unsigned n = h->site.size;
+    h->event.address = cpu->jit_scratch[JIT_SLOT_HOOK_LA];
+    if (h->value_reg == JIT_HOOK_IMM) return;
+    h->event.value = 0;
+    memcpy(&h->event.value, h->event.kind == VM_HOOK_MEM_READ
+                                ? (const void *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_HOOK_HOST]
+                                : &cpu->gpr[h->value_reg], n);
 }
 
 /* The call where it cannot be direct. Non-zero: leave. */
@@ -262,15 +387,18 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
     jit_hook_site *h = (jit_hook_site *)jit_begin_helper(cpu, at);
     uint64_t flushes = j->flushes;
     if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) h->event.from = cpu->edge_from;
+    if (h->site.size) complete_event(cpu, h);
     unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
     if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
     bool leaves = answer || cpu->next_rip != next_of(&h->site) || h->site.block->is_dead || flushes != j->flushes ||
                   j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
     if (leaves) {
         cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
-        decide(j, cpu, h, answer, next_of(&h->site));
+        (h->site.size ? decide_access : decide)(j, cpu, h, answer, next_of(&h->site));
     }
+    unsigned noted = cpu->io_count;
     jit_end_helper(j, cpu, &h->site);
+    cpu->io_count = noted;
     return leaves;
 }
 

@@ -330,7 +330,7 @@ static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8
     u->key = key;
     u->page = page;
     u->forced = 0;
-    u->no_groups = (key & JIT_KEY_PLAIN) || (cpu->hook_mask & X86_HOOK_CODE) || j->no_groups[hash_block(u->rip) & 1023];
+    u->no_groups = (key & JIT_KEY_PLAIN) || (cpu->hook_mask & X86_HOOK_CODE) || cpu->watch || j->no_groups[hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
         jit_block *b = translate_with(j, u, &failed);
@@ -498,7 +498,7 @@ static void keep_x87_pointers(jit *j, const x86_cpu *cpu) {
 jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
-    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    cpu->hook_site = 0;
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, s->index);
     if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
@@ -681,11 +681,11 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     j->r15_start = slice;
     jit_store_flags(cpu);
     if (key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
-    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    cpu->hook_site = 0;
     j->in_code = true;
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
     j->in_code = false;
-    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    cpu->hook_site = 0;
     if (key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, 0);
     jit_load_flags(cpu);
@@ -830,6 +830,10 @@ static x86_stop run_loop(jit *j) {
             else if (reason == JIT_LEAVE_STEP || reason == JIT_LEAVE_WATCHED) {
                 j->step_one = true;
                 if (reason == JIT_LEAVE_STEP) jit_hook_half_way(cpu);
+            } else if (reason == JIT_LEAVE_HOOKED && j->must_step) {
+                j->must_step = false;
+                x86_stop stop = interpret_one(j);
+                if (stop) return stop;
             } else if (reason == JIT_LEAVE_HOOKED && j->hook_stop) {
                 x86_stop stop = j->hook_stop;
                 j->hook_stop = X86_STOP_NONE;
@@ -855,7 +859,7 @@ static bool jit_start(jit *j);
 static x86_stop caught(jit *j, x86_cpu *cpu) {
     if (j->in_code) jit_hook_half_way(cpu);
     j->in_code = false;
-    cpu->jit_scratch[JIT_SLOT_HOOK] = 0;
+    cpu->hook_site = 0;
     if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
     if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
         cpu->retired++;

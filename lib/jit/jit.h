@@ -186,6 +186,7 @@ typedef struct jit {
     uint64_t bounce_la;
     bool bounce_active;
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
+    bool must_step;     /* ...the instruction at rip, whoever wants attention */
     x86_stop hook_stop; /* a hook wants the run to end */
     bool in_code;       /* emitted code executes */
     bool is_cold;      /* the interpreter runs instead */
@@ -247,8 +248,9 @@ enum {
     JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */,
     JIT_SLOT_X87_LA,
     JIT_SLOT_X87_NEXT_LA,
-    JIT_SLOT_HOOK /* site of a direct call to a hook under way; bit 32: the frame has been fetched */,
-    JIT_SLOT_FRAME
+    JIT_SLOT_FRAME,
+    JIT_SLOT_HOOK_LA /* of the access to be reported */,
+    JIT_SLOT_HOOK_HOST
 };
 /* Flags not computed yet: the recipe's kind and width; FLAG_A is its first register (ADD, SUB, LOGIC: the result),
  * FLAG_B its second. */
@@ -283,6 +285,8 @@ void jit_classify_flags(const x86_insn *in, jit_info *info);
 bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
+bool jit_insn_is_mov(const x86_insn *in);
+bool jit_insn_pushes(const x86_insn *in); /* CALL */
 bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
@@ -313,7 +317,7 @@ void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign); /
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* hook.c */
-enum { JIT_HOOK_ENTRY = 0xff };
+enum { JIT_HOOK_ENTRY = 0xff, JIT_HOOK_IMM = 0xff };
 typedef struct jit_hook_site {
     jit_site site; /* first */
     vm_hook *hook; /* NULL: several, see call_all() */
@@ -321,6 +325,7 @@ typedef struct jit_hook_site {
     void *user;
     uint64_t gpa;
     vm_hook_event event;
+    uint8_t value_reg; /* MEM_WRITE: the register that is stored; JIT_HOOK_IMM: event.value is static */
     uint8_t state; /* X86_BLOCK_* at this place, or JIT_HOOK_ENTRY: as x86_cpu.block_state says */
     uint8_t bytes[16];
 } jit_hook_site;
@@ -330,6 +335,10 @@ bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
 void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i);
 bool jit_hook_is_direct(const jit_unit *u);
 uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at);
+unsigned jit_access_hooked(const jit_unit *u, unsigned access); /* the part of it that data hooks want to see */
+bool jit_access_falls_back(const jit_unit *u, const x86_insn *in);
+void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access);
+uint8_t *jit_access_call(jit_writer *w, const jit_hook_site *h, uint32_t at);
 uint8_t *jit_hook_entry(jit_writer *w);
 void jit_hook_entry_stub(jit_writer *w, uint8_t *jump, const uint8_t *resume);
 void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on);

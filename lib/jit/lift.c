@@ -177,6 +177,8 @@ bool jit_insn_names_sp(const x86_insn *in) {
     return false;
 }
 
+bool jit_insn_is_mov(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_MOV; }
+bool jit_insn_pushes(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CALL; }
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
 
 static bool is_x87_store(const x86_insn *in) {
@@ -204,7 +206,7 @@ static bool stack_form(const jit_unit *u, const x86_insn *in) {
 /* The class under which this very form is handled, or C_FALLBACK. */
 static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     unsigned c = classes[in->mnemonic];
-    if (x86_is_logged(in)) return C_FALLBACK;
+    if (x86_is_logged(in) || jit_access_falls_back(u, in)) return C_FALLBACK;
     if (is_vector(u, in)) {
         if (!(u->key & JIT_KEY_VEC) || ((in->flags & X86_IF_VEX) && !(u->key & JIT_KEY_AVX)) || !native_form(u, in))
             return C_FALLBACK;

@@ -668,6 +668,7 @@ const vm_backend_ops vm_backend_kvm = {
     .kick = kvm_kick,
     .leave = kvm_leave,
     .takes_interrupts = true,
+    .keeps_state = true,
     .serves_breaks = true,
     .hooks_changed = kvm_flush_code,
     .doorbell = kvm_doorbell,

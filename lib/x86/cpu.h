@@ -313,6 +313,7 @@ struct x86_cpu {
     uint8_t stack_size;                /* 2, 4, 8: stack pointer width */
     x86_seg seg[X86_NSEG];
     uint64_t jit_scratch[32];          /* the JIT's own */
+    uint64_t hook_site;                /* emitted code is calling a hook: not all registers are here, ask the backend's get_state */
     void *jit;                         /* the JIT's per-CPU data */
     x86_fpu fpu;
 
@@ -342,6 +343,7 @@ struct x86_cpu {
     bool keep_rf;                      /* this instruction loaded RF itself (IRET) */
     bool no_trap;                      /* this instruction swallowed its TF trap (INT n, SYSCALL, task switch) */
     uint8_t ext;                       /* EXT bit of error codes while a hardware event is being delivered */
+    uint8_t hook_credit;               /* events in io_log that replaying accesses has passed over */
     uint8_t block_state;               /* X86_BLOCK_* */
     bool hook_done;                    /* hooks before the instruction at hook_rip have been called, it has not retired yet */
     uint32_t hook_mask;                /* X86_HOOK_BIT()s that are active */
@@ -466,6 +468,7 @@ void x86_hook_access(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, con
 bool x86_hook_event(x86_cpu *cpu, x86_hook h);
 unsigned x86_hook_exception(x86_cpu *cpu);
 void x86_hook_port(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value, bool is_write);   /* leaves as access does */
+void x86_hook_note(x86_cpu *cpu);          /* the instruction at rip has reported its first event, and nothing else */
 void x86_hook_skipped(x86_cpu *cpu);       /* X86_STOP_SKIP has arrived: the instruction retires, rip = next_rip */
 void x86_hook_left(x86_cpu *cpu);          /* an instruction retired by leaving (HLT): rip is after it */
 void x86_hook_swallowed(x86_cpu *cpu);     /* an exception is not to be delivered: go on at next_rip */

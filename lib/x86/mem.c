@@ -74,8 +74,10 @@ static uint8_t *resolve(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, 
 
 static x86_io_access *replay(x86_cpu *cpu)
 {
-    while (cpu->io_pos < cpu->io_count && cpu->io_log[cpu->io_pos].is_hook)
-        cpu->io_pos++;                 /* reported to a hook that is no longer there */
+    if (!cpu->io_pos)
+        cpu->hook_credit = 0;
+    for (; cpu->io_pos < cpu->io_count && cpu->io_log[cpu->io_pos].is_hook; cpu->io_pos++)
+        cpu->hook_credit++;            /* reported before the access was made, or to a hook that is no longer there */
     if (cpu->io_pos >= cpu->io_count || cpu->io_pos >= X86_IO_LOG)
         return NULL;
     return &cpu->io_log[cpu->io_pos++];
