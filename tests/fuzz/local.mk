@@ -1,6 +1,6 @@
 # tests/fuzz: fuzz targets, one a program (fuzz.h says how they run). In `make check` each runs its corpus and a fixed pseudo-random one.
 # make fuzz-NAME builds it with clang for libFuzzer, ASan and UBSan in fuzz-build and runs it for FUZZ_SECONDS.
-fuzz_names = devices guest load api
+fuzz_names = devices guest load api snapshot
 EXTRA_DIST += tests/fuzz/run tests/fuzz/seeded $(fuzz_corpus)
 fuzz_corpus =
 check_PROGRAMS += tests/fuzz/devices tests/fuzz/guest tests/fuzz/load tests/fuzz/api
@@ -15,6 +15,15 @@ tests_fuzz_load_LDADD = libvm.la
 tests_fuzz_api_SOURCES = tests/fuzz/api.c tests/fuzz/replay.c
 tests_fuzz_api_LDADD = libvm.la
 
+check_PROGRAMS += tests/fuzz/snapshot
+tests_fuzz_snapshot_SOURCES = tests/fuzz/snapshot.c tests/fuzz/replay.c
+tests_fuzz_snapshot_LDADD = libvm.la $(ZYDIS_LIBS)
+tests_fuzz_snapshot_LDFLAGS = -static
+
+EXTRA_PROGRAMS += libfuzzer-snapshot
+libfuzzer_snapshot_SOURCES = tests/fuzz/snapshot.c
+libfuzzer_snapshot_LDADD = libvm.la $(ZYDIS_LIBS)
+libfuzzer_snapshot_LDFLAGS = $(FUZZ_LINK)
 EXTRA_PROGRAMS += libfuzzer-devices libfuzzer-guest libfuzzer-load libfuzzer-api
 FUZZ_LINK = -static -fsanitize=fuzzer
 libfuzzer_devices_SOURCES = tests/fuzz/devices.c
@@ -46,3 +55,13 @@ fuzz_devices_LDFLAGS = -static -fsanitize=fuzzer
 # The examples for fuzzing.
 EXTRA_DIST += tests/fuzz/examples
 script_tests += tests/fuzz/examples
+
+check_PROGRAMS += tests/fuzz/gdb
+tests_fuzz_gdb_SOURCES = tests/fuzz/gdb.c
+tests_fuzz_gdb_LDADD = libvm.la $(ZYDIS_LIBS)
+tests_fuzz_gdb_LDFLAGS = -static
+EXTRA_PROGRAMS += fuzz-gdb
+fuzz_gdb_SOURCES = tests/fuzz/gdb.c
+fuzz_gdb_CPPFLAGS = $(AM_CPPFLAGS) -DVM_LIBFUZZER
+fuzz_gdb_LDADD = libvm.la $(ZYDIS_LIBS)
+fuzz_gdb_LDFLAGS = -static -fsanitize=fuzzer
