@@ -136,6 +136,27 @@ uint64_t vm_clock_next(vm_machine *m)
     return next;
 }
 
+unsigned vm_clock_deadlines(vm_machine *m, uint64_t *deadlines, unsigned room)
+{
+    unsigned n = 0;
+    pthread_mutex_lock(&m->clock->lock);
+    for (const vm_timer *t = m->clock->timers; t; t = t->next, n++)
+        if (n < room)
+            deadlines[n] = t->deadline;
+    pthread_mutex_unlock(&m->clock->lock);
+    return n;
+}
+
+void vm_clock_set_deadlines(vm_machine *m, const uint64_t *deadlines, unsigned count)
+{
+    unsigned n = 0;
+    pthread_mutex_lock(&m->clock->lock);
+    for (vm_timer *t = m->clock->timers; t && n < count; t = t->next)
+        t->deadline = deadlines[n++];
+    pthread_cond_signal(&m->clock->changed);
+    pthread_mutex_unlock(&m->clock->lock);
+}
+
 void vm_clock_fire(vm_machine *m)
 {
     fire_due(m);

@@ -26,31 +26,39 @@ void vm_play_next(struct vm_replay *rp)
     vm_log_next(&rp->log, &rp->offset, &rp->at, &rp->next);
 }
 
-void vm_replay_mark(const vm_machine *m, uint64_t mark[3])
+/* ---- going back ---- */
+
+void vm_replay_mark(vm_machine *m, vm_replay_place *place)
 {
     const struct vm_replay *rp = m->replay;
-    mark[0] = rp && rp->mode == VM_REPLAY_PLAYING && !rp->status ? rp->session : 0;
-    mark[1] = rp ? rp->next_offset : 0;
-    mark[2] = rp ? rp->before_next : 0;
+    const unsigned room = sizeof place->deadlines / sizeof *place->deadlines;
+    *place = (vm_replay_place){ 0 };
+    if (!rp || rp->mode != VM_REPLAY_PLAYING || rp->status)
+        return;
+    place->timers = vm_clock_deadlines(m, place->deadlines, room);
+    place->session = place->timers <= room ? rp->session : 0;
+    place->offset = rp->next_offset;
+    place->before = rp->before_next;
 }
 
-int vm_replay_may_return(vm_machine *m, const uint64_t mark[3])
+int vm_replay_may_return(vm_machine *m, const vm_replay_place *place)
 {
     const struct vm_replay *rp = m->replay;
-    bool is_here = !rp || (rp->mode == VM_REPLAY_PLAYING && mark[0] == rp->session);
+    bool is_here = !rp || (rp->mode == VM_REPLAY_PLAYING && place->session == rp->session);
     return is_here ? VM_OK : vm_replay_forbids(m, "vm_snapshot_restore to before it");
 }
 
-void vm_replay_return(vm_machine *m, const uint64_t mark[3])
+void vm_replay_return(vm_machine *m, const vm_replay_place *place)
 {
     struct vm_replay *rp = m->replay;
     if (!rp)
         return;
+    vm_clock_set_deadlines(m, place->deadlines, place->timers);
     rp->status = VM_OK;
     rp->at_end = false;
     rp->next = (vm_log_event){ 0 };
-    rp->offset = mark[1];
-    rp->at = mark[2];
+    rp->offset = place->offset;
+    rp->at = place->before;
     vm_play_next(rp);
     rp->state_sum = vm_replay_state_sum(m->vcpus[0]);
 }
@@ -117,6 +125,19 @@ static int timers(vm_vcpu *cpu, uint64_t skipped)
     return 0;
 }
 
+static int complete(vm_vcpu *cpu, const vm_log_event *e)
+{
+    vm_exit given = { .size = sizeof given, .reason = e->b ? cpu->pending.reason : (vm_exit_reason)0 };
+    if (!cpu->has_pending)
+        return vm_play_diverged(cpu, "an exit that waits", 0, 1);
+    if (given.reason == VM_EXIT_IO)
+        given.io.data = e->a;
+    else
+        given.mmio.data = e->a;
+    vm_exit_complete(cpu, &given);
+    return 0;
+}
+
 /* One event of the log, at its boundary: an exit reason or 0. */
 static int play_event(vm_vcpu *cpu, vm_round *r)
 {
@@ -131,6 +152,7 @@ static int play_event(vm_vcpu *cpu, vm_round *r)
     switch (e.type) {
     case VM_LOG_TIMERS: return timers(cpu, e.a);
     case VM_LOG_IRQ: return irq(cpu, r, e.a);
+    case VM_LOG_COMPLETE: return complete(cpu, &e);
     case VM_LOG_INJECTED: return injected(cpu, r);
     case VM_LOG_NMI:
         if (cpu->x86.nmi_pending)
@@ -147,26 +169,15 @@ static int play_event(vm_vcpu *cpu, vm_round *r)
 static int play_exit(vm_vcpu *cpu, vm_round *r)
 {
     struct vm_replay *rp = cpu->machine->replay;
-    vm_exit *given = r->exit;
     int reason = 0;
     if (rp->next.type != VM_LOG_EXITED || rp->next.at != vm_replay_position(cpu))
         return vm_play_diverged(cpu, "an exit: its position", vm_replay_position(cpu), rp->next.at);
     vm_play_next(rp);
-    while (!reason && !rp->status && !rp->at_end && rp->next.type != VM_LOG_COMPLETE)
+    while (!reason && !rp->status && !rp->at_end && cpu->has_pending)
         reason = rp->next.is_inside || rp->next.at != vm_replay_position(cpu)
             ? vm_play_diverged(cpu, "the completion of an exit: its position", vm_replay_position(cpu), rp->next.at)
             : play_event(cpu, r);
-    if (reason || rp->next.type != VM_LOG_COMPLETE || !cpu->has_pending)
-        return reason;
-    if (given->reason == VM_EXIT_IO)
-        given->io.data = rp->next.a;
-    else
-        given->mmio.data = rp->next.a;
-    if (!rp->next.b)
-        given->reason = (vm_exit_reason)0;
-    vm_play_next(rp);
-    vm_exit_complete(cpu, given);
-    return 0;
+    return reason;
 }
 
 /* ---- a round ---- */

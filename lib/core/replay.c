@@ -281,11 +281,16 @@ static int begin_record(vm_machine *m, int fd, const vm_record_options *o)
                             .platform_bytes = (uint32_t)pc_bytes };
         status = vm_log_begin(&rp->w, fd, UINT64_MAX, &h, state, pc);
     }
-    if (!status && !o->omit_ram && !each_page(m, put_page)) {
+    if (!status && !o->omit_ram && !each_page(m, put_page))
         status = rp->w.status;
+    if (status)
         vm_log_abandon(&rp->w);
-    }
     rp->w.max_bytes = rp->w.written + rp->w.used + (o->max_bytes ? o->max_bytes : LOG_DEFAULT);
+    if (!status) {                     /* as the replay will find them: a device may choose other moments when it is restored */
+        vm_device_lock(m);
+        status = vm_pc_restore(m, pc, pc_bytes);
+        vm_device_unlock(m);
+    }
     free(state);
     free(pc);
     rp->skip_idle = o->skip_idle;

@@ -70,9 +70,9 @@ void vm_replay_answered(vm_vcpu *cpu, vm_log_type type, uint64_t value, int stat
 
 /* snapshot.c: a snapshot taken in a replay can be gone back to in the same one. may_return: VM_E_BUSY when the machine records,
  * or replays something else. */
-void vm_replay_mark(const vm_machine *m, uint64_t mark[3]);
-int vm_replay_may_return(vm_machine *m, const uint64_t mark[3]);
-void vm_replay_return(vm_machine *m, const uint64_t mark[3]);
+void vm_replay_mark(vm_machine *m, vm_replay_place *place);
+int vm_replay_may_return(vm_machine *m, const vm_replay_place *place);
+void vm_replay_return(vm_machine *m, const vm_replay_place *place);
 
 /* lib/api */
 int vm_replay_record(vm_machine *m, int fd, const vm_record_options *options);

@@ -432,7 +432,7 @@ static int run_claimed(vm_vcpu *cpu, run *r)
     vm_exit *exit = r->exit;
     if (__builtin_expect(m->replay != NULL, 0))
         vm_replay_begin(cpu, exit);
-    if (cpu->has_pending)
+    if (cpu->has_pending && !(m->replay && m->replay->mode == VM_REPLAY_PLAYING))              /* then by the log */
         vm_exit_complete(cpu, exit);
     memset((char *)exit + offsetof(vm_exit, reason), 0, sizeof *exit - offsetof(vm_exit, reason));
     r->outer = cpu->round;

@@ -322,7 +322,7 @@ int vm_snap_capture(vm_snapshot *s)
     }
     s->time_ns = vm_clock_now(m);
     s->tsc = vm_clock_tsc(m);
-    vm_replay_mark(m, s->replay_mark);
+    vm_replay_mark(m, &s->replay);
     s->event = m->event;
     s->event_code = m->event_code;
     if (status == VM_OK)
@@ -1062,14 +1062,14 @@ int vm_snap_restore(vm_machine *m, vm_snapshot *s)
 {
     if (restore_quickly(m, s))
         return VM_OK;
-    int status = vm_replay_may_return(m, s->replay_mark);
+    int status = vm_replay_may_return(m, &s->replay);
     if (status == VM_OK)
         status = vm_snap_begin(m, "vm_snapshot_restore");
     if (status != VM_OK)
         return status;
     status = restore(m, s);
     if (status == VM_OK)
-        vm_replay_return(m, s->replay_mark);
+        vm_replay_return(m, &s->replay);
     vm_snap_end(m);
     return status;
 }

@@ -81,7 +81,7 @@ struct vm_snapshot {
     void *platform; size_t platform_bytes;
     uint64_t time_ns, tsc;             /* guest time, guest TSC */
     int event; uint64_t event_code;
-    uint64_t replay_mark[3];           /* where in a replay it was taken (vm_replay_mark) */
+    vm_replay_place replay;            /* where in a replay it was taken */
     uint64_t bytes;                    /* host memory it holds */
 };
 

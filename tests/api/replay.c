@@ -183,7 +183,7 @@ static record record_life(vm_backend backend, unsigned rounds, bool skip_idle, b
     pthread_t thread;
     uint64_t seed = 17, id = 0x1234;
     make(&w, backend, is_wild ? UINT32_MAX : rounds);
-    run(&w, 1000, &e);                 /* it lived before */
+    run(&w, is_wild ? 200000 : 1000, &e);                /* it lived before; wildly: with its clock running */
     OK(vm_irq_set(w.m, 5, true));
     o.skip_idle = skip_idle;
     o.omit_ram = omits_ram;
