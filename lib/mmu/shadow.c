@@ -30,10 +30,14 @@
  * Memory. At most `budget` pages and ROOTS roots; what was not used for long goes first. If the host has no memory,
  * walks are not recorded, and that is all.
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
 #include "mmu/mmu.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #ifdef VM_TINY_CACHE
 #define VM_SHADOW_PAGES 8
@@ -451,10 +455,8 @@ static void init_root(shadow *s, root *r, const x86_cpu *x, unsigned index)
 
 static root *new_root(void)
 {
-    root *r = aligned_alloc(64, sizeof *r);
-    if (r)
-        memset(r, 0, sizeof *r);
-    return r;
+    root *r = mmap(NULL, sizeof *r, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return r == MAP_FAILED ? NULL : r;
 }
 
 /* The root for the state that the vCPU is in; NULL: no memory. */
@@ -690,7 +692,8 @@ static void shadow_destroy(void *state)
         free(p);
     }
     for (unsigned i = 0; i < ROOTS; i++)
-        free(s->roots[i]);
+        if (s->roots[i])
+            munmap(s->roots[i], sizeof *s->roots[i]);
     free(s->pages);
     free(s);
 }
