@@ -156,14 +156,6 @@ typedef struct jit_unit { /* one block being translated */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
-/* A decoded instruction and the bytes it was made from: each is asked for several times, as code and by who looks ahead. */
-typedef struct jit_memo {
-    const uint8_t *at;
-    uint8_t size, bytes[15]; /* size: of the code, 4 or 8 */
-    x86_insn in;
-} jit_memo;
-#define JIT_MEMOS 2048
-
 typedef struct jit {
     vm_vcpu *vcpu;
     struct jit_unit *unit;           /* the block being translated */
@@ -197,7 +189,7 @@ typedef struct jit {
         x87_pointers[18]; /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
     uint8_t vec_ctx;      /* ...in this context */
     bool must_flush;      /* at the next block boundary */
-    jit_memo memo[JIT_MEMOS];
+    x86_memo memo[X86_MEMOS];
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     bool has_avx, has_bmi2;
     bool window_stale;        /* the memory map changed */

@@ -286,28 +286,11 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
     f->exact_at = *exact = f->can_leave ? X86_FL_ARITH : *exact & through;
 }
 
-/* Decode the bytes at p, or know them. */
-static bool decode_again(const jit_unit *u, const uint8_t *p, unsigned avail, unsigned size, x86_insn *in) {
-    jit_memo *m = &u->j->memo[(uintptr_t)p % JIT_MEMOS];
-    if (m->at == p && m->size == size && m->in.length <= avail && !memcmp(m->bytes, p, m->in.length)) {
-        *in = m->in;
-        return true;
-    }
-    uint8_t bytes[15]; /* once: another vCPU may be writing */
-    memcpy(bytes, p, avail);
-    if (x86_decode(bytes, avail, size, in)) return false;
-    m->at = p;
-    m->size = (uint8_t)size;
-    memcpy(m->bytes, bytes, sizeof bytes);
-    m->in = *in;
-    return true;
-}
-
 /* Decode what lies at page offset `at`. */
 static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
     unsigned avail = 4096 - at, size = u->key & JIT_KEY_64 ? 8 : 4;
     if (u->crosses ? at != (u->rip & 0xfff) || x86_decode(u->bytes, 15, size, in)
-                   : !avail || !decode_again(u, u->page + at, avail < 15 ? avail : 15, size, in))
+                   : !avail || x86_decode_again(u->j->memo, u->page + at, avail < 15 ? avail : 15, size, in))
         return false;
     x86_offer(u->cpu, in);
     return true;

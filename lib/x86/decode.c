@@ -442,6 +442,21 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
     return 0;
 }
 
+int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
+{
+    x86_memo *m = &memos[(uintptr_t)bytes % X86_MEMOS];
+    uint8_t once[15];                    /* another vCPU may be writing */
+    memcpy(once, bytes, avail);
+    if (m->at != bytes || m->in.mode != code_size || m->in.length > avail || memcmp(m->in.bytes, once, m->in.length)) {
+        m->at = NULL;
+        if (x86_decode(once, avail, code_size, &m->in))
+            return -1;
+        m->at = bytes;
+    }
+    *in = m->in;
+    return 0;
+}
+
 void x86_format(const x86_insn *in, uint64_t rip, char *buf, size_t bytes)
 {
     ZydisDecoder d;

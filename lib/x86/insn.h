@@ -68,6 +68,14 @@ struct x86_insn {
 /* Decode at most `avail` bytes (<= 15). Returns 0 and fills *in (illegal encodings: exec raises #UD, length is what was
  * consumed), or -1 when the instruction is cut off by `avail` < 15 bytes (the caller supplies more, from the next page). */
 int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
+/* The same for bytes that may have been decoded before: code is asked for several times, as a block and by who looks ahead, and
+ * code that changes itself changes little. An entry holds while the bytes at its address are those it was made from. */
+typedef struct x86_memo {
+    const uint8_t *at;
+    x86_insn in;
+} x86_memo;
+#define X86_MEMOS 2048
+int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
 /* Fit it to the CPU's model (offer.c): instructions the model lacks become illegal, TZCNT and LZCNT become BSF and BSR. Call it
  * once on what is cached for a CPU. */
 void x86_offer(x86_cpu *cpu, x86_insn *in);
