@@ -43,3 +43,29 @@ examples_mmu_ecc_SOURCES = examples/mmu_ecc.c examples/paged.c examples/paged.h
 examples_mmu_ecc_LDADD = libvm.la
 examples_mmu_working_set_SOURCES = examples/mmu_working_set.c examples/paged.c examples/paged.h
 examples_mmu_working_set_LDADD = libvm.la
+
+# The same ten programs as in examples/python and examples/lua; `make check` runs them.
+small_examples = examples/boot_linux examples/call examples/coverage examples/device examples/hooks examples/many_vms examples/memory \
+	examples/mmu_strategy examples/snapshot_fuzz
+noinst_PROGRAMS += $(small_examples)
+noinst_HEADERS += examples/common.h
+script_tests += examples/check
+EXTRA_DIST += examples/check
+examples_boot_linux_SOURCES = examples/boot_linux.c
+examples_boot_linux_LDADD = libvm.la
+examples_call_SOURCES = examples/call.c
+examples_call_LDADD = libvm.la
+examples_coverage_SOURCES = examples/coverage.c
+examples_coverage_LDADD = libvm.la
+examples_device_SOURCES = examples/device.c
+examples_device_LDADD = libvm.la
+examples_hooks_SOURCES = examples/hooks.c
+examples_hooks_LDADD = libvm.la
+examples_many_vms_SOURCES = examples/many_vms.c
+examples_many_vms_LDADD = libvm.la -lpthread
+examples_memory_SOURCES = examples/memory.c
+examples_memory_LDADD = libvm.la
+examples_mmu_strategy_SOURCES = examples/mmu_strategy.c
+examples_mmu_strategy_LDADD = libvm.la
+examples_snapshot_fuzz_SOURCES = examples/snapshot_fuzz.c
+examples_snapshot_fuzz_LDADD = libvm.la
