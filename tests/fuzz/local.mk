@@ -1,6 +1,6 @@
 # tests/fuzz: fuzz targets, one a program (fuzz.h says how they run). In `make check` each runs its corpus and a fixed pseudo-random one.
 # make fuzz-NAME builds it with clang for libFuzzer, ASan and UBSan in fuzz-build and runs it for FUZZ_SECONDS.
-fuzz_names = devices guest load api snapshot
+fuzz_names = devices guest load api snapshot logs
 EXTRA_DIST += tests/fuzz/run tests/fuzz/seeded $(fuzz_corpus)
 fuzz_corpus =
 check_PROGRAMS += tests/fuzz/devices tests/fuzz/guest tests/fuzz/load tests/fuzz/api
@@ -65,3 +65,11 @@ fuzz_gdb_SOURCES = tests/fuzz/gdb.c
 fuzz_gdb_CPPFLAGS = $(AM_CPPFLAGS) -DVM_LIBFUZZER
 fuzz_gdb_LDADD = libvm.la $(ZYDIS_LIBS)
 fuzz_gdb_LDFLAGS = -static -fsanitize=fuzzer
+check_PROGRAMS += tests/fuzz/logs
+tests_fuzz_logs_SOURCES = tests/fuzz/logs.c tests/fuzz/replay.c
+tests_fuzz_logs_LDADD = libvm.la $(ZYDIS_LIBS)
+tests_fuzz_logs_LDFLAGS = -static
+EXTRA_PROGRAMS += libfuzzer-logs
+libfuzzer_logs_SOURCES = tests/fuzz/logs.c
+libfuzzer_logs_LDADD = libvm.la $(ZYDIS_LIBS)
+libfuzzer_logs_LDFLAGS = $(FUZZ_LINK)

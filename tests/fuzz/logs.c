@@ -1,0 +1,139 @@
+/* logs.c - fuzz target: logs of recordings. The input turns a good log into a bad one, which is then replayed.
+ *
+ * First byte: bit 0 the input is the log itself; bit 1 checksums stay as they were. Otherwise the input goes on as edits: an
+ * offset from the log's begin (bit 2: its end) and a byte to put there. Then the checksums are made right, so that what is
+ * behind them is tested: the states of CPU and devices, the events.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#include "core/replaylog.h"
+#include "fuzz.h"
+#include <libvm/libvm.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+const struct fuzz_target fuzz_target = { "logs", 200, 64 };
+
+static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
+    (void)user, (void)cpu, (void)width;
+    *value = offset;
+    return offset == 3 ? -1 : 0;
+}
+
+static vm_machine *make(void)
+{
+    /* mov dx, 0x500; next: in al, dx; inc dx; and dl, 3; out 0x80, al; test al, al; sti; hlt (only if zero); jmp next */
+    static const uint8_t code[] = { 0xba, 0x00, 0x05, 0xec, 0x42, 0x80, 0xe2, 0x03, 0xe6, 0x80, 0x84, 0xc0, 0xfb, 0x75, 0xf4, 0x90,
+                                    0xeb, 0xf1 };
+    vm_options o = VM_OPTIONS_INIT;
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    vm_machine *m;
+    o.backend = VM_BACKEND_INTERP;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 1 << 20;
+    ops.read = device_read;
+    if (vm_create(&o, &m) != VM_OK || vm_map_pio(m, 0x500, 4, &ops, NULL, NULL) != VM_OK ||
+        vm_write(m, 0x7000, code, sizeof code) != VM_OK || vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL) != VM_OK)
+        abort();
+    uint64_t rip = 0x7000;
+    vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8);
+    return m;
+}
+
+static vm_exit run(vm_machine *m)
+{
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    o.max_instructions = 5000;
+    o.deadline_ns = 100000000;
+    if (vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e) != VM_OK)
+        abort();
+    return e;
+}
+
+static uint8_t *good;
+static size_t good_bytes;
+
+static void make_good(void)
+{
+    vm_machine *m = make();
+    vm_record_options o = VM_RECORD_OPTIONS_INIT;
+    int fd = memfd_create("good", 0);
+    o.skip_idle = true;
+    if (fd < 0 || vm_record(m, fd, &o) != VM_OK)
+        abort();
+    for (int i = 0; i < 30; i++) {
+        vm_serial_input(m, 0, (const uint8_t *)"abc", 3);
+        vm_irq_set(m, 5, i & 1);
+        vm_write(m, 0x9000, &i, sizeof i);
+        vm_vcpu_inject(vm_vcpu_get(m, 0), 0x40, false, 0);
+        run(m);
+    }
+    if (vm_record_stop(m) != VM_OK)
+        abort();
+    good_bytes = (size_t)lseek(fd, 0, SEEK_END);
+    good = malloc(good_bytes);
+    if (!good || pread(fd, good, good_bytes, 0) != (ssize_t)good_bytes)
+        abort();
+    close(fd);
+    vm_destroy(m);
+}
+
+static void mend(uint8_t *log, size_t bytes)
+{
+    vm_log_header h;
+    memcpy(&h, log, sizeof h);
+    uint64_t states = (uint64_t)h.cpu_bytes + h.platform_bytes;
+    if (states > bytes - sizeof h)
+        return;
+    h.crc = 0;
+    h.crc = vm_crc32(vm_crc32(0, &h, sizeof h), log + sizeof h, states);
+    memcpy(log, &h, sizeof h);
+    for (size_t at = sizeof h + states; at + 8 <= bytes;) {
+        uint32_t head[2];
+        memcpy(head, log + at, sizeof head);
+        if (!head[0] || head[0] > bytes - at - 8)
+            return;
+        head[1] = vm_crc32(vm_crc32(0, head, 4), log + at + 8, head[0]);
+        memcpy(log + at, head, sizeof head);
+        at += 8 + head[0];
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    fuzz_input in = { data, size };
+    uint8_t how = (uint8_t)fuzz_bits(&in, 1);
+    if (!good)
+        make_good();
+    size_t bytes = how & 1 ? in.left : good_bytes;
+    uint8_t *log = malloc(bytes ? bytes : 1);
+    int fd = memfd_create("log", 0);
+    if (!log || fd < 0)
+        abort();
+    memcpy(log, how & 1 ? in.data : good, bytes);
+    while (!(how & 1) && in.left >= 3) {
+        uint64_t at = fuzz_bits(&in, 2) % bytes;
+        log[how & 4 ? bytes - 1 - at : at] = (uint8_t)fuzz_bits(&in, 1);
+    }
+    if (!(how & 3))
+        mend(log, bytes);
+    if (write(fd, log, bytes) != (ssize_t)bytes || lseek(fd, 0, SEEK_SET) != 0)
+        abort();
+    vm_machine *m = make();
+    if (vm_replay(m, fd) == VM_OK) {
+        for (int i = 0; i < 40 && run(m).reason != VM_EXIT_REPLAY; i++)
+            continue;
+        if (vm_replay_stop(m) != VM_OK)
+            abort();
+        run(m);
+    }
+    close(fd);
+    free(log);
+    vm_destroy(m);
+    return 0;
+}
