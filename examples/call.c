@@ -1,34 +1,63 @@
-/* call - functions across the border: the program calls the guest's, the guest calls the program's. */
-#include "common.h"
+/* call.c - calling guest functions and being called: a few bytes of guest code, no operating system.
+ *
+ * The guest has a function `u64 twice_plus(u64 x, u64 (*fn)(u64))` that gives 2 * fn(x) + 1; the host gives it a function of
+ * its own, at an address where the guest has nothing.
+ */
+#include <libvm/libvm.h>
 
-static uint64_t note(uint64_t number, const char *text)
+#include <inttypes.h>
+#include <stdio.h>
+
+enum { CODE = 0x1000, STACK = 0x8000, HOST_SQUARE = 0x5000000 };
+
+static uint64_t square(uint64_t x)
 {
-    printf("the guest says \"%s\" with %" PRIu64 "\n", text, number);
-    return number * 10;
+    printf("host: square(%" PRIu64 ")\n", x);
+    return x * x;
+}
+
+static int fail(const char *what)
+{
+    fprintf(stderr, "%s: %s\n", what, vm_errmsg());
+    return 1;
 }
 
 int main(void)
 {
-    /* sum(a, b): rdi += rsi; rsi = 0x4000; rax = note(rdi, rsi); return rax + 1 */
-    static const uint8_t sum[] = { 0x48, 0x01, 0xf7, 0xbe, 0x00, 0x40, 0, 0, 0xb8, 0x00, 0x80, 0, 0, 0xff, 0xd0, 0x48, 0xff, 0xc0, 0xc3 };
-    /* fill(buffer, length, byte): mov rcx, rsi; mov eax, edx; rep stosb; ret */
-    static const uint8_t fill[] = { 0x48, 0x89, 0xf1, 0x89, 0xd0, 0xf3, 0xaa, 0xc3 };
-    vm_machine *m = machine_with(NULL, sum, sizeof sum);
+    static const uint8_t twice_plus[] = {
+        0x48, 0x83, 0xec, 0x08,                          /* sub rsp, 8 */
+        0xff, 0xd6,                                      /* call rsi */
+        0x48, 0x8d, 0x44, 0x00, 0x01,                    /* lea rax, [rax + rax + 1] */
+        0x48, 0x83, 0xc4, 0x08,                          /* add rsp, 8 */
+        0xc3,                                            /* ret */
+    };
+    vm_machine *m;
+    uint64_t rsp = STACK;
+    if (vm_create(NULL, &m) != VM_OK)
+        return fail("vm_create");
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
-    vm_bind_desc bind = { .size = sizeof bind, .signature = "u64(u64,str)", .fn = (void (*)(void))note };
-    MUST(vm_write(m, 0x2000, fill, sizeof fill));
-    MUST(vm_write(m, 0x4000, "hello from inside", 18));
-    MUST(vm_bind_function(m, 0x8000, &bind, NULL));
-    set(cpu, VM_REG_RSP, 0x10000);
+    if (vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL) != VM_OK || vm_write(m, CODE, twice_plus, sizeof twice_plus) != VM_OK ||
+        vm_vcpu_set_mode(cpu, VM_MODE_FLAT64) != VM_OK || vm_vcpu_write_reg(cpu, VM_REG_RSP, &rsp, sizeof rsp) != VM_OK)
+        return fail("setting up");
 
-    vm_value arguments[3] = { { .u = 2 }, { .u = 40 } }, result;
-    MUST(vm_call(cpu, CODE, "u64(u64,u64)", arguments, 2, &result, NULL, NULL));
-    printf("sum: %" PRIu64 "\n", result.u);
+    vm_bind_desc d = VM_BIND_DESC_INIT;
+    d.signature = "u64(u64)";
+    d.fn = (void (*)(void))square;
+    if (vm_bind_function(m, HOST_SQUARE, &d, NULL) != VM_OK)
+        return fail("vm_bind_function");
 
-    char buffer[9] = "";
-    arguments[0].data = buffer, arguments[1].u = 8, arguments[2].u = 'x';
-    MUST(vm_call(cpu, 0x2000, "void(buf,u64,u8)", arguments, 3, NULL, NULL, NULL));
-    printf("filled: %s\n", buffer);
+    vm_value args[2] = { { .u = 12 }, { .u = HOST_SQUARE } }, result;
+    if (vm_call(cpu, CODE, "u64(u64, ptr)", args, 2, &result, NULL, NULL) != VM_OK)
+        return fail("vm_call");
+    printf("guest: twice_plus(12, square) = %" PRIu64 "\n", result.u);
+
+    /* The same as a C function pointer. */
+    vm_closure *closure;
+    if (vm_closure_new(cpu, CODE, "u64(u64, ptr)", NULL, &closure) != VM_OK)
+        return fail("vm_closure_new");
+    uint64_t (*fn)(uint64_t, uint64_t) = (uint64_t (*)(uint64_t, uint64_t))vm_closure_function(closure);
+    printf("guest: twice_plus(5, square) = %" PRIu64 "\n", fn(5, HOST_SQUARE));
+    vm_closure_free(closure);
     vm_destroy(m);
     return 0;
 }

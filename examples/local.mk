@@ -3,6 +3,10 @@ noinst_PROGRAMS += examples/hello
 bin_PROGRAMS = examples/vmrun
 examples_hello_SOURCES = examples/hello.c
 examples_hello_LDADD = libvm.la
+noinst_PROGRAMS += examples/call
+examples_call_SOURCES = examples/call.c
+examples_call_LDADD = libvm.la
+EXTRA_DIST += docs/calls.md
 examples_vmrun_SOURCES = examples/vmrun.c
 examples_vmrun_LDADD = libvm.la -lpthread
 
