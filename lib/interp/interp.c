@@ -8,6 +8,7 @@
  * cut so that the result is the same.
  */
 #include <string.h>
+#include "core/hook.h"
 #include "interp/blocks.h"
 #include "interp/interp.h"
 #include "x86/access.h"
@@ -322,6 +323,15 @@ static x86_stop run_one(x86_cpu *cpu, block_cache *c)
     return X86_STOP_NONE;
 }
 
+/* Breakpoints alone concern only the blocks they stand in. */
+static bool is_hooked_here(x86_cpu *cpu, block_cache *c)
+{
+    if ((cpu->hook_mask & X86_HOOK_CODE) != X86_HOOK_BIT(X86_HOOK_BREAK) || cpu->hook_done)
+        return true;
+    const block *b = find_block(cpu, c);
+    return vm_hook_covers(vm_vcpu_of(cpu)->machine, 0, code_la(cpu, cpu->rip), b->bytes, UINT64_MAX - 64);
+}
+
 /* Instructions of the running block before the one at rip. */
 static unsigned count_before(const x86_cpu *cpu, const block_cache *c)
 {
@@ -376,7 +386,8 @@ static x86_stop loop(x86_cpu *cpu, block_cache *c)
         if (cpu->budget <= 0)
             return X86_STOP_SLICE;
         uint64_t retired = cpu->retired;
-        if (X86_UNLIKELY((cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit || (cpu->hook_mask & X86_HOOK_CODE))) {
+        if (X86_UNLIKELY((cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
+                         ((cpu->hook_mask & X86_HOOK_CODE) && is_hooked_here(cpu, c)))) {
             x86_stop stop = run_one(cpu, c);
             if (stop != X86_STOP_NONE)
                 return stop;
