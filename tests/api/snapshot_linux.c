@@ -7,6 +7,7 @@
 #endif
 #include "../backends.h"
 
+#include <pthread.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -86,11 +87,12 @@ static void ask(guest *g, unsigned number, unsigned seconds)
     expect(g, "guest# ", seconds);
 }
 
-static vm_machine *make_pc(vm_backend backend)
+static vm_machine *make_pc(vm_backend backend, unsigned vcpus)
 {
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m = NULL;
     o.backend = backend;
+    o.vcpus = vcpus;
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = 256 << 20;
     OK(vm_create(&o, &m));
@@ -99,7 +101,40 @@ static vm_machine *make_pc(vm_backend backend)
 
 static guest booted, other, clone_of[CLONES];
 
-static void boot(void)
+/* ---- a second vCPU on a thread of its own ---- */
+
+static pthread_t second;
+static _Atomic bool is_wanted;
+
+static void *drive_second(void *arg)
+{
+    guest *g = arg;
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    o.deadline_ns = 20 * 1000 * 1000;
+    while (is_wanted) {
+        vm_exit e = VM_EXIT_INIT;
+        if (vm_vcpu_run(vm_vcpu_get(g->m, 1), &o, &e) != VM_OK || e.reason != VM_EXIT_DEADLINE)
+            return "the second vCPU stopped";
+    }
+    return NULL;
+}
+
+static void start_second(guest *g)
+{
+    is_wanted = true;
+    CHECK(pthread_create(&second, NULL, drive_second, g) == 0);
+}
+
+static void stop_second(void)
+{
+    void *why = NULL;
+    is_wanted = false;
+    pthread_join(second, &why);
+    if (why)
+        FAIL("%s", (const char *)why);
+}
+
+static void boot(unsigned vcpus)
 {
     const char *kernel = guest_file("vmlinuz-amd64"), *initrd = guest_file("initramfs-amd64");
     uint64_t jit = 0;
@@ -107,19 +142,21 @@ static void boot(void)
         test_skip("no JIT");
     if (access(kernel, R_OK) || access(initrd, R_OK))
         test_skip("no guest files: run tests/guests/fetch (needs a network)");
-    adopt(&booted, make_pc(VM_BACKEND_JIT));
+    adopt(&booted, make_pc(VM_BACKEND_JIT, vcpus));
     vm_linux_boot b = VM_LINUX_BOOT_INIT;
     b.kernel = kernel;
     b.initrd = initrd;
     b.cmdline = "console=ttyS0";
     OK(vm_boot_linux(booted.m, &b));
+    if (vcpus > 1)
+        start_second(&booted);
     expect(&booted, "guest# ", 150);
 }
 
 TEST_LIMIT(restored_and_continued, 200)
 {
     vm_snapshot *s = NULL, *t = NULL;
-    boot();
+    boot(1);
     uint64_t then = vm_time(booted.m);
     OK(vm_snapshot_take(booted.m, &s));
     for (unsigned i = 1; i < 6; i++) {
@@ -156,7 +193,7 @@ static void in_another_process(const char *path, vm_backend backend, unsigned nu
     CHECK(child >= 0);
     if (!child) {
         vm_snapshot *s = NULL;
-        adopt(&other, make_pc(backend));
+        adopt(&other, make_pc(backend, 1));
         OK(vm_snapshot_load_file(other.m, path, 0, &s));
         OK(vm_snapshot_restore(other.m, s));
         ask(&other, number, 100);
@@ -176,7 +213,7 @@ TEST_LIMIT(saved_and_loaded_elsewhere, 400)
     char path[64];
     vm_snapshot *s = NULL;
     snprintf(path, sizeof path, "/tmp/libvm-linux-%ld", (long)getpid());
-    boot();
+    boot(1);
     OK(vm_snapshot_take(booted.m, &s));
     OK(vm_snapshot_save_file(s, path, VM_SNAPSHOT_NO_SYNC));
     in_another_process(path, VM_BACKEND_JIT, 11);
@@ -193,7 +230,7 @@ TEST_LIMIT(saved_and_loaded_elsewhere, 400)
 
 TEST_LIMIT(clones_go_their_own_way, 300)
 {
-    boot();
+    boot(1);
     type(&booted, "x=7\r");
     expect(&booted, "guest# ", 60);
     for (unsigned i = 0; i < CLONES; i++) {
@@ -221,4 +258,32 @@ TEST_LIMIT(clones_go_their_own_way, 300)
         ask(&clone_of[i], i, 60);
         vm_destroy(clone_of[i].m);
     }
+}
+
+TEST_LIMIT(two_processors, 300)
+{
+    vm_snapshot *s = NULL;
+    vm_machine *copy = NULL;
+    boot(2);
+    type(&booted, "grep -c ^processor /proc/cpuinfo\r");
+    expect(&booted, "\n2\r", 60);
+    expect(&booted, "guest# ", 60);
+    stop_second();
+    OK(vm_snapshot_take(booted.m, &s));
+    for (unsigned i = 0; i < 4; i++) {
+        start_second(&booted);
+        type(&booted, "(i=0; while [ $i -lt 300 ]; do i=$((i+1)); done; echo a''$i) & (echo b''2); wait\r");
+        expect(&booted, "a300", 100);
+        ask(&booted, 50 + i, 60);
+        stop_second();
+        OK(vm_snapshot_restore(booted.m, s));
+        booted.seen = booted.bytes;
+    }
+    OK(vm_fork(booted.m, &copy));
+    vm_destroy(booted.m);
+    adopt(&other, copy);
+    start_second(&other);
+    ask(&other, 9, 60);
+    stop_second();
+    vm_destroy(copy);
 }
