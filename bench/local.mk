@@ -109,8 +109,9 @@ bench-afl: examples/fuzz_afl examples/fuzz_target.elf
 # The Python module, beside python3-unicorn.
 EXTRA_DIST += bench/bench_python.py
 if WITH_PYTHON
-bench: bench-python
+python_benches = bench-python
 endif
+bench: $(python_benches)
 bench-python: bindings/python/_libvm.la
 	with_python=$(have_python) PYTHON='$(PYTHON)' top_builddir=. $(srcdir)/bindings/python/tests/run --package-only
 	LD_LIBRARY_PATH=.libs PYTHONPATH=bindings/python/package $(PYTHON) $(srcdir)/bench/bench_python.py

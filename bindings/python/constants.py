@@ -27,6 +27,7 @@ ENUMS = {
     "vm_compare_kind": ("CompareKind", "VM_COMPARE_", "IntEnum"),
     "vm_snapshot_flags": ("SnapshotFlags", "VM_SNAPSHOT_", "IntFlag"),
     "vm_gdb_action": ("GdbAction", "VM_GDB_", "IntEnum"),
+    "vm_sandbox_flags": ("SandboxFlags", "VM_SANDBOX_", "IntFlag"),
     "vm_replay_mode": ("ReplayMode", "VM_REPLAY_", "IntEnum"),
 }
 DEFINES = {

@@ -23,7 +23,7 @@ python_sources = \
 	bindings/python/src/vcpu.c
 EXTRA_DIST += $(python_package) $(python_typing) $(python_sources) bindings/python/tests bindings/python/constants.py \
 	bindings/python/pyproject.toml bindings/python/setup.py bindings/python/README.md bindings/parity examples/python
-script_tests += bindings/python/tests/run
+script_tests += bindings/python/tests/run bindings/parity/check
 
 if WITH_PYTHON
 pylibvmdir = $(pyexecdir)/libvm
@@ -49,7 +49,10 @@ bindings/python/entry_points.txt: Makefile
 	@printf '[pytest11]\nlibvm = libvm.pytest_plugin\n' >$@
 endif
 
-# The constants, written from the headers (make check says when this is due).
-python-constants:
+# What is written from the headers: Python's constants, the parity table (make check says when these are due), the references.
+EXTRA_DIST += docs/generate-api docs/api-parity.md docs/c-api.md docs/python-api.md
+docs:
 	$(PYTHON) $(srcdir)/bindings/python/constants.py $(srcdir)/include/libvm $(srcdir)/bindings/python/libvm/constants.py
-.PHONY: python-constants
+	$(PYTHON) $(srcdir)/bindings/parity/parity.py --write
+	$(PYTHON) $(srcdir)/docs/generate-api
+.PHONY: docs

@@ -272,6 +272,15 @@ class GdbAction(IntEnum):
     END = 3
 
 
+class SandboxFlags(IntFlag):
+    """vm_sandbox_flags"""
+
+    KVM = 1
+    THREADS = 2
+    SOCKETS = 4
+    ERRNO = 8
+
+
 class ReplayMode(IntEnum):
     """vm_replay_mode"""
 
@@ -297,4 +306,4 @@ class EventFlags(IntFlag):
     SYSENTER = 8
 
 
-__all__ = ["Status", "Prot", "Backend", "Platform", "Mode", "ExitReason", "Reg", "TraceCategory", "HookKind", "HookResult", "Advice", "EptAction", "CompareKind", "SnapshotFlags", "GdbAction", "ReplayMode", "HookFlags", "EventFlags"]
+__all__ = ["Status", "Prot", "Backend", "Platform", "Mode", "ExitReason", "Reg", "TraceCategory", "HookKind", "HookResult", "Advice", "EptAction", "CompareKind", "SnapshotFlags", "GdbAction", "SandboxFlags", "ReplayMode", "HookFlags", "EventFlags"]

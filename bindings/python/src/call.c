@@ -258,8 +258,8 @@ static PyObject *do_call(pv_vcpu *v, uint64_t address, const char *text, PyObjec
             pv_exit_set_hook(x, m), no_return(m->st, x);
         else if (ok)
             answer = from_value(&result, &s.result);
-        if (ok && status == VM_OK && x->e.reason != VM_EXIT_UNTIL)
-            Py_XSETREF(v->last, (pv_exit *)Py_NewRef((PyObject *)x));
+        if (ok && status == VM_OK && x->e.reason != VM_EXIT_UNTIL && !x->hook)
+            Py_XSETREF(m->of_vcpu[v->index].last, (pv_exit *)Py_NewRef((PyObject *)x));
     }
     Py_XDECREF(x);
     for (unsigned i = 0; i < s.count; i++)

@@ -1,5 +1,5 @@
 /* coverage.c - coverage maps, block traces, comparison logs: libvm.Ring. Memory that the library writes to is held by the
- * machine (maps: any writable buffer) or by the ring object, which the vCPU keeps. */
+ * machine (maps: any writable buffer; rings). */
 #include "pv.h"
 
 #include <stddef.h>
@@ -73,7 +73,6 @@ typedef struct pv_ring {
     size_t   entries;                   /* a power of two */
     uint64_t head, read;
     bool     compares;
-    bool     is_used;                   /* libvm writes to it; then a vCPU keeps it */
 } pv_ring;
 
 static int ring_off(pv_vcpu *v, bool compares)
@@ -81,19 +80,12 @@ static int ring_off(pv_vcpu *v, bool compares)
     return compares ? vm_compare_log(v->cpu, NULL, 0, NULL) : vm_block_trace(v->cpu, NULL, 0, NULL);
 }
 
-/* The vCPU object goes, or its machine has ended: libvm writes no more. */
-void pv_rings_end(pv_vcpu *v)
+/* The machine has ended: libvm writes no more. */
+void pv_vcpu_end(pv_machine *m, unsigned index)
 {
-    for (int i = 0; i < 2; i++) {
-        pv_ring *r = (pv_ring *)v->rings[i];
-        if (!r)
-            continue;
-        if (v->machine && v->machine->m && v->cpu && v->machine->forks == v->machine->st->forks && ring_off(v, i) != VM_OK)
-            continue;                   /* cannot be: nobody runs a vCPU without its object. Then rather leak */
-        r->is_used = false;
-        v->rings[i] = NULL;
-        Py_DECREF(r);
-    }
+    Py_CLEAR(m->of_vcpu[index].last);
+    for (int i = 0; i < 2; i++)
+        Py_CLEAR(m->of_vcpu[index].rings[i]);
 }
 
 static PyObject *start_ring(PyObject *self, PyObject *args, bool compares)
@@ -123,9 +115,7 @@ static PyObject *start_ring(PyObject *self, PyObject *args, bool compares)
                             : vm_block_trace(v->cpu, r->memory, r->entries, &r->head);
     bool ok = pv_leave(&frame);
     if (status == VM_OK) {
-        pv_ring *old = (pv_ring *)v->rings[compares];
-        v->rings[compares] = (struct pv_ring *)Py_XNewRef((PyObject *)r);
-        Py_XDECREF(old);
+        Py_XSETREF(m->of_vcpu[v->index].rings[compares], (struct pv_ring *)Py_XNewRef((PyObject *)r));
     }
     if (ok && status == VM_OK)
         return r ? (PyObject *)r : Py_NewRef(Py_None);

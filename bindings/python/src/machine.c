@@ -79,8 +79,7 @@ static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 static void drop_rest(pv_machine *m)
 {
     for (unsigned i = 0; i < VM_MAX_VCPUS; i++)
-        if (m->vcpus[i])
-            pv_rings_end(m->vcpus[i]), m->vcpus[i]->cpu = NULL;
+        pv_vcpu_end(m, i);
     for (pv_region *r = m->regions; r; r = r->next) {
         r->r = NULL;
         if (r->has_host) {

@@ -268,7 +268,7 @@ void pv_callback_failed(pv_machine *m, vm_vcpu *cpu)
     PyErr_Fetch(&f->exc[0], &f->exc[1], &f->exc[2]);
     if (cpu) {
         if (f->vcpu)
-            f->vcpu->has_stale_kick = true;     /* run() clears it if the kick ends the run */
+            m->of_vcpu[f->vcpu->index].has_stale_kick = true;     /* run() clears it if the kick ends the run */
         vm_vcpu_kick(cpu);
     }
 }
@@ -573,6 +573,28 @@ static PyObject *f_share_pages(PyObject *module, PyObject *args)
     return status ? pv_raise(st, status) : PyLong_FromUnsignedLongLong(saved);
 }
 
+static PyObject *f_sandbox_enter(PyObject *module, PyObject *args)
+{
+    uint32_t flags = 0;
+    if (!PyArg_ParseTuple(args, "|O&:sandbox_enter", pv_u32, &flags))
+        return NULL;
+    return pv_none_or(PyModule_GetState(module), vm_sandbox_enter(flags));
+}
+
+static PyObject *f_sandbox_calls(PyObject *module, PyObject *args)
+{
+    uint32_t flags = 0;
+    const char *name;
+    PyObject *list = PyArg_ParseTuple(args, "|O&:sandbox_calls", pv_u32, &flags) ? PyList_New(0) : NULL;
+    for (unsigned i = 0; list && (name = vm_sandbox_call(flags, i)); i++) {
+        PyObject *o = PyUnicode_FromString(name);
+        if (!o || PyList_Append(list, o) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(o);
+    }
+    return list;
+}
+
 /* The classes of the package whose objects this module makes. */
 static PyObject *f_set_classes(PyObject *module, PyObject *args)
 {
@@ -627,6 +649,9 @@ static PyMethodDef functions[] = {
     { "signature_check", f_signature_check, METH_VARARGS, "signature_check(signature) -> int\nHow many arguments." },
     { "coverage_id", f_coverage_id, METH_VARARGS, "coverage_id(gva) -> int\nA block's id in coverage maps." },
     { "share_pages", f_share_pages, METH_VARARGS, "share_pages(machines) -> int\nLets equal pages share memory; bytes saved." },
+    { "sandbox_enter", f_sandbox_enter, METH_VARARGS,
+      "sandbox_enter(flags=0)\nGives up what running machines does not need: SandboxFlags. Cannot be undone." },
+    { "sandbox_calls", f_sandbox_calls, METH_VARARGS, "sandbox_calls(flags=0) -> list[str]\nThe system calls that it allows." },
     { "mmu_register", pv_mmu_register, METH_VARARGS, "mmu_register(name, cls)\nAdds an MMU strategy written in Python." },
     { "mmu_names", pv_mmu_names, METH_NOARGS, "mmu_names() -> list[str]\nThe MMU strategies there are." },
     { "_set_classes", f_set_classes, METH_VARARGS, NULL },

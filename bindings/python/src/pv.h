@@ -31,9 +31,12 @@
 #define Py_DECREF(o) Py_DECREF((PyObject *)(o))
 #define Py_XDECREF(o) Py_XDECREF((PyObject *)(o))
 #define Py_REFCNT(o) Py_REFCNT((PyObject *)(o))
+#undef Py_CLEAR
+#define Py_CLEAR(place) do { PyObject *old_ = (PyObject *)(place); (place) = NULL; Py_XDECREF(old_); } while (0)
 #define Py_XSETREF(place, value) do { PyObject *old_ = (PyObject *)(place); (place) = (value); Py_XDECREF(old_); } while (0)
 
 #include <libvm/libvm.h>
+#include <libvm/sandbox.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -135,7 +138,12 @@ typedef struct pv_machine {
     bool closing;
     bool loud;                          /* a Python MMU strategy: any call may call back */
     bool poisoned;                      /* left behind: the parent's */
-    struct pv_vcpu *vcpus[VM_MAX_VCPUS];        /* no references */
+    struct pv_vcpu *vcpus[VM_MAX_VCPUS];        /* no references: a vCPU's object may go and come again. What lasts is here: */
+    struct {
+        struct pv_exit *last;           /* completes what the next run completes; refers to no hook */
+        struct pv_ring *rings[2];       /* block trace, comparisons */
+        bool has_stale_kick;            /* pv_callback_failed() kicked, and the run ended otherwise */
+    } of_vcpu[VM_MAX_VCPUS];
     pv_device *devices;
     pv_hook_data *hooks;
     pv_binding_data *bindings;
@@ -165,9 +173,6 @@ typedef struct pv_vcpu {
     vm_vcpu *cpu;
     pv_machine *machine;
     unsigned index;
-    bool has_stale_kick;                /* pv_callback_failed() kicked, and the run ended otherwise */
-    pv_exit *last;                      /* completes what the next run completes */
-    struct pv_ring *rings[2];           /* block trace, comparisons; references */
 } pv_vcpu;
 
 typedef struct pv_region {
@@ -260,7 +265,7 @@ void pv_device_free(pv_device *d);
 void pv_sink_free(pv_sink *s);
 void pv_sink_end(pv_sink *s);
 void pv_signature_free(struct pv_signature *s);
-void pv_rings_end(pv_vcpu *v);
+void pv_vcpu_end(pv_machine *m, unsigned index);
 
 /* Methods of Machine and Vcpu by part. */
 extern PyMethodDef pv_memory_methods[], pv_hook_methods[], pv_boot_methods[], pv_snapshot_methods[], pv_mmu_methods[],

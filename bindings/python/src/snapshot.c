@@ -21,13 +21,14 @@ static PyObject *snapshot_new(pv_machine *m, bool is_loaded)
     return (PyObject *)s;
 }
 
+/* Not while somebody is inside libvm with the machine: then the snapshot stays until the machine ends. */
 static bool snapshot_drop(pv_snapshot *s)
 {
     vm_snapshot *gone = s->s;
     pv_machine *m = s->machine;
     pv_frame frame;
     s->s = NULL;
-    if (!gone || !m->m || m->closing || m->forks != m->st->forks)
+    if (!gone || !m->m || m->closing || m->calls || m->forks != m->st->forks)
         return true;
     pv_enter(&frame, m);
     vm_snapshot_free(gone);
@@ -60,6 +61,9 @@ static bool is_there(pv_snapshot *s)
 
 static PyObject *snapshot_free(PyObject *self, PyObject *unused)
 {
+    pv_snapshot *s = (pv_snapshot *)self;
+    if (s->s && s->machine->calls)
+        return pv_raise_text(s->machine->st, PV_BUSY, VM_E_BUSY, "a snapshot is freed while nobody uses its machine");
     return snapshot_drop((pv_snapshot *)self) ? Py_NewRef(Py_None) : NULL;
 }
 

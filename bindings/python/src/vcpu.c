@@ -205,8 +205,6 @@ PyObject *pv_vcpu_of(pv_machine *m, vm_vcpu *cpu) { return pv_vcpu_get(m, vm_vcp
 static void vcpu_dealloc(PyObject *self)
 {
     pv_vcpu *v = (pv_vcpu *)self;
-    pv_rings_end(v);
-    Py_CLEAR(v->last);
     if (v->machine) {
         v->machine->vcpus[v->index] = NULL;
         Py_CLEAR(v->machine);
@@ -542,6 +540,7 @@ static PyObject *mapping_of(PyObject *args, PyObject *kwargs, const char *name)
     return all;
 }
 
+/* By vm_vcpu_get_regs and vm_vcpu_set_regs, vm_vcpu_get_sregs and vm_vcpu_set_sregs, vm_vcpu_get_fpu and vm_vcpu_set_fpu. */
 #define BULK(part, type, INIT) \
     static PyObject *vcpu_get_##part(PyObject *self, PyObject *unused) \
     { \
@@ -771,18 +770,19 @@ static bool run_slices(pv_vcpu *v, const vm_run_options *wanted, vm_exit *e)
     uint64_t start = retired;
     bool cuts = !wanted->max_instructions || vm_machine_backend(m->m) != VM_BACKEND_KVM;
     vm_run_options r = *wanted;
+    bool *stale = &m->of_vcpu[v->index].has_stale_kick;
     if (cuts && (!r.deadline_ns || r.deadline_ns > slice))
         r.deadline_ns = slice;
     for (;;) {
         pv_frame frame;
-        bool is_stale = v->has_stale_kick;
+        bool is_stale = *stale;
         if (!pv_enter(&frame, m))
             return false;
         frame.vcpu = v;
-        v->has_stale_kick = false;
+        *stale = false;
         int status = vm_vcpu_run(v->cpu, &r, e);
         if (status == VM_OK && e->reason == VM_EXIT_KICK)
-            v->has_stale_kick = false;  /* that one */
+            *stale = false;  /* that one */
         if (!pv_leave(&frame))
             return false;
         if (status != VM_OK)
@@ -816,25 +816,25 @@ static PyObject *vcpu_run(PyObject *self, PyObject *const *args, Py_ssize_t n, P
     pv_vcpu *v = (pv_vcpu *)self;
     pv_state *st = v->machine->st;
     vm_run_options options = VM_RUN_OPTIONS_INIT;
-    pv_exit *x = NULL;
+    pv_exit *x = NULL, *last;
     if (!is_usable(v) || !run_options(st, args, n, names, &options))
         return NULL;
-    if (v->last && Py_REFCNT(v->last) == 1) {   /* nobody looks at it any more */
-        x = v->last;
-        v->last = NULL;
-        Py_CLEAR(x->hook);
+    pv_machine *m = v->machine;
+    last = m->of_vcpu[v->index].last;
+    if (last && Py_REFCNT(last) == 1) { /* nobody looks at it any more */
+        x = last;
+        m->of_vcpu[v->index].last = NULL;
     } else {
         if (!(x = (pv_exit *)pv_exit_new(st)))
             return NULL;
-        if (v->last)
-            x->e = v->last->e;
-        Py_CLEAR(v->last);
+        if (last)
+            x->e = last->e;
     }
     Py_INCREF(self);
     bool ok = run_slices(v, &options, &x->e);
     if (ok)
-        pv_exit_set_hook(x, v->machine);
-    Py_XSETREF(v->last, (pv_exit *)Py_NewRef((PyObject *)x));
+        pv_exit_set_hook(x, m);
+    Py_XSETREF(m->of_vcpu[v->index].last, x->hook ? NULL : (pv_exit *)Py_NewRef((PyObject *)x));
     Py_DECREF(self);
     if (ok)
         return (PyObject *)x;
@@ -847,7 +847,7 @@ static PyObject *vcpu_kick(PyObject *self, PyObject *unused)
     pv_vcpu *v = (pv_vcpu *)self;
     if (!is_usable(v))
         return NULL;
-    v->has_stale_kick = false;
+    v->machine->of_vcpu[v->index].has_stale_kick = false;
     vm_vcpu_kick(v->cpu);
     Py_RETURN_NONE;
 }

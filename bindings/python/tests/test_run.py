@@ -219,3 +219,11 @@ def test_breakpoint_at_the_end_of_a_slice(machine):
     machine.breakpoint(MAPPED + 3)
     for n in range(1, 200):
         assert cpu.run(timeout=5).reason == libvm.ExitReason.BREAKPOINT and cpu.rax == n
+
+
+def test_what_a_vcpu_keeps_without_its_object(machine):
+    load(machine, "e460 eb00 f4")
+    ring = machine.cpu.block_trace(16)
+    machine.cpu.run().data = 0x55               # the record that the next run completes
+    assert machine.cpu.run().reason == libvm.ExitReason.HALT
+    assert machine.cpu.rax & 0xFF == 0x55 and ring.take() == [MAPPED + 4]
