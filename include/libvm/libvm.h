@@ -37,5 +37,6 @@
 #include <libvm/snapshot.h>
 #include <libvm/call.h>
 #include <libvm/replay.h>
+#include <libvm/sandbox.h>
 
 #endif

@@ -16,6 +16,7 @@ libvminclude_HEADERS = \
 	include/libvm/memory.h \
 	include/libvm/mmu.h \
 	include/libvm/reg.def \
+	include/libvm/sandbox.h \
 	include/libvm/replay.h \
 	include/libvm/snapshot.h \
 	include/libvm/stat.def \
