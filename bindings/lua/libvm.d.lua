@@ -111,6 +111,18 @@ function libvm.signature_check(text) end
 ---@return integer? code
 function libvm.share_pages(...) end
 
+--- Gives up what running machines does not need; it cannot be undone. `docs/sandbox.md` says what is left.
+---@param options? { kvm?: boolean, threads?: boolean, sockets?: boolean, errno?: boolean }
+---@return true? ok
+---@return string? message
+---@return integer? code
+function libvm.sandbox_enter(options) end
+
+--- Names of the system calls that are allowed inside.
+---@param options? { kvm?: boolean, threads?: boolean, sockets?: boolean, errno?: boolean }
+---@return string[]
+function libvm.sandbox_calls(options) end
+
 ---@class libvm.Strategy functions of an MMU strategy; only `translate` is required
 ---@field create? fun(): any the state that the others get first
 ---@field destroy? fun(state: any)

@@ -4,6 +4,7 @@ lua_files = bindings/lua/libvm.d.lua bindings/lua/reference.lua bindings/lua/lib
     bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/pc_spec.lua \
     bindings/lua/spec/example_spec.lua bench/bench_lua.lua $(lua_examples:%=examples/lua/%.lua)
 lua_examples = boot_linux call coverage device hello hooks many_vms memory mmu_strategy snapshot_fuzz
+script_tests += bindings/lua/test_lua
 EXTRA_DIST += $(lua_files) bindings/lua/test_lua docs/lua-api.md
 lua_sources = bindings/lua/lvm.h bindings/lua/call.c bindings/lua/console.c bindings/lua/coverage.c bindings/lua/gdb.c \
     bindings/lua/hook.c bindings/lua/machine.c bindings/lua/memory.c bindings/lua/mmu.c bindings/lua/module.c bindings/lua/run.c \

@@ -458,7 +458,35 @@ static int module_stat_names(lua_State *L)
     return 1;
 }
 
+static unsigned check_sandbox(lua_State *L)
+{
+    static const char *const known[] = { "kvm", "threads", "sockets", "errno", NULL };
+    lvm_check_fields(L, 1, known);
+    return (lvm_field_boolean(L, 1, "kvm") ? VM_SANDBOX_KVM : 0u) | (lvm_field_boolean(L, 1, "threads") ? VM_SANDBOX_THREADS : 0u) |
+           (lvm_field_boolean(L, 1, "sockets") ? VM_SANDBOX_SOCKETS : 0u) | (lvm_field_boolean(L, 1, "errno") ? VM_SANDBOX_ERRNO : 0u);
+}
+
+/* libvm.sandbox_enter{ kvm, threads, sockets, errno } */
+static int module_sandbox_enter(lua_State *L)
+{
+    return lvm_done(L, vm_sandbox_enter(check_sandbox(L)));
+}
+
+static int module_sandbox_calls(lua_State *L)
+{
+    unsigned flags = check_sandbox(L);
+    const char *name;
+    lua_newtable(L);
+    for (unsigned i = 0; (name = vm_sandbox_call(flags, i)); i++) {
+        lua_pushstring(L, name);
+        lua_rawseti(L, -2, (lua_Integer)i + 1);
+    }
+    return 1;
+}
+
 static const luaL_Reg functions[] = {
+    { "sandbox_enter", module_sandbox_enter },
+    { "sandbox_calls", module_sandbox_calls },
     { "machine", lvm_machine_new },
     { "buffer", lvm_buffer_new },
     { "query", module_query },

@@ -216,6 +216,33 @@ describe("interrupt lines", function()
   end)
 end)
 
+describe("sandbox", function()
+  it("lets machines run and files alone", function()
+    local calls = libvm.sandbox_calls { kvm = true, threads = true, sockets = true }
+    assert.truthy(#calls > #libvm.sandbox_calls() and #calls <= 50)
+    assert.is_false(pcall(libvm.sandbox_calls, { kvn = true }))
+    -- In a process of its own: it cannot be left.
+    local script = os.tmpname()
+    local file = assert(io.open(script, "w"))
+    file:write [[
+      local support = require "support"
+      local ok, _, code = support.libvm.sandbox_enter { errno = true }
+      if not ok then os.exit(code == support.libvm.status.E_UNSUPPORTED and 3 or 4) end
+      local m, cpu = support.machine("interp", "b8 2a 00 00 00 f4")
+      cpu:run()
+      os.exit(cpu.rax == 42 and not io.open "/etc/passwd" and 0 or 5)
+    ]]
+    file:close()
+    local interpreter = arg and arg[-1] or "lua5.4"
+    for i = -1, -20, -1 do interpreter = arg and arg[i] or interpreter end
+    local _, how, status = os.execute(("'%s' '%s' 2>/dev/null"):format(interpreter, script))
+    os.remove(script)
+    if os.getenv "LD_PRELOAD" then return pending "a sanitizer makes system calls of its own" end
+    if status == 3 then return pending "no libseccomp" end
+    assert.same({ "exit", 0 }, { how, status })
+  end)
+end)
+
 describe("debugger's stub", function()
   it("is served until the guest ends", function()
     local m <close>, cpu = support.machine("interp", "48 ff c0 f4")
