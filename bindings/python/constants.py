@@ -34,6 +34,8 @@ DEFINES = {
     "HookFlags": ("IntFlag", ["VM_HOOK_GPA", "VM_HOOK_EXACT", "VM_HOOK_SWITCH"], "VM_HOOK_"),
     "EventFlags": ("IntFlag", ["VM_EVENT_WRITE", "VM_EVENT_SOFT", "VM_EVENT_ERROR", "VM_EVENT_SYSENTER"], "VM_EVENT_"),
 }
+# Enums without a name: (Python name, prefix), by their first enumerator.
+ANONYMOUS = {"VM_MMU_SUPERVISOR": ("MmuContext", "VM_MMU_")}
 LEAVE_OUT = re.compile(r"FORCE_INT$|^VM_HOOK_KINDS$|^VM_REG_COUNT$")
 
 
@@ -81,6 +83,11 @@ def produce(include):
                 classes[match.group(1)] = enumerators(expand(include, match.group(2)))
             else:
                 sys.exit(f"constants.py: enum {match.group(1)} of {file} has no name in Python")
+        for match in re.finditer(r"^enum \{(.*?)\};", text, flags=re.S | re.M):
+            rows = enumerators(match.group(1))
+            if rows[0][0] not in ANONYMOUS:
+                sys.exit(f"constants.py: the enum of {rows[0][0]} in {file} has no name in Python")
+            classes[rows[0][0]] = rows
         for match in re.finditer(r"#define (VM_\w+)\s+(?:UINT64_C\()?(0x[0-9a-f]+|\d+)[uU]?\)?\s", text):
             defines[match.group(1)] = int(match.group(2), 0)
     lines = ['"""The enums of the C headers. Written by constants.py: change the headers instead."""', "",
@@ -92,6 +99,11 @@ def produce(include):
         names.append(name)
         lines += ["", f"class {name}({base}):", f'    """{c_name}"""', ""]
         lines += [f"    {n.removeprefix(prefix)} = {v}" for n, v in classes[c_name]] + [""]
+    for first, (name, prefix) in ANONYMOUS.items():
+        if first in classes:
+            names.append(name)
+            lines += ["", f"class {name}(IntEnum):", f'    """{prefix}*"""', ""]
+            lines += [f"    {n.removeprefix(prefix)} = {v}" for n, v in classes[first]] + [""]
     for name, (base, members, prefix) in DEFINES.items():
         names.append(name)
         lines += ["", f"class {name}({base}):", f'    """{prefix}*"""', ""]

@@ -9,7 +9,7 @@ class Mirror:
     def __init__(self):
         self.asked = 0
 
-    def translate(self, cpu, gva, access):
+    def translate(self, cpu, gva, access, context):
         self.asked += 1
         gpa = gva % 0x10000
         if gpa >> 12 == 8 and access == libvm.Prot.W:

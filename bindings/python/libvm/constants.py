@@ -289,6 +289,14 @@ class ReplayMode(IntEnum):
     PLAYING = 2
 
 
+class MmuContext(IntEnum):
+    """VM_MMU_*"""
+
+    SUPERVISOR = 0
+    USER = 1
+    SUPERVISOR_AC = 2
+
+
 class HookFlags(IntFlag):
     """VM_HOOK_*"""
 
@@ -306,4 +314,4 @@ class EventFlags(IntFlag):
     SYSENTER = 8
 
 
-__all__ = ["Status", "Prot", "Backend", "Platform", "Mode", "ExitReason", "Reg", "TraceCategory", "HookKind", "HookResult", "Advice", "EptAction", "CompareKind", "SnapshotFlags", "GdbAction", "SandboxFlags", "ReplayMode", "HookFlags", "EventFlags"]
+__all__ = ["Status", "Prot", "Backend", "Platform", "Mode", "ExitReason", "Reg", "TraceCategory", "HookKind", "HookResult", "Advice", "EptAction", "CompareKind", "SnapshotFlags", "GdbAction", "SandboxFlags", "ReplayMode", "MmuContext", "HookFlags", "EventFlags"]

@@ -153,12 +153,15 @@ bool pv_close(pv_machine *m)
         return false;
     }
     bool is_first = !m->closing;
+    uint64_t begin = pv_now();
     m->closing = true;
     if (is_first && m->gdb)
         vm_gdb_stop(m->gdb->g);
     while (m->m && (m->calls || !is_first)) {
         if (m->calls && is_first)
             kick_all(m);
+        if (m->st->ending && pv_now() - begin > UINT64_C(5000000000))
+            return true;                /* a callback that does not return: the process ends all the same */
         Py_BEGIN_ALLOW_THREADS
         nanosleep(&(struct timespec){ .tv_nsec = 200000 }, NULL);
         Py_END_ALLOW_THREADS

@@ -103,9 +103,9 @@ static int translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, st
     int status = VM_E_FAULT;
     pv_callback_begin(&g);
     PyObject *vcpu = pv_vcpu_of(s->machine, cpu), *address = PyLong_FromUnsignedLongLong(gva);
-    PyObject *kind = PyLong_FromLong(access), *o = NULL;
-    if (vcpu && address && kind && s->translate)
-        o = PyObject_CallFunctionObjArgs(s->translate, vcpu, address, kind, NULL);
+    PyObject *kind = PyLong_FromLong(access), *context = PyLong_FromUnsignedLong(out->context), *o = NULL;
+    if (vcpu && address && kind && context && s->translate)
+        o = PyObject_CallFunctionObjArgs(s->translate, vcpu, address, kind, context, NULL);
     else if (!PyErr_Occurred())
         PyErr_SetString(PyExc_AttributeError, "the MMU strategy has no translate()");
     out->fault_vector = 14;
@@ -114,6 +114,7 @@ static int translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, st
     if (PyErr_Occurred())
         pv_callback_failed(s->machine, cpu);
     Py_XDECREF(o);
+    Py_XDECREF(context);
     Py_XDECREF(kind);
     Py_XDECREF(address);
     Py_XDECREF(vcpu);

@@ -652,7 +652,10 @@ static PyMethodDef functions[] = {
     { "sandbox_enter", f_sandbox_enter, METH_VARARGS,
       "sandbox_enter(flags=0)\nGives up what running machines does not need: SandboxFlags. Cannot be undone." },
     { "sandbox_calls", f_sandbox_calls, METH_VARARGS, "sandbox_calls(flags=0) -> list[str]\nThe system calls that it allows." },
-    { "mmu_register", pv_mmu_register, METH_VARARGS, "mmu_register(name, cls)\nAdds an MMU strategy written in Python." },
+    { "mmu_register", pv_mmu_register, METH_VARARGS, 
+      "mmu_register(name, cls)\nAdds an MMU strategy written in Python: cls() has translate(cpu, gva, access, context), which gives\n"
+      "(gpa, page_bytes, prot[, global[, trap_writes]]), or (error,) or None for a page fault. Optional: root_changed(cpu, cr3),\n"
+      "invalidate(cpu, gva, size), table_written(cpu, gpa)." },
     { "mmu_names", pv_mmu_names, METH_NOARGS, "mmu_names() -> list[str]\nThe MMU strategies there are." },
     { "_set_classes", f_set_classes, METH_VARARGS, NULL },
     { "_forked", f_forked, METH_NOARGS, NULL },

@@ -276,7 +276,8 @@ class Offset:
         self.calls = []
         Offset.made.append(self)
 
-    def translate(self, cpu, gva, access):
+    def translate(self, cpu, gva, access, context):
+        assert context == libvm.MmuContext.SUPERVISOR
         self.calls.append((gva, access))
         if gva >= 0x100000:
             return (0x2,) if access == libvm.Prot.W else None
