@@ -91,6 +91,7 @@ typedef struct emitter {
     div_stub div[JIT_MAX_INSNS];
     unsigned nhook;
     hook_stub hook[2 * JIT_MAX_INSNS];
+    int last_hook; /* instruction before which a hook was called directly and registers stored, or -1 */
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
     slow_stub slow[JIT_MAX_SITES];
@@ -609,7 +610,8 @@ static void emit_access_hook(emitter *e, const jit_op *check, const jit_op *acce
     jit_access_fill(e->u, h, check, access);
     *s = (hook_stub){.site = at, .insn = check->insn, .is_direct = jit_hook_is_direct(e->u), .is_access = true};
     if (s->is_direct) {
-        s->jump = jit_access_call(w, h, at);
+        s->jump = jit_access_call(e->u, w, h, at, e->last_hook);
+        e->last_hook = (int)check->insn;
         return;
     }
     e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_HOOK_HOST));
@@ -1068,7 +1070,8 @@ static void emit_hook(emitter *e, const jit_op *o) {
     if (h->hook && h->state == JIT_HOOK_ENTRY && h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH)
         s->entry = jit_hook_entry(w);
     if (s->is_direct) {
-        s->jump = jit_hook_call(w, h, at);
+        s->jump = jit_hook_call(u, w, h, at, e->last_hook);
+        e->last_hook = (int)o->insn;
     } else {
         e_mov_imm(w, T1, at);
         e_call_to(w, j->hook[jit_level(u->key)]);
@@ -1096,7 +1099,7 @@ static void emit_hook_stub(emitter *e, const hook_stub *s) {
         jit_cover_leave(e->u, w, s->insn);
     emit_hook_leave(e, JIT_LEAVE_HOOKED);
     if (s->entry) {
-        jit_hook_entry_stub(w, s->entry, s->resume);
+        jit_hook_entry_stub(e->u, w, s->entry, s->resume);
         e_mov_imm(w, T0, e->u->insn_rip[s->insn]);
         e_mov_imm(w, T1, JIT_LEAVE_WATCHED);
         e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
@@ -1196,7 +1199,7 @@ static void emit_block(emitter *e) {
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
-    e->recipe = e->t0_group = -1;
+    e->recipe = e->t0_group = e->last_hook = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
     jit_cover_stubs(u, e->w);

@@ -176,15 +176,30 @@ static void store_state(jit_writer *w, unsigned state) {
 
 bool jit_hook_is_direct(const jit_unit *u) { return !jit_level(u->key) && !u->cpu->cover.is_on; }
 
-static void store_state_of(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+/* Registers that have changed since the direct call before instruction `from` of the unit (none: -1) stored them. */
+static uint16_t stale_since(const jit_unit *u, int from, unsigned insn) {
+    uint16_t stale = 0;
+    if (from < 0) return 0xffff;
+    for (unsigned k = (unsigned)from; k < insn; k++)
+        stale |= u->info[k].falls_back ? 0xffff : jit_changed_regs(&u->insn[k]);
+    return stale;
+}
+
+static void store_registers(jit_writer *w, uint16_t which) {
+    for (unsigned i = 0; i < 12; i++)
+        if (which >> registers[i].guest & 1)
+            e_gs_store(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+}
+
+static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
+    uint16_t stale = stale_since(u, from, h->site.index);
     uint64_t next = h->site.in.mode == 8 ? h->site.rip + h->site.in.length
                                          : (uint32_t)(h->site.rip + h->site.in.length);
-    for (unsigned i = 0; i < 12; i++)
-        e_gs_store(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+    store_registers(w, stale);
     store_gs_imm(w, JIT_OFF(rip), h->site.rip);
     store_gs_imm(w, JIT_OFF(next_rip), next);
     store_gs_imm(w, JIT_OFF(hook_site), at);
-    e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    if (from < 0) e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15)); /* it changes at edges only */
     e_mov_imm(w, RDX, (uint64_t)(uintptr_t)&h->event);
 }
 
@@ -211,8 +226,8 @@ static uint8_t *after_call(jit_writer *w) {
 }
 
 /* The call; the flags are in memory. Returns the jump taken when the block is to be left. */
-uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
-    store_state_of(w, h, at);
+uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
+    store_state_of(u, w, h, at, from);
     if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
         e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
         store_field(w, RAX, offsetof(vm_hook_event, from));
@@ -223,9 +238,9 @@ uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
 }
 
 /* The same for an access: T0 = host address, which stays; its linear address is in JIT_SLOT_HOOK_LA. */
-uint8_t *jit_access_call(jit_writer *w, const jit_hook_site *h, uint32_t at) {
+uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
     unsigned n = h->site.size;
-    store_state_of(w, h, at);
+    store_state_of(u, w, h, at, from);
     if (h->event.kind == VM_HOOK_MEM_READ)
         e_r_mem(w, n == 8 ? 8 : 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, T0, 0xff, 1, 0);
     else if (h->value_reg >= X86_R12 && h->value_reg < 16)
@@ -251,12 +266,16 @@ uint8_t *jit_hook_entry(jit_writer *w) {
 }
 
 /* The rest of it: back to `resume` in the middle of a block; otherwise falls through, for the interpreter. */
-void jit_hook_entry_stub(jit_writer *w, uint8_t *jump, const uint8_t *resume) {
+void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const uint8_t *resume) {
     e_patch(jump, w->p);
     e_r_gs(w, 1, 0x80, 7, JIT_OFF(block_state));
     e8(w, X86_BLOCK_MID);
     uint8_t *fresh = e_jcc(w, CC_NE);
     store_state(w, X86_BLOCK_EDGE);
+    if (jit_hook_is_direct(u)) {       /* later calls in the unit rely on what this one would have stored */
+        store_registers(w, 0xffff);
+        e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
+    }
     e_jmp_to(w, resume);
     e_patch(fresh, w->p);
 }

@@ -326,13 +326,14 @@ bool jit_hooks_want_interpreter(x86_cpu *cpu);
 bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
 void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i);
 bool jit_hook_is_direct(const jit_unit *u);
-uint8_t *jit_hook_call(jit_writer *w, const jit_hook_site *h, uint32_t at);
+/* from: the instruction of the last such call in the unit, -1: none */
+uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from);
 unsigned jit_access_hooked(const jit_unit *u, unsigned access); /* the part of it that data hooks want to see */
 bool jit_access_falls_back(const jit_unit *u, const x86_insn *in);
 void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access);
-uint8_t *jit_access_call(jit_writer *w, const jit_hook_site *h, uint32_t at);
+uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from);
 uint8_t *jit_hook_entry(jit_writer *w);
-void jit_hook_entry_stub(jit_writer *w, uint8_t *jump, const uint8_t *resume);
+void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const uint8_t *resume);
 void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on);
 void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i);
 void jit_get_state(vm_vcpu *vcpu, unsigned parts);
