@@ -121,8 +121,8 @@ bool vm_cpu_state_put(vm_vcpu *cpu, const vm_cpu_state *s)
     memmove(&x->fpu, &s->fpu, sizeof x->fpu);
     x->retired = s->retired;
     cpu->random_state = s->random_state;
-    put_bytes(cpu, s);
     x->fault = s->fault;
+    put_bytes(cpu, s);
     if (s->has_pending) {
         cpu->pending.reason = (vm_exit_reason)s->pending_reason;
         cpu->pending.rip = s->pending_rip;

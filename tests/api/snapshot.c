@@ -694,6 +694,42 @@ TEST(across_backends)
     vm_destroy(m);
 }
 
+TEST(across_kvm)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_snapshot *s = NULL, *t = NULL;
+    uint64_t kvm = 0;
+    if (vm_query(VM_BACKEND_KVM, "available", &kvm) || !kvm)
+        test_skip("no KVM");
+    o.backend = VM_BACKEND_INTERP;
+    o.cpu_model = "kvm";
+    OK(vm_create(&o, &m));
+    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
+    OK(vm_map_ram(m, DATA, DATA_PAGES * 4096, VM_PROT_RW, NULL));
+    OK(vm_map_ram(m, BIG, BIG_BYTES, VM_PROT_RW, NULL));
+    OK(vm_write(m, CODE, program, sizeof program));
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
+    go(m, 5);
+    OK(vm_snapshot_take(m, &s));
+    uint64_t first = state_of(m, false);
+    OK(vm_backend_select(m, VM_BACKEND_KVM));
+    go(m, 100);
+    OK(vm_snapshot_take(m, &t));
+    uint64_t second = state_of(m, false);
+    for (unsigned i = 0; i < 6; i++) {
+        go(m, 3);
+        OK(vm_backend_select(m, i & 1 ? VM_BACKEND_KVM : VM_BACKEND_INTERP));
+        OK(vm_snapshot_restore(m, s));
+        CHECK_EQ(state_of(m, false), first);
+        go(m, 100);
+        CHECK_EQ(state_of(m, false), second);
+        OK(vm_snapshot_restore(m, t));
+        CHECK_EQ(state_of(m, false), second);
+    }
+    vm_destroy(m);
+}
+
 /* ---- paging: translations must not outlive the page tables they came from ---- */
 
 /* Identity-maps 2 MiB by a large page at PD[0]; PD[1] is made to point at `second`. */
@@ -706,7 +742,7 @@ static void set_tables(vm_machine *m, uint64_t second)
     OK(vm_write(m, 0x6008, &high, 8));
 }
 
-EACH_BACKEND(page_tables)
+static void page_tables(vm_backend backend, const char *strategy)
 {
     /* mov rax, [0x200000]; mov qword [0x6008], rbx; invlpg [0x200000]; mov rdx, [0x200000]; hlt */
     static const uint8_t code[] = { 0x48, 0x8b, 0x04, 0x25, 0, 0, 0x20, 0, 0x48, 0x89, 0x1c, 0x25, 0x08, 0x60, 0, 0,
@@ -723,6 +759,10 @@ EACH_BACKEND(page_tables)
     set(m, VM_REG_CR3, 0x4000);
     set(m, VM_REG_RIP, CODE);
     set(m, VM_REG_RBX, 0x800083);
+    if (strategy && vm_mmu_select(m, strategy) != VM_OK) {
+        vm_destroy(m);                 /* not with this backend */
+        return;
+    }
     OK(vm_snapshot_take(m, &s));
     for (unsigned i = 0; i < 20; i++) {
         CHECK_EQ(run(m, 0).reason, VM_EXIT_HALT);
@@ -731,6 +771,13 @@ EACH_BACKEND(page_tables)
         OK(vm_snapshot_restore(m, s));
     }
     vm_destroy(m);
+}
+
+EACH_BACKEND(page_tables_under_every_strategy)
+{
+    page_tables(backend, NULL);
+    for (unsigned i = 0; vm_mmu_name(i); i++)
+        page_tables(backend, vm_mmu_name(i));
 }
 
 /* ---- files ---- */
