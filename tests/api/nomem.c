@@ -251,6 +251,63 @@ static int snapshots(vm_backend backend)
     return VM_OK;
 }
 
+/* Hooks of all kinds with their destroy callbacks, breakpoints, watchpoints; edits from a callback. */
+static unsigned hooks_alive;
+static void hook_gone(void *user) { (void)user, hooks_alive--; }
+
+static vm_hook_result hook_adds(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
+    vm_machine *m = vm_vcpu_machine(cpu);
+    int status = vm_breakpoint(m, 0x5000 + e->address, true);
+    if (status == VM_OK)
+        status = vm_breakpoint(m, 0x5000 + e->address, false);
+    *(int *)user = *(int *)user ? *(int *)user : status;
+    return VM_HOOK_CONTINUE;
+}
+
+static int hooked(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_hook_desc d = VM_HOOK_INIT;
+    vm_hook *h = NULL;
+    vm_exit e = VM_EXIT_INIT;
+    int status, inner = 0;
+    if (backend == VM_BACKEND_KVM)
+        return VM_OK;
+    o.backend = backend;
+    if ((status = vm_create(&o, &m)) != VM_OK)
+        return status;
+    status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
+    if (!status)
+        status = vm_write(m, 0, "\x90\x90\xf4", 3);
+    d.fn = hook_adds;
+    d.user = &inner;
+    d.destroy = hook_gone;
+    for (int kind = 1; !status && kind < VM_HOOK_KINDS; kind++) {
+        d.kind = (vm_hook_kind)kind;
+        status = vm_hook_add(m, &d, &h);
+        hooks_alive += status == VM_OK;
+    }
+    if (!status)
+        status = vm_watchpoint(m, 0x8000, 8, VM_PROT_RW, true);
+    if (!status)
+        status = vm_watchpoint(m, 0x8000, 8, VM_PROT_RW, false);          /* removing needs no memory */
+    if (!status)
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    if (!status && inner)
+        status = inner;
+    if (!status && e.reason != VM_EXIT_HALT)
+        FAIL("exit %s", vm_exit_name(e.reason));
+    if (h)
+        OK(vm_hook_remove(m, h));
+    vm_destroy(m);
+    CHECK_EQ(hooks_alive, 0);
+    return status;
+}
+
 /* Pages a guest touches under strategy "shadow", reloading CR3; shadows that find no memory are done without. */
 static int shadowed(vm_backend backend)
 {
@@ -305,6 +362,89 @@ static int shadowed(vm_backend backend)
     return status;
 }
 
+/* A call, a function bound with a string and a buffer that need copies, a closure, a hypercall. */
+static int call_value(void *user, vm_vcpu *cpu, const vm_value *args, size_t count, vm_value *result)
+{
+    (void)user, (void)cpu, (void)count;
+    result->u = strlen(args[0].cdata);
+    return 0;
+}
+
+static int calls(vm_backend backend)
+{
+    static const char text[] = "text";
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_closure *closure = NULL;
+    vm_bind_desc d = VM_BIND_DESC_INIT;
+    vm_value args[2] = { { .cdata = text }, { .u = 5 } }, result = { 0 };
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t rsp = 0x8000;
+    int status;
+    o.backend = backend;
+    if ((status = vm_create(&o, &m)) != VM_OK)
+        return status;
+    d.signature = "u32(str, cbuf[8])";
+    d.values = call_value;
+    status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
+    if (!status)
+        status = vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8);
+    if (!status)
+        status = vm_bind_function(m, 0x9000, &d, NULL);
+    if (!status)
+        status = vm_bind_hypercall(m, 3, &d, NULL);
+    if (!status)
+        status = vm_call(vm_vcpu_get(m, 0), 0x9000, "u32(str, ptr)", args, 2, &result, NULL, &e);
+    if (!status && e.reason != VM_EXIT_UNTIL)            /* no memory for a copy is the guest's fault */
+        status = has_failed ? VM_E_NOMEM : 1;
+    if (!status && result.u != 4)
+        status = 1;
+    if (!status)
+        status = vm_closure_new(vm_vcpu_get(m, 0), 0x9000, "u32(str, ptr)", NULL, &closure);
+    vm_closure_free(closure);
+    vm_destroy(m);
+    return status;
+}
+
+/* A little life recorded and replayed. */
+static int replays(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_run_options r = VM_RUN_OPTIONS_INIT;
+    vm_machine *m[2] = { NULL, NULL };
+    vm_exit e = VM_EXIT_INIT;
+    int status = VM_OK, fd = memfd_create("log", 0);
+    o.backend = backend;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 1 << 20;
+    r.max_instructions = 1000;
+    for (unsigned i = 0; i < 2 && !status; i++) {
+        if ((status = vm_create(&o, &m[i])) != VM_OK)
+            break;
+        status = vm_vcpu_set_mode(vm_vcpu_get(m[i], 0), VM_MODE_REAL);
+        if (!status)
+            status = vm_write(m[i], 0, "\x40\xeb\xfd", 3);    /* inc ax; jmp */
+        if (!status && i == 1)
+            status = lseek(fd, 0, SEEK_SET) == 0 ? vm_replay(m[1], fd) : 1;
+        if (!status && i == 0)
+            status = vm_record(m[0], fd, NULL);
+        if (!status && i == 0 && (status = vm_serial_input(m[0], 0, (const uint8_t *)"x", 1)) > 0)
+            status = VM_OK;
+        if (!status)
+            status = vm_vcpu_run(vm_vcpu_get(m[i], 0), i ? NULL : &r, &e);
+        if (!status && i == 0)
+            status = vm_record_stop(m[0]);
+    }
+    if (!status && (e.reason != VM_EXIT_REPLAY || e.replay.status))
+        status = has_failed ? VM_E_NOMEM : 1;
+    vm_destroy(m[0]);
+    vm_destroy(m[1]);
+    close(fd);
+    return status;
+}
+
 static void for_every_allocation(vm_backend backend, int (*scenario)(vm_backend))
 {
     CHECK_EQ(scenario(backend), 0);    /* warm: what the process keeps is kept now */
@@ -343,6 +483,27 @@ EACH_BACKEND(snapshots)
     if (backend == VM_BACKEND_KVM)
         test_skip("KVM's own allocations are not under this test's control");
     for_every_allocation(backend, snapshots);
+}
+
+EACH_BACKEND(calls_and_bindings)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM's own allocations are not under this test's control");
+    for_every_allocation(backend, calls);
+}
+
+EACH_BACKEND(recordings)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM does not record");
+    for_every_allocation(backend, replays);
+}
+
+EACH_BACKEND(hooks)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM serves no hooks");
+    for_every_allocation(backend, hooked);
 }
 
 EACH_BACKEND(pc_machine)
