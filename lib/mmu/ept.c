@@ -220,6 +220,15 @@ bool vm_ept_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
 
 /* ---- violations ---- */
 
+/* The access goes through, beside the inline TLB. */
+static void note_access(vm_vcpu *cpu, uint64_t gpa, unsigned access)
+{
+    unsigned level;
+    _Atomic uint64_t *e = cpu->ept_view ? touch_entry(cpu->ept_view, gpa, &level) : NULL;
+    if (e)
+        atomic_fetch_or(e, ACCESSED | (access & X86_WRITE ? DIRTY : 0));
+}
+
 /* STEP was said of this page for the instruction under way. */
 static bool is_stepping(vm_vcpu *cpu, uint64_t gpa)
 {
@@ -246,8 +255,10 @@ int vm_ept_check(vm_vcpu *cpu, uint64_t gpa, uint64_t gva, unsigned n, unsigned 
                            .allowed = (vm_prot)allowed, .width = (uint8_t)n, .value = access == X86_WRITE ? *value : 0 };
     switch (ask(cpu, &v)) {
     case VM_EPT_RETRY:
-        if (!cpu->ept_view || (vm_ept_prot(cpu, gpa) & access))
+        if (!cpu->ept_view || (vm_ept_prot(cpu, gpa) & access)) {
+            note_access(cpu, gpa, access);
             return VM_EPT_GO;
+        }
         break;
     case VM_EPT_EMULATE:
         *value = v.value;
@@ -257,6 +268,7 @@ int vm_ept_check(vm_vcpu *cpu, uint64_t gpa, uint64_t gva, unsigned n, unsigned 
         cpu->ept_step.page = gpa >> 12;
         cpu->ept_step.rip = cpu->x86.rip;
         cpu->ept_step.retired = vm_vcpu_retired_now(cpu);
+        note_access(cpu, gpa, access);
         return VM_EPT_GO;
     default:
         break;

@@ -6,6 +6,7 @@
 #include "mmu/ept.h"
 
 #include <stdatomic.h>
+#include <string.h>
 
 /* Ask the strategy. On failure cpu->fault describes the page fault. */
 static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
@@ -25,7 +26,10 @@ static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, 
         w->global = false;
         return true;
     }
-    struct vm_mmu_result result = { .size = sizeof result, .context = ctx };
+    struct vm_mmu_result result;
+    memset(&result, 0, offsetof(struct vm_mmu_result, entry));         /* entry_count says how many of those there are */
+    result.size = sizeof result;
+    result.context = ctx;
     cpu->walk_ctx = ctx;
     int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &result);
     if (status != VM_OK) {

@@ -140,6 +140,11 @@ EACH_BACKEND(answers)
         CHECK_EQ(w.value[0], 0x77);
         OK(vm_stats(m, "violations", &count));
         CHECK_EQ(count, s->calls);
+        uint64_t dirty = 0;            /* what has been written, however it was allowed */
+        if (backend != VM_BACKEND_KVM) {
+            OK(vm_ept_fetch(m, 0, DATA, 4096, NULL, &dirty));
+            CHECK_EQ(dirty, s->memory == 0x77);
+        }
         vm_destroy(m);
     }
 }
