@@ -132,6 +132,8 @@ bool vm_cpu_state_put(vm_vcpu *cpu, const vm_cpu_state *s)
     x->io_pos = s->io_pos;
     if (s->io_count)
         memcpy(x->io_log, s->io_log, s->io_count * sizeof *s->io_log);
+    cpu->has_redirect = false;
+    cpu->hook_stop.is_set = false;
     x->hook_done = false;
     x->fault_hooked = 0;
     x->block_state = X86_BLOCK_FRESH;
