@@ -49,6 +49,11 @@ bindings/python/entry_points.txt: Makefile
 	@printf '[pytest11]\nlibvm = libvm.pytest_plugin\n' >$@
 endif
 
+clean-local: clean-python-package
+clean-python-package:
+	rm -rf bindings/python/package
+.PHONY: clean-python-package
+
 # What is written from the headers: Python's constants, the parity table (make check says when these are due), the references.
 EXTRA_DIST += docs/generate-api docs/api-parity.md docs/c-api.md docs/python-api.md
 docs:
