@@ -39,6 +39,15 @@ unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool b
     return kinds;
 }
 
+/* Calls are dear while vector registers are in the host's: where there are calls, vector instructions call their semantic
+ * functions instead. */
+bool jit_hook_is_near(const jit_unit *u, unsigned i) {
+    unsigned any = u->cpu->watch & X86_WATCH_ALL;
+    if (u->cpu->hook_mask & X86_HOOK_CODE)
+        for (unsigned k = 0; k <= i; k++) any |= u->hooked[k];
+    return any;
+}
+
 bool jit_hooks_want_interpreter(x86_cpu *cpu) {
     if (cpu->hook_done && cpu->hook_rip != cpu->rip) cpu->hook_done = false;
     return (cpu->careful & X86_CAREFUL_STEP) || cpu->hook_done;

@@ -322,6 +322,7 @@ typedef struct jit_hook_site {
     uint8_t bytes[16];
 } jit_hook_site;
 unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block);
+bool jit_hook_is_near(const jit_unit *u, unsigned i); /* the unit up to instruction i calls hooks */
 bool jit_hooks_want_interpreter(x86_cpu *cpu);
 bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
 void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i);

@@ -634,7 +634,8 @@ static bool lift_next(jit_unit *u, trace *t) {
         }
         return false;
     }
-    if (is_vector(u, in) &&
+    bool calls_hooks = jit_hook_is_near(u, i);
+    if (is_vector(u, in) && !calls_hooks &&
         !(u->key & JIT_KEY_VEC)) { /* starts a block of its own, entered with the vector registers loaded */
         if (!i) {
             add_op(u, IR_NEED_VEC, 0);
@@ -642,7 +643,7 @@ static bool lift_next(jit_unit *u, trace *t) {
         }
         return false;
     }
-    if (jit_insn_is_x87(in) && !(u->key & JIT_KEY_X87)) {
+    if (jit_insn_is_x87(in) && !calls_hooks && !(u->key & JIT_KEY_X87)) {
         if (!i) {
             add_op(u, IR_NEED_X87, 0);
             t->is_open = false;
