@@ -2,7 +2,7 @@
 # make fuzz-NAME builds it with clang for libFuzzer, ASan and UBSan in fuzz-build and runs it for FUZZ_SECONDS.
 fuzz_names = devices guest load api snapshot logs
 EXTRA_DIST += tests/fuzz/run tests/fuzz/seeded $(fuzz_corpus)
-fuzz_corpus =
+fuzz_corpus = tests/fuzz/corpus
 check_PROGRAMS += tests/fuzz/devices tests/fuzz/guest tests/fuzz/load tests/fuzz/api
 tests_fuzz_devices_SOURCES = tests/fuzz/devices.c tests/fuzz/replay.c tests/fuzz/fuzz.h
 tests_fuzz_devices_LDADD = libvm.la $(ZYDIS_LIBS)
