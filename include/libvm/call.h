@@ -122,7 +122,7 @@ typedef struct vm_bind_desc {
  * Reading the arguments follows the rules of the guest's own accesses at its privilege level. What cannot be read (or,
  * for buf, written) raises the guest's #PF at the bound address, before the function is called: a guest that brings the
  * page in and returns makes the call again. Strings longer than max_string, buffers longer than max_buffer, and memory
- * that is not RAM raise #GP(0). A string or buffer that is contiguous in RAM is passed directly (buf too: writes show at
+ * that is not RAM raise #GP(0), and so does a copy that the host has no memory for. A string or buffer that is contiguous in RAM is passed directly (buf too: writes show at
  * once), else a copy, copied back after the call.
  *
  * The function runs on the vCPU's thread at an instruction boundary, no lock held: it may use the machine's functions,

@@ -295,6 +295,8 @@ typedef struct vm_replay_place {
     uint64_t session, offset, before;
     unsigned timers;
     uint64_t deadlines[32];
+    uint8_t *input;                    /* of the host, that waits before the serial ports; malloc'd, may be NULL */
+    unsigned input_bytes[4];
 } vm_replay_place;
 
 /* ---- clock (clock.c) ----

@@ -3,7 +3,10 @@
  * and only ever makes the guest do it, or the replay end.
  */
 #include "core/replay.h"
+#include "dev/dev.h"
 #include "platform/pc.h"
+
+#include <stdlib.h>
 
 typedef unsigned long long ull;        /* for %llx */
 
@@ -28,6 +31,31 @@ void vm_play_next(struct vm_replay *rp)
 
 /* ---- going back ---- */
 
+/* False: no memory. */
+static bool mark_input(vm_machine *m, vm_replay_place *place)
+{
+    unsigned total = 0;
+    uint8_t *bytes = malloc(VM_PC_UARTS * VM_UART_QUEUE), *fit;
+    if (!bytes)
+        return false;
+    for (unsigned i = 0; i < VM_PC_UARTS; i++)
+        total += place->input_bytes[i] = vm_pc_waiting(m, i, bytes + total);
+    fit = total ? realloc(bytes, total) : NULL;
+    place->input = fit ? fit : total ? bytes : NULL;
+    if (!total)
+        free(bytes);
+    return true;
+}
+
+static bool return_input(vm_machine *m, const vm_replay_place *place)
+{
+    const uint8_t *at = place->input;
+    bool ok = true;
+    for (unsigned i = 0; i < VM_PC_UARTS; at += place->input_bytes[i], i++)
+        ok &= vm_pc_set_waiting(m, i, at, place->input_bytes[i]);
+    return ok;
+}
+
 void vm_replay_mark(vm_machine *m, vm_replay_place *place)
 {
     const struct vm_replay *rp = m->replay;
@@ -36,7 +64,7 @@ void vm_replay_mark(vm_machine *m, vm_replay_place *place)
     if (!rp || rp->mode != VM_REPLAY_PLAYING || rp->status)
         return;
     place->timers = vm_clock_deadlines(m, place->deadlines, room);
-    place->session = place->timers <= room ? rp->session : 0;
+    place->session = place->timers <= room && mark_input(m, place) ? rp->session : 0;
     place->offset = rp->next_offset;
     place->before = rp->before_next;
 }
@@ -54,7 +82,7 @@ void vm_replay_return(vm_machine *m, const vm_replay_place *place)
     if (!rp)
         return;
     vm_clock_set_deadlines(m, place->deadlines, place->timers);
-    rp->status = VM_OK;
+    rp->status = return_input(m, place) ? VM_OK : VM_E_NOMEM;
     rp->at_end = false;
     rp->next = (vm_log_event){ 0 };
     rp->offset = place->offset;

@@ -1,6 +1,7 @@
 /* replay.c - beginning and ending recordings and replays, and the vCPU's state as logs hold it. See replay.h. */
 #include "core/replay.h"
 #include "core/cpustate.h"
+#include "dev/dev.h"
 #include "platform/pc.h"
 
 #include <stdlib.h>
@@ -90,6 +91,10 @@ void vm_replay_begin(vm_vcpu *cpu, const vm_exit *given)
 {
     struct vm_replay *rp = cpu->machine->replay;
     uint64_t sum = vm_replay_state_sum(cpu);
+    if (!sum) {
+        rp->status = rp->status ? rp->status : VM_E_NOMEM;
+        return;
+    }
     if (rp->mode == VM_REPLAY_PLAYING) {
         if (sum != rp->state_sum)
             vm_play_diverged(cpu, "the vCPU's state, set from outside: its checksum", sum, rp->state_sum);
@@ -199,6 +204,8 @@ static void begin(vm_machine *m, vm_replay_mode mode)
     m->replay = rp;
     pthread_mutex_unlock(&rp->lock);
     rp->state_sum = vm_replay_state_sum(m->vcpus[0]);
+    if (!rp->state_sum)
+        rp->status = VM_E_NOMEM;
 }
 
 static void leave(vm_machine *m)
@@ -267,6 +274,20 @@ static bool get_page(vm_machine *m, uint64_t gpa, const uint8_t *page)
     return !memcmp(page, want, 4096) || vm_memory_copy(m, gpa, (void *)(uintptr_t)want, 4096, true) == VM_OK;
 }
 
+/* Input that came before the recording and still waits is the first that comes. */
+static void put_waiting(vm_vcpu *cpu)
+{
+    uint8_t *bytes = malloc(VM_UART_QUEUE);
+    if (!bytes)
+        cpu->machine->replay->status = VM_E_NOMEM;
+    for (unsigned i = 0; bytes && i < VM_PC_UARTS; i++) {
+        uint32_t count = vm_pc_waiting(cpu->machine, i, bytes);
+        if (count)
+            vm_record_put(cpu, (vm_log_event){ .type = VM_LOG_SERIAL, .a = i, .data = bytes, .bytes = count });
+    }
+    free(bytes);
+}
+
 /* The vCPU held, time virtual. */
 static int begin_record(vm_machine *m, int fd, const vm_record_options *o)
 {
@@ -294,9 +315,11 @@ static int begin_record(vm_machine *m, int fd, const vm_record_options *o)
     free(state);
     free(pc);
     rp->skip_idle = o->skip_idle;
-    if (!status)
-        begin(m, VM_REPLAY_RECORDING);
-    return status;
+    if (status)
+        return status;
+    begin(m, VM_REPLAY_RECORDING);
+    put_waiting(cpu);
+    return VM_OK;
 }
 
 int vm_replay_record(vm_machine *m, int fd, const vm_record_options *o)
@@ -380,6 +403,8 @@ static int begin_play(vm_machine *m)
     uint64_t now = vm_clock_now(m), tsc = vm_clock_tsc(m);
     vm_clock_virtual(m, true);
     vm_clock_set(m, h->time_ns, h->tsc);
+    for (unsigned i = 0; i < VM_PC_UARTS; i++)
+        vm_pc_set_waiting(m, i, NULL, 0);
     status = put_platform(m, &rp->log);
     if (status) {
         vm_clock_set(m, now, tsc);
@@ -438,7 +463,8 @@ int vm_replay_end(vm_machine *m, vm_replay_mode mode)
         return vm_fail(VM_E_BUSY, "vm_%s_stop: the vCPU is running", is_recording ? "record" : "replay");
     int status = is_recording ? end_record(m) : VM_OK;
     leave(m);
-    vm_clock_virtual(m, false);
+    int clock = vm_clock_virtual(m, false);
+    status = status ? status : clock;
     vm_vcpu_notify(cpu, X86_ATT_EVENT | X86_ATT_IRQ);
     vm_vcpu_release(cpu);
     return status;

@@ -369,6 +369,7 @@ void vm_snap_discard(vm_snapshot *s)
         free(s->cpus[i].io_log);
     free(s->cpus);
     free(s->platform);
+    free(s->replay.input);
     free(s);
 }
 
@@ -564,7 +565,9 @@ static void slim(vm_snapshot *s)
     }
     s->kept_count = left;
     free(s->platform);
+    free(s->replay.input);
     s->platform = NULL;
+    s->replay.input = NULL;
 }
 
 void vm_snap_free(vm_snapshot *s)

@@ -115,6 +115,11 @@ void vm_rtc_set_cell(vm_rtc *rtc, unsigned index, uint8_t value);   /* the platf
 int vm_uart_new(vm_machine *m, uint16_t port, vm_line irq, vm_uart **out);
 void vm_uart_output(vm_uart *u, vm_console_fn fn, void *user);
 int vm_uart_input(vm_uart *u, const uint8_t *bytes, size_t count);  /* taken, or VM_E_BUSY */
+/* The host's input that waits for room in the receiver: copies it out, at most VM_UART_QUEUE bytes; puts other in its place
+ * (false: no memory). For replays; snapshots leave it to the host. */
+#define VM_UART_QUEUE 65536
+unsigned vm_uart_waiting(const vm_uart *u, uint8_t *bytes);
+bool vm_uart_set_waiting(vm_uart *u, const uint8_t *bytes, unsigned count);
 
 /* ---- i8042.c ---- */
 int vm_i8042_new(vm_machine *m, vm_line irq1, vm_line irq12, vm_i8042 **out);

@@ -8,8 +8,9 @@
  */
 #include "dev/dev.h"
 #include <stdlib.h>
+#include <string.h>
 
-enum { UART_VERSION = 1, FIFO = 16, QUEUE = 65536 };
+enum { UART_VERSION = 1, FIFO = 16, QUEUE = VM_UART_QUEUE };
 enum { IER_RDA = 1, IER_THRE = 2, IER_LINE = 4, IER_MODEM = 8 };
 enum { IIR_NONE = 1, IIR_MODEM = 0, IIR_THRE = 2, IIR_RDA = 4, IIR_LINE = 6, IIR_TIMEOUT = 12 };
 enum { LCR_DLAB = 0x80, LCR_BREAK = 0x40, MCR_DTR = 1, MCR_RTS = 2, MCR_OUT1 = 4, MCR_OUT2 = 8, MCR_LOOP = 16 };
@@ -238,6 +239,22 @@ int vm_uart_input(vm_uart *u, const uint8_t *bytes, size_t count) {
     refill(u);
     update(u);
     return (int)taken;
+}
+
+unsigned vm_uart_waiting(const vm_uart *u, uint8_t *bytes) {
+    for (unsigned i = 0; i < u->s.queue_count; i++)
+        bytes[i] = u->queue[(u->s.queue_head + i) % QUEUE];
+    return u->s.queue_count;
+}
+
+bool vm_uart_set_waiting(vm_uart *u, const uint8_t *bytes, unsigned count) {
+    if (count && !u->queue && !(u->queue = malloc(QUEUE)))
+        return false;
+    u->s.queue_head = 0;
+    u->s.queue_count = count;
+    if (count)
+        memcpy(u->queue, bytes, count);
+    return true;
 }
 
 static void uart_reset(void *user) {

@@ -622,6 +622,20 @@ int vm_pc_serial_output(vm_machine *m, unsigned index, vm_console_fn fn, void *u
     return VM_OK;
 }
 
+unsigned vm_pc_waiting(vm_machine *m, unsigned index, uint8_t *bytes) {
+    vm_device_lock(m);
+    unsigned count = vm_uart_waiting(m->pc->uart[index], bytes);
+    vm_device_unlock(m);
+    return count;
+}
+
+bool vm_pc_set_waiting(vm_machine *m, unsigned index, const uint8_t *bytes, unsigned count) {
+    vm_device_lock(m);
+    bool ok = vm_uart_set_waiting(m->pc->uart[index], bytes, count);
+    vm_device_unlock(m);
+    return ok;
+}
+
 int vm_pc_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, size_t count) {
     if (index >= VM_PC_UARTS)
         return vm_fail(VM_E_INVALID, "serial port %u: there are 0 to %d", index, VM_PC_UARTS - 1);

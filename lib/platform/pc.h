@@ -62,6 +62,9 @@ void vm_pc_power_button(vm_machine *m);
  * taken (>= 0), VM_E_BUSY when the queue is full and none could be, VM_E_INVALID for a bad index. */
 #define VM_PC_UARTS 4
 int  vm_pc_serial_output(vm_machine *m, unsigned index, vm_console_fn fn, void *user);
+/* Input of the host that waits before a serial port (VM_UART_QUEUE bytes at most), for replays. */
+unsigned vm_pc_waiting(vm_machine *m, unsigned index, uint8_t *bytes);
+bool vm_pc_set_waiting(vm_machine *m, unsigned index, const uint8_t *bytes, unsigned count);
 int  vm_pc_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, size_t count);
 /* Bytes written to port 0xe9 and to SeaBIOS' debug port 0x402. */
 int  vm_pc_debugcon_output(vm_machine *m, vm_console_fn fn, void *user);
