@@ -316,7 +316,7 @@ static void guest_open(guest *g, vm_backend backend)
     vm_options o = VM_OPTIONS_INIT;
     vm_sregs s = VM_SREGS_INIT;
     o.backend = backend;
-    o.mmu = getenv("TEST_MMU");
+    o.mmu = backend == VM_BACKEND_KVM ? NULL : getenv("TEST_MMU");
     OK(vm_create(&o, &g->m));
     g->cpu = vm_vcpu_get(g->m, 0);
     OK(vm_map_ram(g->m, 0x10000, 0x10000, VM_PROT_RWX, NULL));

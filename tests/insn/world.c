@@ -223,7 +223,7 @@ void world_open(world *w, vm_backend backend, const world_env *env)
     vm_io_ops declines = VM_IO_OPS_INIT, ops = VM_IO_OPS_INIT;
     vm_options o = VM_OPTIONS_INIT;
     o.backend = backend;
-    o.mmu = getenv("TEST_MMU");
+    o.mmu = o.backend == VM_BACKEND_KVM ? NULL : getenv("TEST_MMU");
     memset(w, 0, sizeof *w);
     w->env = env;
     OK(vm_create(&o, &w->m));
