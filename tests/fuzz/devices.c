@@ -1,7 +1,7 @@
 /* devices.c - fuzz target: a guest that programs every device of the PC with the bytes of the input.
  *
- * The input is a list of accesses. Each begins with a byte: bits 0-1 width, bit 2 write, bit 3 memory instead of a port, bit 5
- * take what the interrupt controllers offer, bits 6-7: 1 save and restore the platform, all of 4-7 reset it. Then two bytes pick
+ * The input is a list of accesses. Each begins with a byte: bits 0-1 width, bit 2 write, bit 3 memory instead of a port, bit 4 the
+ * same 24 times, bit 5 take what the interrupt controllers offer, bits 6-7: 1 save and restore the platform, all of 4-7 reset it. Then two bytes pick
  * the port or register, and a write takes as many bytes as it is wide. Running out of bytes ends it.
  */
 #include "core/core.h"
@@ -64,7 +64,8 @@ static void step(vm_machine *m, uint8_t op, fuzz_input *in)
     if (!fuzz_take(in, &pick, 2) || ((op & 4) && !fuzz_take(in, &value, width)))
         return;
     vm_device_lock(m);
-    access_one(m, op & 8, pick, width, op & 4, value);
+    for (unsigned times = op & 16 ? 24 : 1; times; times--)     /* as REP OUTS and INS do */
+        access_one(m, op & 8, pick, width, op & 4, value);
     if ((op & 0xc0) == 0x40)
         save_and_restore(m);
     if ((op & 0xf0) == 0xf0)
