@@ -226,6 +226,7 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     case C_JMP:
         if (in->op[0].kind == X86_OP_FAR || in->opcode == 0xca || in->opcode == 0xcb) return C_FALLBACK;
         if (c != C_JMP && !stack_form(u, in)) return C_FALLBACK;
+        if (c == C_RET && jit_access_hooked(u, X86_READ)) return C_FALLBACK; /* to a bad address: the read must not be told twice */
         if (in->osz != (u->key & JIT_KEY_64 ? 8 : 4)) return C_FALLBACK;
         if ((in->flags & X86_IF_MEM) && (in->op[0].size != in->osz || !address_form(u, in))) return C_FALLBACK;
         return c;

@@ -545,9 +545,9 @@ static vm_hook_result look(void *user, vm_vcpu *cpu, const vm_hook_event *e)
 }
 static void add_hook(column *c, uint64_t seed)
 {
-    static const vm_hook_kind kinds[] = {VM_HOOK_INSN, VM_HOOK_FETCH, VM_HOOK_MEM_WRITE};
+    static const vm_hook_kind kinds[] = {VM_HOOK_INSN, VM_HOOK_FETCH, VM_HOOK_MEM_WRITE, VM_HOOK_MEM_READ, VM_HOOK_BLOCK, VM_HOOK_EDGE};
     vm_hook_desc d = VM_HOOK_INIT;
-    d.kind = kinds[seed / 16 % 3];
+    d.kind = kinds[seed / 16 % 6];
     d.fn = look;
     d.user = c;
     if (seed / 64 % 2)
