@@ -243,7 +243,7 @@ static void call_run(world *w)
     if (vm_vcpu_run(cpu, &run, bits & 8 ? NULL : &e) == VM_OK && e.reason == VM_EXIT_INTERNAL)
         abort();
     char text[100];
-    vm_exit_format(&e, text, bits);
+    vm_exit_format(&e, text, bits % (sizeof text + 1));
 }
 
 static void call_translate(world *w)
