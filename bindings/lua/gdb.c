@@ -31,6 +31,12 @@ lua_State *lvm_gdb_borrow(lvm_machine *b)
     return L;
 }
 
+void lvm_gdb_end(lvm_machine *b)
+{
+    if (b->gdb)
+        vm_gdb_stop(b->gdb->stub);
+}
+
 static int exit_protected(lua_State *L)  /* function, vCPU, exit: "default", "run", "stop" or "end" */
 {
     static const char *const actions[] = { "default", "run", "stop", "end", NULL };

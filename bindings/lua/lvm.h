@@ -199,6 +199,7 @@ int  lvm_coverage_id(lua_State *L);
 void lvm_open_call(lua_State *L);
 int  lvm_signature_check(lua_State *L);
 void lvm_open_gdb(lua_State *L);
+void lvm_gdb_end(lvm_machine *b);                                     /* a callback failed: no more serving */
 lua_State *lvm_gdb_borrow(lvm_machine *b);                          /* a coroutine for a thread of libvm, for good */
 int  lvm_share_pages(lua_State *L);
 lvm_block *lvm_new_block(size_t bytes);

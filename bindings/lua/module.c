@@ -111,6 +111,7 @@ int lvm_pcall(lua_State *L, lvm_machine *b, int arguments, int results)
     if (lua_pcall(L, arguments, results, 0) == LUA_OK)
         return 1;
     b->failed = true;
+    lvm_gdb_end(b);
     lua_rawsetp(L, -2, &error_key);      /* needs no memory: see lvm_new_anchors */
     return 0;
 }
