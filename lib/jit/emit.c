@@ -984,10 +984,13 @@ static void emit_div(emitter *e, const jit_op *o) {
         e_rr(w, size, 0x39, divisor, RDX); /* cmp rdx, divisor */
         s->jump[0] = e_jcc(w, CC_AE);
     }
+    e->host = false;
+    need_host(e); /* DIV keeps some of the flags that it may */
     e_rex(w, size, 0, 0, divisor);
     e8(w, 0xf7), e8(w, (is_signed ? 0xf8u : 0xf0u) | (divisor & 7));
     s->resume = w->p;
-    e->host = e->image = false; /* undefined: as they were, which is what the semantic function leaves */
+    e->host = true; /* undefined: what the host's DIV leaves, as the semantic function does */
+    e->mem = e->image = false;
     e->recipe = -1;
 }
 
@@ -998,6 +1001,7 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
         if (s->jump[k]) e_patch(s->jump[k], w->p);
     e_mov_imm(w, T1, new_site(e, s->insn, NULL, true));
     e_call_to(w, e->j->fallback[level]);
+    emit_restore(w);
     e_jmp_to(w, s->resume);
 }
 
