@@ -199,8 +199,9 @@ typedef struct vm_backend_ops {
     void (*coalesce)(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on);
     bool serves_hooks;                 /* hooks, breakpoints, watchpoints, single steps (hook.h) */
     bool serves_breaks;                /* only the last three */
-    /* hook_mask or watch of a vCPU changed, or ranges did: translated code is stale. On its thread, at a boundary */
-    void (*hooks_changed)(vm_vcpu *cpu);
+    /* Hooks have been edited since number `seen` (vm_hooks_edit_after); x86.hook_mask and watch are as they are now, what was
+     * translated may be stale. On the vCPU's thread, at a boundary. */
+    void (*hooks_changed)(vm_vcpu *cpu, unsigned seen);
 } vm_backend_ops;
 extern const vm_backend_ops vm_backend_interp, vm_backend_jit, vm_backend_kvm;
 

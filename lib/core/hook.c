@@ -2,6 +2,7 @@
 #include "core/hook.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 _Static_assert((int)X86_HOOK_INSN == (int)VM_HOOK_INSN && (int)X86_HOOK_WRITE == (int)VM_HOOK_MEM_WRITE &&
                (int)X86_HOOK_MSR == (int)VM_HOOK_MSR && (int)X86_HOOK_FETCH == (int)VM_HOOK_FETCH &&
@@ -82,7 +83,11 @@ static void end_hook(vm_hook *h)
 {
     if (h->desc.destroy)
         h->desc.destroy(h->desc.user);
-    free(h);
+    vm_machine *m = h->machine;
+    vm_machine_lock(m);
+    h->next = m->hooks->spare;
+    m->hooks->spare = h;
+    vm_machine_unlock(m);
 }
 
 static void end_graves(vm_grave *g)
@@ -167,6 +172,11 @@ static bool is_empty(const vm_hook_list *l)
     return true;
 }
 
+static unsigned list_of(const vm_hook *h)
+{
+    return h->cls == VM_HOOKED_BREAK || h->cls == VM_HOOKED_STOP ? 0 : (unsigned)h->desc.kind;
+}
+
 /* Pages with a few watched bytes lose their tags; when much is watched, each access asks. */
 enum { WATCHED_PAGES = 4096 };
 
@@ -182,15 +192,18 @@ static uint8_t watch_of(const struct vm_hooks *hs)
     return watch & X86_WATCH_ALL ? X86_WATCH_ALL : watch;
 }
 
-static void edited(vm_machine *m)
+static void edited(vm_machine *m, const vm_hook *h)
 {
     struct vm_hooks *hs = m->hooks;
+    unsigned number = atomic_load(&m->hook_seq) + 1;
+    hs->edits[number % VM_HOOK_EDITS] = (vm_hook_edit){ .lo = h->lo, .hi = h->hi, .kind = (uint8_t)list_of(h),
+                                                        .is_gpa = h->is_gpa };
     hs->mask = 0;
     for (unsigned kind = 0; kind < VM_HOOK_KINDS; kind++)
         if (!is_empty(hs->list[kind]))
             hs->mask |= X86_HOOK_BIT(kind);
     hs->watch = watch_of(hs);
-    atomic_fetch_add(&m->hook_seq, 1);
+    atomic_store(&m->hook_seq, number);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         vm_vcpu_notify(m->vcpus[i], X86_ATT_REQUEST);
 }
@@ -205,11 +218,6 @@ static int prepare(vm_machine *m)
     hs->end = &hs->first;
     m->hooks = hs;
     return VM_OK;
-}
-
-static unsigned list_of(const vm_hook *h)
-{
-    return h->cls == VM_HOOKED_BREAK || h->cls == VM_HOOKED_STOP ? 0 : (unsigned)h->desc.kind;
 }
 
 static int link_hook(vm_machine *m, vm_hook *h)
@@ -227,7 +235,7 @@ static int link_hook(vm_machine *m, vm_hook *h)
     h->link = hs->end;
     *hs->end = h;
     hs->end = &h->next;
-    edited(m);
+    edited(m, h);
     return VM_OK;
 }
 
@@ -249,7 +257,7 @@ static void unlink_hook(vm_machine *m, vm_hook *h)
         if (m->vcpus[i]->hook_stop.hook == h)
             m->vcpus[i]->hook_stop.hook = NULL;
     bury(m, &h->grave);
-    edited(m);
+    edited(m, h);
 }
 
 /* ---- the operations ---- */
@@ -284,11 +292,15 @@ static bool is_ranged(vm_hook_kind kind, uint32_t flags)
            kind == VM_HOOK_EDGE || kind == VM_HOOK_FETCH;
 }
 
+/* The world is stopped. */
 static vm_hook *new_hook(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls)
 {
-    vm_hook *h = calloc(1, sizeof *h);
-    if (!h)
+    vm_hook *h = m->hooks ? m->hooks->spare : NULL;
+    if (h)
+        m->hooks->spare = h->next;
+    else if (!(h = malloc(sizeof *h)))
         return NULL;
+    memset(h, 0, sizeof *h);
     bool is_all = !d->begin && !d->end && !(d->flags & VM_HOOK_EXACT);
     h->grave.is_hook = true;
     h->machine = m;
@@ -301,6 +313,17 @@ static vm_hook *new_hook(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls
     return h;
 }
 
+static int add_paused(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls, vm_hook **out)
+{
+    vm_hook *h = new_hook(m, d, cls);
+    int status = h ? link_hook(m, h) : vm_fail(VM_E_NOMEM, "no memory for a hook");
+    if (status != VM_OK)
+        free(h);
+    else if (out)
+        *out = h;
+    return status;
+}
+
 int vm_hook_insert(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls, vm_hook **out)
 {
     if (!is_ranged(d->kind, d->flags))
@@ -308,18 +331,11 @@ int vm_hook_insert(vm_machine *m, const vm_hook_desc *d, vm_hook_class cls, vm_h
     int status = need_backend(m, cls, d->flags & VM_HOOK_SWITCH);
     if (status != VM_OK)
         return status;
-    vm_hook *h = new_hook(m, d, cls);
-    if (!h)
-        return vm_fail(VM_E_NOMEM, "no memory for a hook");
     vm_pause(m);
-    status = can_serve(m->backend, cls) ? link_hook(m, h) : vm_fail(VM_E_BUSY, "the backend is being changed");
+    status = can_serve(m->backend, cls) ? add_paused(m, d, cls, out) : vm_fail(VM_E_BUSY, "the backend is being changed");
     vm_grave *done = m->hooks ? take_graves(m, 0) : NULL;
     vm_resume(m);
     end_graves(done);
-    if (status != VM_OK)
-        free(h);
-    else if (out)
-        *out = h;
     return status;
 }
 
@@ -359,10 +375,7 @@ static int toggle(vm_machine *m, vm_hook_class cls, const vm_hook_desc *d, bool 
     } else if (!on) {
         delete_paused(m, h, &done);
     } else {
-        h = new_hook(m, d, cls);
-        status = h ? link_hook(m, h) : vm_fail(VM_E_NOMEM, "no memory for a %s", what);
-        if (status != VM_OK)
-            free(h);
+        status = add_paused(m, d, cls, NULL);
     }
     vm_resume(m);
     end_graves(done);
@@ -402,14 +415,10 @@ int vm_stop_add(vm_machine *m, uint64_t la)
         return status;
     vm_pause(m);
     vm_hook *h = find(m, VM_HOOKED_STOP, &d);
-    if (h) {
+    if (h)
         h->count++;
-    } else {
-        h = new_hook(m, &d, VM_HOOKED_STOP);
-        status = h ? link_hook(m, h) : vm_fail(VM_E_NOMEM, "no memory for a stop");
-        if (status != VM_OK)
-            free(h);
-    }
+    else
+        status = add_paused(m, &d, VM_HOOKED_STOP, NULL);
     vm_resume(m);
     return status;
 }
@@ -437,6 +446,10 @@ void vm_hooks_free(vm_machine *m)
         vm_hook *h = hs->first;
         hs->first = h->next;
         end_hook(h);
+    }
+    for (vm_hook *h = hs->spare, *next; h; h = next) {
+        next = h->next;
+        free(h);
     }
     for (unsigned kind = 0; kind < VM_HOOK_KINDS; kind++)
         free(hs->list[kind]);

@@ -44,14 +44,24 @@ typedef struct vm_hook_list {
     vm_hook *hook[];
 } vm_hook_list;
 
+/* What the last edits concerned, so that a vCPU may take over just that: edit number n (vm_machine.hook_seq after it) is
+ * edits[n % VM_HOOK_EDITS]. */
+enum { VM_HOOK_EDITS = 64 };
+typedef struct vm_hook_edit {
+    uint64_t lo, hi;
+    uint8_t kind;                        /* the list's */
+    bool is_gpa;
+} vm_hook_edit;
+
 /* Kind 0: breakpoints and stops, in a list of their own. */
 struct vm_hooks {
     vm_hook *first, **end;
     vm_hook_list *list[VM_HOOK_KINDS];
     uint32_t mask;
     uint8_t watch;                       /* X86_WATCH_* */
-    unsigned seq;                        /* counts edits */
+    vm_hook_edit edits[VM_HOOK_EDITS];
     vm_grave *graves;
+    vm_hook *spare;                      /* ended ones: whoever adds what he has removed gets the same, see jit/hook.c */
 };
 
 /* Is some hook of `kind` on any of the n bytes (or the number) at `at`, whose page lies at gpa (UINT64_MAX: not known, then
@@ -75,6 +85,9 @@ uint64_t vm_hook_gpa(vm_vcpu *cpu, const vm_hook_event *e);            /* of a M
 /* Run loop. take: at an instruction boundary, when hooks_seen is not the machine's. exit: why a hook stopped the run; 0:
  * none did. boundary: graves that waited for this vCPU. */
 void vm_hooks_take(vm_vcpu *cpu);
+/* The edits after number `seen`, one a call, oldest first; NULL: that was the last. They are all known: vm_hooks_knows(). */
+bool vm_hooks_knows(const vm_machine *m, unsigned seen);
+const vm_hook_edit *vm_hooks_edit_after(const vm_machine *m, unsigned *seen);
 int  vm_hook_exit(vm_vcpu *cpu, vm_exit *exit);
 void vm_hooks_boundary(vm_vcpu *cpu);
 /* A hardware vector or injected one is about to be delivered: GO, STOP, SKIP. */

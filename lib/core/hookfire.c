@@ -259,11 +259,39 @@ int vm_hook_exit(vm_vcpu *cpu, vm_exit *exit)
     return VM_EXIT_BREAKPOINT;
 }
 
+bool vm_hooks_knows(const vm_machine *m, unsigned seen)
+{
+    return atomic_load(&m->hook_seq) - seen <= VM_HOOK_EDITS;
+}
+
+const vm_hook_edit *vm_hooks_edit_after(const vm_machine *m, unsigned *seen)
+{
+    return *seen == atomic_load(&m->hook_seq) ? NULL : &m->hooks->edits[++*seen % VM_HOOK_EDITS];
+}
+
 static void forget_translations(vm_vcpu *cpu)
 {
     x86_tlb_clear(&cpu->x86);
     if (cpu->machine->backend->tlb_flushed)
         cpu->machine->backend->tlb_flushed(cpu);
+}
+
+/* Watched pages have no tags: those that an edit concerns lose theirs. */
+static void withhold(vm_vcpu *cpu, unsigned seen, uint8_t watch)
+{
+    enum { MOST = 16 };
+    if (cpu->x86.watch == watch && (watch & X86_WATCH_ALL))
+        return;                        /* every access asks */
+    bool is_some = cpu->x86.watch == watch && vm_hooks_knows(cpu->machine, seen);
+    for (const vm_hook_edit *e; is_some && (e = vm_hooks_edit_after(cpu->machine, &seen)) != NULL;) {
+        if (!is_data(e->kind))
+            continue;
+        is_some = !e->is_gpa && e->hi - e->lo < MOST * 4096;
+        for (uint64_t page = e->lo >> 12; is_some && page <= e->hi >> 12; page++)
+            x86_tlb_drop(&cpu->x86, page << 12);
+    }
+    if (!is_some)
+        forget_translations(cpu);
 }
 
 void vm_hooks_take(vm_vcpu *cpu)
@@ -273,6 +301,7 @@ void vm_hooks_take(vm_vcpu *cpu)
     const struct vm_hooks *hs = m->hooks;
     const uint32_t mask = hs ? hs->mask : 0;
     const uint8_t watch = hs ? hs->watch : 0;
+    const unsigned seen = cpu->hooks_seen;
     cpu->hooks_seen = atomic_load(&m->hook_seq);
     if ((mask & X86_HOOK_BLOCKS) && !(x->hook_mask & X86_HOOK_BLOCKS))
         x->block_state = cpu->has_begun ? X86_BLOCK_MID : X86_BLOCK_FRESH;
@@ -280,11 +309,11 @@ void vm_hooks_take(vm_vcpu *cpu)
         x->hook_done = false;
     x->hook_mask = mask;
     if (watch | x->watch)
-        forget_translations(cpu);
+        withhold(cpu, seen, watch);
     x->watch = watch;
     x86_mode_changed(x);
     if (m->backend->hooks_changed)
-        m->backend->hooks_changed(cpu);
+        m->backend->hooks_changed(cpu, seen);
     if (hs)
         vm_hooks_boundary(cpu);
 }

@@ -1,7 +1,9 @@
 /* hook.c - hooks in translated code. See lib/core/hook.h.
  *
- * Which hooks an instruction has is known when it is translated (an edit of hooks empties the code cache), so the call is
- * compiled in front of it: IR_HOOK. With exactly one hook there, no vector registers in the host's and no coverage, the
+ * Which hooks an instruction has is known when it is translated, so the call is compiled in front of it: IR_HOOK. An edit
+ * drops the blocks that a hook on little code concerns. What all code depends on, hooks on much of it and data hooks that
+ * see every access, makes a shape, which is part of each block's key: blocks of several shapes stay side by side, and adding
+ * what was there before finds them again. With exactly one hook there, no vector registers in the host's and no coverage, the
  * program's function is called directly: the registers that live in the host's go to x86_cpu, the rest (R12-R15 and the
  * flags, in the frame on the host's stack) is fetched only if the callback asks, through get_state. Afterwards only what
  * a C function may destroy is loaded again: a callback that changes anything sets X86_ATT_LOOK, and the block is left.
@@ -21,6 +23,85 @@
 static const struct { uint8_t host, guest; } registers[12] = {
     {RAX, X86_RAX}, {RCX, X86_RCX}, {RDX, X86_RDX}, {RBX, X86_RBX}, {R12, X86_RSP}, {RBP, X86_RBP},
     {RSI, X86_RSI}, {RDI, X86_RDI}, {R8, X86_R8},   {R9, X86_R9},   {R10, X86_R10}, {R11, X86_R11}};
+
+/* ---- shapes ---- */
+
+/* The only hook of a kind, if it is on everything. */
+static vm_hook *only_data_hook(const vm_machine *m, unsigned kind) {
+    const vm_hook_list *l = m->hooks->list[kind];
+    vm_hook *only = NULL;
+    for (unsigned i = 0; l && i < l->count; i++) {
+        vm_hook *h = l->hook[i];
+        if (h && (only || h->cls != VM_HOOKED_USER || h->is_gpa || h->lo || h->hi != UINT64_MAX)) return NULL;
+        if (h) only = h;
+    }
+    return only;
+}
+
+static jit_hook_id id_of(const vm_hook *h) {
+    return h ? (jit_hook_id){h, h->desc.fn, h->desc.user, h->lo, h->hi} : (jit_hook_id){0};
+}
+
+enum { WIDE_BYTES = 1 << 20 };
+#define TOO_WIDE 0x80000000u /* in a shape's mask: more hooks on much code than it can name */
+
+static bool is_wide(uint64_t lo, uint64_t hi) { return hi - lo >= WIDE_BYTES; }
+
+static void add_wide(jit_shape *s, unsigned *n, const vm_hook_list *l, unsigned kind) {
+    for (unsigned i = 0; l && i < l->count; i++) {
+        if (!l->hook[i] || !is_wide(l->hook[i]->lo, l->hook[i]->hi)) continue;
+        if (*n == JIT_WIDE) {
+            s->mask |= TOO_WIDE;
+            return;
+        }
+        s->kinds[*n] = (uint8_t)(kind << 1 | l->hook[i]->is_gpa);
+        s->wide[(*n)++] = id_of(l->hook[i]);
+    }
+}
+
+static void shape_now(const x86_cpu *cpu, const vm_machine *m, jit_shape *s) {
+    unsigned n = 0;
+    memset(s, 0, sizeof *s);
+    s->watch = cpu->watch;
+    s->mask = cpu->hook_mask & X86_HOOK_BLOCKS;
+    if (cpu->watch & X86_WATCH_ALL) {
+        s->mask |= cpu->hook_mask & X86_HOOK_DATA;
+        s->data[0] = id_of(only_data_hook(m, X86_HOOK_READ));
+        s->data[1] = id_of(only_data_hook(m, X86_HOOK_WRITE));
+    }
+    for (unsigned kind = 0; kind < VM_HOOK_KINDS; kind++)
+        if (cpu->hook_mask & X86_HOOK_CODE & X86_HOOK_BIT(kind)) add_wide(s, &n, m->hooks->list[kind], kind);
+}
+
+void jit_hooks_shape(jit *j) {
+    jit_shape now;
+    shape_now(&j->vcpu->x86, j->vcpu->machine, &now);
+    if (!j->shape_count) j->shape_count = 1;
+    unsigned i = 0;
+    while (i < j->shape_count && memcmp(&j->shapes[i], &now, sizeof now)) i++;
+    if (i == JIT_SHAPES || (now.mask & TOO_WIDE)) {
+        j->must_flush = true;
+        j->shape_count = i = 1;
+    }
+    if (i == j->shape_count) j->shapes[j->shape_count++] = now;
+    j->shape = i;
+}
+
+/* An edit on little code: the instructions it is about may begin in front of it (FETCH). */
+static void drop_edited(jit *j, const vm_hook_edit *e) {
+    enum { LONGEST = 15 };
+    if (!(X86_HOOK_CODE & X86_HOOK_BIT(e->kind)) || is_wide(e->lo, e->hi)) return;
+    jit_drop_code(j, e->lo < LONGEST ? 0 : e->lo - (LONGEST - 1), e->hi, e->is_gpa);
+}
+
+void jit_hooks_changed(vm_vcpu *cpu, unsigned seen) {
+    jit *j = cpu->x86.jit;
+    if (!j->write_base) return;
+    j->window_stale |= !j->shapes[j->shape].watch != !cpu->x86.watch;
+    j->must_flush |= !vm_hooks_knows(cpu->machine, seen);
+    for (const vm_hook_edit *e; !j->must_flush && (e = vm_hooks_edit_after(cpu->machine, &seen)) != NULL;) drop_edited(j, e);
+    jit_hooks_shape(j);
+}
 
 /* ---- which ---- */
 
@@ -139,22 +220,10 @@ static vm_hook_result report_all(void *user, vm_vcpu *vcpu, const vm_hook_event 
     return (vm_hook_result)vm_hook_fire(vcpu, (unsigned)h->event.kind, e.address, e.bytes, vm_hook_gpa(vcpu, &e), &e);
 }
 
-/* The only hook of a kind, if it is on everything. */
-static vm_hook *only_data_hook(const jit_unit *u, unsigned kind) {
-    const vm_hook_list *l = u->j->vcpu->machine->hooks->list[kind];
-    vm_hook *only = NULL;
-    for (unsigned i = 0; i < l->count; i++) {
-        vm_hook *h = l->hook[i];
-        if (h && (only || h->cls != VM_HOOKED_USER || h->is_gpa || h->lo || h->hi != UINT64_MAX)) return NULL;
-        if (h) only = h;
-    }
-    return only;
-}
-
 void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access) {
     const x86_insn *in = &u->insn[check->insn];
     unsigned kind = check->access & X86_WRITE ? X86_HOOK_WRITE : X86_HOOK_READ;
-    h->hook = only_data_hook(u, kind);
+    h->hook = only_data_hook(u->j->vcpu->machine, kind);
     h->fn = h->hook ? h->hook->desc.fn : report_all;
     h->user = h->hook ? h->hook->desc.user : h;
     h->state = JIT_HOOK_ENTRY;

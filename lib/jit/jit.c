@@ -77,7 +77,7 @@ static bool x87_allowed(const x86_cpu *cpu) {
 }
 
 static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
-    uint32_t key = cpu->ctx;
+    uint32_t key = cpu->ctx | j->shape * (JIT_KEY_SHAPE & -JIT_KEY_SHAPE);
     if (cpu->code_size == 8)
         key |= JIT_KEY_64;
     else {
@@ -183,16 +183,19 @@ static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
     to->in = l;
 }
 
-static void remove_from(jit_block **p, jit_block *b, bool is_page) {
-    while (*p && *p != b) p = is_page ? &(*p)->page_next : &(*p)->hash_next;
-    if (*p) *p = is_page ? b->page_next : b->hash_next;
+/* Takes b out of the list at *head whose links are `link` bytes into a block. */
+static void remove_from(jit_block **head, jit_block *b, size_t link) {
+    jit_block **p = head;
+    while (*p && *p != b) p = (jit_block **)(void *)((uint8_t *)*p + link);
+    if (*p) *p = *(jit_block **)(void *)((uint8_t *)b + link);
 }
 
 static void kill_block(jit *j, jit_block *b) {
     b->is_dead = true;
     if (b->twin && !b->twin->is_dead) kill_block(j, b->twin);
-    remove_from(&j->hash[hash_block(b->rip)], b, false);
-    remove_from(&j->pages[hash_page(b->gpa)], b, true);
+    remove_from(&j->hash[hash_block(b->rip)], b, offsetof(jit_block, hash_next));
+    remove_from(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, page_next));
+    remove_from(&j->lines[hash_page(b->rip)], b, offsetof(jit_block, line_next));
     while (b->in) {
         jit_link *l = b->in;
         e_patch(l->jump, l->stub);
@@ -210,6 +213,7 @@ static void flush_all(jit *j) {
     if (j->arena_used > 16) { /* blocks live in the arena: without any the tables are still untouched zero pages */
         memset(j->hash, 0, sizeof j->hash);
         memset(j->pages, 0, sizeof j->pages);
+        memset(j->lines, 0, sizeof j->lines);
     }
     j->all = NULL;
     clear_tables(j);
@@ -219,12 +223,16 @@ static void flush_all(jit *j) {
     j->flushes++;
 }
 
-static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
-    if ((b->gpa ^ gpa) & X86_PAGE_MASK) return false;
-    uint64_t begin = gpa & 0xfff, end = begin + bytes;
+/* Is any of [at, at + bytes), all on one page, among the bytes that a block on the page `page` was made from? */
+static bool overlaps_on(const jit_block *b, uint64_t page, uint64_t at, uint64_t bytes) {
+    if ((page ^ at) & X86_PAGE_MASK) return false;
+    uint64_t begin = at & 0xfff, end = begin + bytes;
     for (unsigned i = 0; i < b->nextents; i++)
         if (b->extents[i].begin < end && begin < b->extents[i].end) return true;
     return false;
+}
+static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
+    return overlaps_on(b, b->gpa, gpa, bytes);
 }
 
 /* Code that writes beside itself again and again: translating it each time costs far more than interpreting it. A page
@@ -263,6 +271,19 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
         if (any) note_heat(j, gpa);
         gpa += n;
         bytes -= n;
+    }
+}
+
+/* Drops what was translated from code in [lo, hi], linear or guest-physical addresses. */
+void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa) {
+    for (uint64_t at = lo;; at = (at & X86_PAGE_MASK) + 4096) {
+        uint64_t last = hi - at < 4095 - (at & 0xfff) ? hi : at | 0xfff;
+        jit_block *next, **head = is_gpa ? j->pages : j->lines;
+        for (jit_block *b = head[hash_page(at)]; b; b = next) {
+            next = is_gpa ? b->page_next : b->line_next;
+            if (overlaps_on(b, is_gpa ? b->gpa : b->rip, at, last - at + 1)) kill_block(j, b);
+        }
+        if (last == hi) return;
     }
 }
 
@@ -309,12 +330,14 @@ static void publish(jit *j, jit_block *b) {
     j->hash[h] = b;
     b->page_next = j->pages[p];
     j->pages[p] = b;
+    b->line_next = j->lines[hash_page(b->rip)];
+    j->lines[hash_page(b->rip)] = b;
     j->vcpu->x86.stat[X86_STAT_BLOCKS]++;
 }
 
 static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
-    unsigned most = (u->cpu->hook_mask & X86_HOOK_CODE) && JIT_MAX_INSNS > 32 ? 32 : JIT_MAX_INSNS;
-    if (!jit_lift(u, u->crosses ? 1 : most)) return NULL;
+    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
+    u->no_groups |= u->nhooked != 0;
     jit_optimise(u);
     return jit_emit(u, failed);
 }
@@ -330,7 +353,7 @@ static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8
     u->key = key;
     u->page = page;
     u->forced = 0;
-    u->no_groups = (key & JIT_KEY_PLAIN) || (cpu->hook_mask & X86_HOOK_CODE) || cpu->watch || j->no_groups[hash_block(u->rip) & 1023];
+    u->no_groups = (key & JIT_KEY_PLAIN) || cpu->watch || j->no_groups[hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
         jit_block *b = translate_with(j, u, &failed);
@@ -760,7 +783,7 @@ static void place_windows(jit *j) {
         if (is_window_region(r) && (!best || r->bytes > best->bytes)) best = r;
     }
     slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
-    if (!best || j->vcpu->x86.watch) return;
+    if (!best) return;
     const uint8_t *host = best->region->host + best->offset;
     int64_t delta = host - (const uint8_t *)&j->vcpu->x86;
     vm_range r = *best;
@@ -774,9 +797,13 @@ static void place_windows(jit *j) {
 }
 
 static void find_windows(jit *j) {
-    const uint64_t *limit = &j->vcpu->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT];
-    place_windows(j);
+    uint64_t *limit = &j->vcpu->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT];
     j->window_stale = false;
+    if (j->vcpu->x86.watch) { /* blocks that rely on windows wait */
+        limit[0] = limit[1] = 0;
+        return;
+    }
+    place_windows(j);
     for (unsigned w = 0; w < 2; w++) {
         j->must_flush |= limit[w] < j->window_limit[w];
         j->window_limit[w] = limit[w];
@@ -987,6 +1014,7 @@ static bool jit_start(jit *j) {
     j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;
     jit_emit_thunks(j);
     j->arena_used = 16;
+    jit_hooks_shape(j);
     return true;
 }
 
@@ -1080,12 +1108,6 @@ static void jit_look_again(vm_vcpu *cpu) {
     jit_hook_disturb(&cpu->x86);
 }
 
-/* Hooks changed: translate anew. */
-static void jit_hooks_changed(vm_vcpu *cpu) {
-    jit *j = cpu->x86.jit;
-    if (!j->write_base) return;
-    j->must_flush = j->window_stale = true;
-}
 
 const vm_backend_ops vm_backend_jit = {
     .serves_hooks = true,

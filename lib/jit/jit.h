@@ -33,6 +33,7 @@
 #define JIT_KEY_WINDOW 0x0400u /* linear is physical: reads of the largest RAM region need only a bounds check */
 #define JIT_KEY_X87    0x0800u /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
 #define JIT_KEY_PLAIN  0x1000u /* no groups, no loop copies: goes on where a group could not be looked up */
+#define JIT_KEY_SHAPE  0x70000u /* which hooks there are everywhere: an index into jit.shapes (hook.c) */
 #define JIT_TABLES     16      /* jump caches: by CTX | 64 | VEC */
 
 typedef struct jit_block jit_block;
@@ -82,7 +83,7 @@ struct jit_block {
     uint8_t bails;         /* times C could not look a group up whole */
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
-    jit_block *hash_next, *page_next, *all_next;
+    jit_block *hash_next, *page_next, *line_next, *all_next;
     jit_block *twin;
     jit_link *in;
     uint8_t nlinks, nextents;
@@ -130,6 +131,21 @@ typedef struct jit_info {
     bool falls_back; /* flags go in and come out through memory */
 } jit_info;
 
+/* What all translations depend on of the hooks there are. Those on little code are known to the blocks they concern. */
+typedef struct jit_hook_id {
+    const vm_hook *hook;
+    vm_hook_fn fn;
+    void *user;
+    uint64_t lo, hi;
+} jit_hook_id;
+enum { JIT_SHAPES = 8, JIT_WIDE = 6 };
+typedef struct jit_shape {
+    uint32_t mask;              /* of cpu->hook_mask: block hooks; data hooks while every access asks */
+    uint8_t watch, kinds[JIT_WIDE];
+    jit_hook_id data[2];        /* only_data_hook() */
+    jit_hook_id wide[JIT_WIDE]; /* code hooks on much, by kind, in the order of adding */
+} jit_shape;
+
 typedef struct jit_unit { /* one block being translated */
     struct jit *j;
     x86_cpu *cpu;
@@ -152,6 +168,7 @@ typedef struct jit_unit { /* one block being translated */
     const uint8_t *edge_code;
     uint64_t forced; /* instructions that must fall back */
     bool no_groups;
+    unsigned nhooked;
     uint16_t hooked[JIT_MAX_INSNS]; /* X86_HOOK_BIT()s of what is called before each instruction */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
@@ -166,7 +183,10 @@ typedef struct jit {
     uint8_t *arena; /* blocks and sites */
     size_t arena_bytes, arena_used;
     size_t code_ready, arena_ready; /* committed by commit_ahead() */
-    jit_block *hash[JIT_HASH], *pages[JIT_PAGES], *all;
+    jit_block *hash[JIT_HASH], *all;
+    jit_block *pages[JIT_PAGES], *lines[JIT_PAGES]; /* by page of gpa; of rip */
+    jit_shape shapes[JIT_SHAPES]; /* [0]: no hooks */
+    unsigned shape_count, shape;
     uint32_t table_key[JIT_TABLES];
     bool table_used[JIT_TABLES];
     uint64_t table_touched[JIT_TABLES]; /* which 64ths of it may hold entries */
@@ -321,6 +341,9 @@ typedef struct jit_hook_site {
     uint8_t state; /* X86_BLOCK_* at this place, or JIT_HOOK_ENTRY: as x86_cpu.block_state says */
     uint8_t bytes[16];
 } jit_hook_site;
+#define JIT_MAX_HOOKED 32 /* instructions with hooks in a block */
+void jit_hooks_shape(jit *j); /* j->shape, for the hooks there are */
+void jit_hooks_changed(vm_vcpu *cpu, unsigned seen);
 unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block);
 bool jit_hook_is_near(const jit_unit *u, unsigned i); /* the unit up to instruction i calls hooks */
 bool jit_hooks_want_interpreter(x86_cpu *cpu);
@@ -358,5 +381,6 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);
 uint64_t jit_help_after(x86_cpu *cpu, uint32_t site); /* leaves */
 #define JIT_OUT 1 /* what they return to leave the block */
 bool jit_is_stop(const jit *j, uint64_t rip);
+void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa);
 
 #endif

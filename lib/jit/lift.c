@@ -651,6 +651,7 @@ static bool lift_next(jit_unit *u, trace *t) {
         }
         return false;
     }
+    if (u->hooked[i] && ++u->nhooked > JIT_MAX_HOOKED) return false;
     u->insn_rip[i] = t->rip;
     u->count++;
     unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
@@ -668,7 +669,7 @@ static bool lift_next(jit_unit *u, trace *t) {
 
 bool jit_lift(jit_unit *u, unsigned max_insns) {
     trace t = {.rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = !(u->key & JIT_KEY_PLAIN)};
-    u->count = u->nops = u->sides = u->nextents = 0;
+    u->count = u->nops = u->sides = u->nextents = u->nhooked = 0;
     while (t.is_open && u->count < max_insns && lift_next(u, &t))
         ;
     if (!u->nops && !u->count) return false;

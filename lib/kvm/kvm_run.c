@@ -640,6 +640,11 @@ static void kvm_flush_code(vm_vcpu *cpu) {
     if (kvm_vcpu_of(cpu)->has_soft) interp_flush_code(cpu);
 }
 
+static void kvm_hooks_changed(vm_vcpu *cpu, unsigned seen) {
+    (void)seen;
+    kvm_flush_code(cpu);
+}
+
 static void kvm_tlb_flushed(vm_vcpu *cpu) {
     if (kvm_vcpu_of(cpu) && kvm_vcpu_of(cpu)->has_soft) interp_tlb_flushed(cpu);
 }
@@ -670,7 +675,7 @@ const vm_backend_ops vm_backend_kvm = {
     .takes_interrupts = true,
     .keeps_state = true,
     .serves_breaks = true,
-    .hooks_changed = kvm_flush_code,
+    .hooks_changed = kvm_hooks_changed,
     .doorbell = kvm_doorbell,
     .coalesce = kvm_coalesce,
 };
