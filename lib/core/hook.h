@@ -1,9 +1,9 @@
 /* hook.h - hooks inside the machine: the registry, and how backends and semantics ask it.
  *
- * vm_hooks holds, for each kind, an immutable list in the order of adding. Lists are replaced, and entries blanked
- * (vm_hook_none), only while the world is stopped; a callback that is iterating meanwhile (it made the edit, or waits for
- * a lock) sees the blank. Nothing that such a callback may still touch is freed before its vCPU has passed an instruction
- * boundary: graves wait for a set of vCPUs.
+ * vm_hooks holds all hooks in the order of adding, and finds those at a place: hooks within a line of VM_HOOK_LINE bytes in
+ * a hash table, the others in a list for each kind. Edits happen only while the world is stopped. A callback that makes
+ * one, or waits for a lock meanwhile, holds pointers to hooks it is still to call: vm_hook.link is NULL in those that have
+ * been removed, and none is used again before its vCPU has passed an instruction boundary: graves wait for a set of vCPUs.
  *
  * Each vCPU takes over what changed at its own next boundary (vm_hooks_take): x86.hook_mask, x86.watch, TLB tags,
  * translated code. Between an edit and that nothing of the guest executes.
@@ -19,16 +19,13 @@
 
 typedef enum vm_hook_class { VM_HOOKED_USER, VM_HOOKED_BREAK, VM_HOOKED_WATCH, VM_HOOKED_STOP } vm_hook_class;
 
-typedef struct vm_grave {
-    struct vm_grave *next;
-    uint64_t waits;                      /* vCPUs that must pass a boundary */
-    bool is_hook;                        /* a vm_hook, else a list */
-} vm_grave;
-
 struct vm_hook {
-    vm_grave grave;                      /* first */
     vm_machine *machine;
-    vm_hook *next, **link;               /* all hooks of the machine, in order of adding */
+    vm_hook *next, **link;               /* all hooks of the machine, in order of adding; link NULL: removed */
+    vm_hook *line_next, *name_next;      /* in vm_hooks.lines, .names */
+    vm_hook *grave_next;
+    uint64_t waits;                      /* removed: vCPUs that must pass a boundary */
+    uint64_t number;                     /* by order of adding */
     vm_hook_desc desc;
     uint64_t lo, hi;                     /* desc.begin, .end with "everything" spelled out */
     uint8_t cls;
@@ -36,12 +33,12 @@ struct vm_hook {
     unsigned count;                      /* VM_HOOKED_STOP: references */
 };
 
+enum { VM_HOOK_LINE = 256 };
 typedef struct vm_hook_list {
-    vm_grave grave;                      /* first */
-    unsigned count;
-    bool has_gpa;                        /* some range is guest-physical */
-    uint64_t lo, hi;                     /* around all linear (or number) ranges */
-    vm_hook *hook[];
+    unsigned count, gpa_count;           /* all hooks of the kind; those with guest-physical ranges */
+    uint64_t lo, hi;                     /* around all linear (or number) ranges since the list was last empty */
+    unsigned wide_count, wide_room;
+    vm_hook **wide;                      /* those that no line holds, in the order of adding */
 } vm_hook_list;
 
 /* What the last edits concerned, so that a vCPU may take over just that: edit number n (vm_machine.hook_seq after it) is
@@ -56,17 +53,25 @@ typedef struct vm_hook_edit {
 /* Kind 0: breakpoints and stops, in a list of their own. */
 struct vm_hooks {
     vm_hook *first, **end;
-    vm_hook_list *list[VM_HOOK_KINDS];
+    vm_hook_list list[VM_HOOK_KINDS];
+    vm_hook **lines, **names;            /* [slots]: by kind and line; by address of the hook */
+    unsigned slots, count;
+    unsigned watched_all, watched_few;   /* data hooks on so much that every access asks; others */
+    uint64_t number;
     uint32_t mask;
     uint8_t watch;                       /* X86_WATCH_* */
     vm_hook_edit edits[VM_HOOK_EDITS];
-    vm_grave *graves;
+    vm_hook *graves;
     vm_hook *spare;                      /* ended ones: whoever adds what he has removed gets the same, see jit/hook.c */
 };
 
 /* Is some hook of `kind` on any of the n bytes (or the number) at `at`, whose page lies at gpa (UINT64_MAX: not known, then
- * guest-physical ranges count as hits)? */
+ * not those with guest-physical ranges)? */
+bool vm_hook_is_at(const vm_hook *h, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa);       /* this one? */
 bool vm_hook_covers(const vm_machine *m, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa);
+
+/* All of `kind` there, in the order of adding; what has more than fits in hits[max] is only counted. */
+unsigned vm_hooks_at(const vm_machine *m, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, vm_hook **hits, unsigned max);
 
 /* Before an instruction: X86_HOOK_GO, _STOP (rip stays: leave with X86_STOP_HOOK, or X86_STOP_BREAKPOINT if
  * cpu->x86.stop says so), or _SKIP (next_rip holds where to go on; it counts as retired). */

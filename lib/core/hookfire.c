@@ -40,23 +40,32 @@ static unsigned call(vm_vcpu *cpu, vm_hook *h, const vm_hook_event *e)
     return answer <= X86_HOOK_RETRY ? answer : X86_HOOK_GO;
 }
 
-static bool is_hit(const vm_hook *h, uint64_t at, uint64_t n, uint64_t gpa)
+/* More than fit in a list: looked for one by one. Those that a callback adds now are not called yet. */
+static unsigned fire_many(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, const vm_hook_event *e)
 {
-    uint64_t lo = h->is_gpa ? gpa : at;
-    return h->lo <= lo + (n - 1) && lo <= h->hi;
+    const struct vm_hooks *hs = cpu->machine->hooks;
+    const uint64_t limit = hs->number;
+    unsigned answer = X86_HOOK_GO;
+    for (vm_hook *h = hs->first; h; h = h->next)
+        if (h->link && h->number < limit && vm_hook_is_at(h, kind, at, n, gpa))
+            answer = stronger(answer, call(cpu, h, e));
+    return answer;
 }
 
 unsigned vm_hook_fire(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, vm_hook_event *e)
 {
-    const vm_hook_list *l = cpu->machine->hooks->list[kind];
+    enum { MOST = 16 };
+    vm_hook *hits[MOST];
     unsigned answer = X86_HOOK_GO;
+    n = n ? n : 1;
     e->size = sizeof *e;
     e->kind = (vm_hook_kind)kind;
-    for (unsigned i = 0; l && i < l->count; i++) {
-        vm_hook *h = l->hook[i];       /* a blank if a callback has just removed it */
-        if (h && is_hit(h, at, n ? n : 1, gpa))
-            answer = stronger(answer, call(cpu, h, e));
-    }
+    unsigned count = vm_hooks_at(cpu->machine, kind, at, n, gpa, hits, MOST);
+    if (count > MOST)
+        return fire_many(cpu, kind, at, n, gpa, e);
+    for (unsigned i = 0; i < count; i++)
+        if (hits[i]->link)             /* not just removed by a callback */
+            answer = stronger(answer, call(cpu, hits[i], e));
     return answer;
 }
 
@@ -159,9 +168,9 @@ void vm_hook_keep_redirect(vm_vcpu *cpu, uint64_t next)
 
 uint64_t vm_hook_gpa(vm_vcpu *cpu, const vm_hook_event *e)
 {
-    const vm_hook_list *l = cpu->machine->hooks->list[e->kind];
+    const vm_hook_list *l = &cpu->machine->hooks->list[e->kind];
     bool is_read = e->kind == VM_HOOK_MEM_READ;
-    return l && l->has_gpa && is_data(e->kind) ? gpa_of(&cpu->x86, e->address, is_read ? X86_READ : X86_WRITE) : UINT64_MAX;
+    return l->gpa_count && is_data(e->kind) ? gpa_of(&cpu->x86, e->address, is_read ? X86_READ : X86_WRITE) : UINT64_MAX;
 }
 
 unsigned vm_env_hook(x86_cpu *x, const x86_hook *h)
@@ -205,8 +214,7 @@ unsigned vm_env_withheld(x86_cpu *x, uint64_t la, uint64_t gpa)
 static bool covers_data(x86_cpu *x, unsigned kind, uint64_t la, unsigned n)
 {
     const vm_machine *m = vm_vcpu_of(x)->machine;
-    const vm_hook_list *l = m->hooks->list[kind];
-    if (!l || !l->has_gpa)
+    if (!m->hooks->list[kind].gpa_count)
         return vm_hook_covers(m, kind, la, n, 0);
     for (unsigned done = 0, part; done < n; done += part) {
         part = 4096 - (unsigned)((la + done) & 4095);

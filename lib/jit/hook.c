@@ -10,7 +10,8 @@
  * x86_cpu.hook_site says that such a call is under way, and for which site.
  *
  * In emitted code x86_cpu.block_state is X86_BLOCK_EDGE, "what comes next begins a block", for that is what edges to
- * branch targets mean; an edge that only goes on (full block, page end) says MID, and whoever consumes that puts it back.
+ * branch targets mean; an edge that only goes on (full block, page end) says MID. Whoever consumes that puts it back: a unit
+ * that begins with a block hook does so at once, others at their edges.
  */
 #include "core/hook.h"
 #include "jit/jit.h"
@@ -28,14 +29,9 @@ static const struct { uint8_t host, guest; } registers[12] = {
 
 /* The only hook of a kind, if it is on everything. */
 static vm_hook *only_data_hook(const vm_machine *m, unsigned kind) {
-    const vm_hook_list *l = m->hooks->list[kind];
-    vm_hook *only = NULL;
-    for (unsigned i = 0; l && i < l->count; i++) {
-        vm_hook *h = l->hook[i];
-        if (h && (only || h->cls != VM_HOOKED_USER || h->is_gpa || h->lo || h->hi != UINT64_MAX)) return NULL;
-        if (h) only = h;
-    }
-    return only;
+    const vm_hook_list *l = &m->hooks->list[kind];
+    vm_hook *h = l->count == 1 && l->wide_count ? l->wide[0] : NULL;
+    return h && h->cls == VM_HOOKED_USER && !h->is_gpa && !h->lo && h->hi == UINT64_MAX ? h : NULL;
 }
 
 static jit_hook_id id_of(const vm_hook *h) {
@@ -48,14 +44,15 @@ enum { WIDE_BYTES = 1 << 20 };
 static bool is_wide(uint64_t lo, uint64_t hi) { return hi - lo >= WIDE_BYTES; }
 
 static void add_wide(jit_shape *s, unsigned *n, const vm_hook_list *l, unsigned kind) {
-    for (unsigned i = 0; l && i < l->count; i++) {
-        if (!l->hook[i] || !is_wide(l->hook[i]->lo, l->hook[i]->hi)) continue;
+    for (unsigned i = 0; i < l->wide_count; i++) {
+        const vm_hook *h = l->wide[i];
+        if (!is_wide(h->lo, h->hi)) continue;
         if (*n == JIT_WIDE) {
             s->mask |= TOO_WIDE;
             return;
         }
-        s->kinds[*n] = (uint8_t)(kind << 1 | l->hook[i]->is_gpa);
-        s->wide[(*n)++] = id_of(l->hook[i]);
+        s->kinds[*n] = (uint8_t)(kind << 1 | h->is_gpa);
+        s->wide[(*n)++] = id_of(h);
     }
 }
 
@@ -70,7 +67,7 @@ static void shape_now(const x86_cpu *cpu, const vm_machine *m, jit_shape *s) {
         s->data[1] = id_of(only_data_hook(m, X86_HOOK_WRITE));
     }
     for (unsigned kind = 0; kind < VM_HOOK_KINDS; kind++)
-        if (cpu->hook_mask & X86_HOOK_CODE & X86_HOOK_BIT(kind)) add_wide(s, &n, m->hooks->list[kind], kind);
+        if (cpu->hook_mask & X86_HOOK_CODE & X86_HOOK_BIT(kind)) add_wide(s, &n, &m->hooks->list[kind], kind);
 }
 
 void jit_hooks_shape(jit *j) {
@@ -146,17 +143,10 @@ bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la) {
 /* The only hook for this place, or NULL: several. */
 static vm_hook *only_hook(const jit_unit *u, unsigned kinds, uint64_t la, unsigned length, uint64_t gpa) {
     if (kinds & (kinds - 1) || kinds & X86_HOOK_BIT(X86_HOOK_BREAK)) return NULL;
-    unsigned kind = (unsigned)__builtin_ctz(kinds), n = kind == X86_HOOK_FETCH ? length : 1;
-    const vm_hook_list *l = u->j->vcpu->machine->hooks->list[kind];
-    vm_hook *only = NULL;
-    for (unsigned i = 0; i < l->count; i++) {
-        vm_hook *h = l->hook[i];
-        uint64_t at = h && h->is_gpa ? gpa : la;
-        if (!h || h->lo > at + (n - 1) || at > h->hi) continue;
-        if (only) return NULL;
-        only = h;
-    }
-    return only;
+    unsigned kind = (unsigned)__builtin_ctz(kinds);
+    vm_hook *hit = NULL;
+    unsigned n = vm_hooks_at(u->j->vcpu->machine, kind, la, kind == X86_HOOK_FETCH ? length : 1, gpa, &hit, 1);
+    return n == 1 ? hit : NULL;
 }
 
 static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event) {
@@ -361,9 +351,12 @@ void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const 
 /* An edge after instruction i. Flags and registers stay. `goes_on`: it is no branch, the unit was just full. */
 void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on) {
     if (!(u->cpu->hook_mask & X86_HOOK_BLOCKS) || !u->count) return;
-    if (goes_on && !(u->insn[i].flags & (X86_IF_BRANCH | X86_IF_END)))
+    if (goes_on && !(u->insn[i].flags & (X86_IF_BRANCH | X86_IF_END))) {
         store_state(w, X86_BLOCK_MID);
-    else if (x86_hooked(u->cpu, X86_HOOK_EDGE))
+        return;
+    }
+    if (!(u->hooked[0] & X86_HOOK_BLOCKS)) store_state(w, X86_BLOCK_EDGE);
+    if (x86_hooked(u->cpu, X86_HOOK_EDGE))
         store_gs_imm(w, JIT_OFF(edge_from), u->key & JIT_KEY_64 ? u->insn_rip[i] : (uint32_t)u->insn_rip[i]);
 }
 

@@ -643,6 +643,69 @@ SOFTWARE(remove_the_next_in_line)
     CHECK_EQ(d[2].destroyed, 3);
 }
 
+/* What fuzzers count blocks with: a hook on each, which goes when it is called. Three pages of inc eax; jmp to the next. */
+SOFTWARE(one_shots)
+{
+    enum { BLOCKS = 3 * 256, BEGIN = 0x2000 };
+    static mortal d[BLOCKS];
+    rig r = MAKE(COUNTING);
+    unsigned clock = 0;
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        vm_hook_desc desc = VM_HOOK_INIT;
+        OK(vm_write(r.m, BEGIN + 16 * i, "\xff\xc0\xeb\x0c", 4));
+        d[i] = (mortal){ .clock = &clock };
+        desc.kind = VM_HOOK_BLOCK;
+        desc.begin = desc.end = BEGIN + 16 * i;
+        desc.fn = remove_itself;
+        desc.user = &d[i];
+        desc.destroy = destroyed;
+        OK(vm_hook_add(r.m, &desc, &d[i].h));
+    }
+    OK(vm_write(r.m, BEGIN + 16 * BLOCKS, "\xf4", 1));
+    for (unsigned pass = 0; pass < 2; pass++) {
+        set(r.cpu, VM_REG_RIP, BEGIN);
+        set(r.cpu, VM_REG_RAX, 0);
+        CHECK_EQ(run(&r, NULL).reason, VM_EXIT_HALT);
+        CHECK_EQ(get(r.cpu, VM_REG_RAX), BLOCKS);
+    }
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        CHECK_EQ(d[i].calls, 1);
+        CHECK_EQ(d[i].destroyed, i + 1);
+    }
+    vm_destroy(r.m);
+}
+
+/* More hooks at one place than lists on the stack hold, of every sort of range; some go, some come while they are called. */
+SOFTWARE(dozens_at_one_place)
+{
+    enum { HOOKS = 60 };
+    rig r = MAKE(COUNTING);
+    event_log log = { 0 };
+    tagged t[HOOKS];
+    vm_hook *h[HOOKS];
+    mortal d[2];
+    unsigned clock = 0;
+    mortal_hook(&r, VM_HOOK_INSN, &d[0], remove_other, &clock);
+    for (unsigned i = 0; i < HOOKS; i++) {
+        t[i] = (tagged){ &log, (int)i };
+        h[i] = hook(&r, VM_HOOK_INSN, i % 3 ? 0x1008 - 8 * (i % 3) * i : 0, i % 3 ? 0x1008 : 0, record, &t[i]);
+    }
+    mortal_hook(&r, VM_HOOK_INSN, &d[1], count_calls, &clock);
+    for (unsigned i = 0; i < HOOKS; i += 5)
+        OK(vm_hook_remove(r.m, h[i]));
+    set(r.cpu, VM_REG_RIP, 0x1008);
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    o.max_instructions = 1;
+    CHECK_EQ(run(&r, &o).reason, VM_EXIT_BUDGET);
+    CHECK_EQ(log.n, HOOKS - HOOKS / 5);
+    for (unsigned i = 1, n = 0; i < HOOKS; i++)
+        if (i % 5)
+            CHECK_EQ(log.at[n++].tag, i);
+    CHECK_EQ(d[1].calls, 0);
+    CHECK_EQ(d[1].destroyed, 1);
+    vm_destroy(r.m);
+}
+
 typedef struct adder { event_log *log; tagged t; bool is_added; } adder;
 static vm_hook_result add_one(void *user, vm_vcpu *cpu, const vm_hook_event *e)
 {
