@@ -1,10 +1,13 @@
-/* bios.c - firmware at the reset vector, boot sectors, and the small firmware services of guests that start in real mode. */
+/* bios.c - firmware at the reset vector, boot sectors, and the small firmware services of guests that start without firmware. */
 #include "boot/boot.h"
 
 #include <string.h>
 
 #define BIOS_MAX (UINT64_C(16) << 20)
-#define SERVICES_GPA UINT64_C(0x9f000)
+#define SERVICES_GPA UINT64_C(0xff000)         /* reserved in the memory map, past the platform's tables */
+#define SERVICES_END UINT64_C(0x100000)
+#define DATA_GPA UINT64_C(0x400)
+#define EBDA_GPA UINT64_C(0x9fc00)
 #define SECTOR_GPA UINT64_C(0x7c00)
 
 extern const uint8_t vm_boot_services_begin[], vm_boot_services_end[];
@@ -48,25 +51,38 @@ static int put_vectors(vm_machine *m, const uint16_t *offsets) {
     return vm_boot_copy(m, 0, table, sizeof table, "interrupt vectors");
 }
 
+/* The BIOS data area, as far as guests look at it: serial ports, extended BIOS data, equipment, KiB below that data, video mode. */
+static int put_data_area(vm_machine *m) {
+    struct {
+        uint16_t serial[4], parallel[3], ebda, equipment;
+        uint8_t test;
+        uint16_t memory_k;
+    } __attribute__((packed)) data = {{0x3f8, 0x2f8, 0x3e8, 0x2e8}, {0}, EBDA_GPA >> 4, 0x0820, 0, EBDA_GPA >> 10};
+    const struct { uint8_t mode; uint16_t columns; } __attribute__((packed)) video = {3, 80};
+    const uint8_t ebda_k = 1;
+    int status = vm_boot_copy(m, DATA_GPA, &data, sizeof data, "BIOS data area");
+    if (status == VM_OK) status = vm_boot_copy(m, DATA_GPA + 0x49, &video, sizeof video, "BIOS data area");
+    return status == VM_OK ? vm_boot_copy(m, EBDA_GPA, &ebda_k, 1, "extended BIOS data area") : status;
+}
+
 int vm_boot_services(vm_placer *placer) {
-    uint8_t page[4096] = {0};
+    uint8_t page[SERVICES_END - SERVICES_GPA] = {0};
     size_t code = (size_t)(vm_boot_services_end - vm_boot_services_begin);
     uint64_t low_end = vm_pc_low_end(placer->machine), above = low_end > 0x100000 ? low_end - 0x100000 : 0;
     struct service_data data = {bounded(above >> 10, 0xfc00), bounded(above >> 10, 0x3c00),
-                                bounded(above > 0xf00000 ? (above - 0xf00000) >> 16 : 0, 0xffff), 0, 0};
+                                bounded(above > 0xf00000 ? (above - 0xf00000) >> 16 : 0, 0xffff), 0, placer->map_count};
     memcpy(page, vm_boot_services_begin, code);
     for (unsigned i = 0; i < placer->map_count; i++) {
         const vm_pc_e820_entry *e = &placer->map[i];
         struct service_range r = {e->base, e->bytes, e->type};
-        if (r.base < SERVICES_GPA && r.base + r.bytes > SERVICES_GPA && r.type == 1 && r.base + r.bytes <= 0xa0000)
-            r.bytes = SERVICES_GPA - r.base;
-        memcpy(page + code + data.count++ * sizeof r, &r, sizeof r);
+        memcpy(page + code + i * sizeof r, &r, sizeof r);
     }
     memcpy(page + code - sizeof data, &data, sizeof data);
     uint16_t offsets[8];
     memcpy(offsets, page, sizeof offsets);
-    int status = vm_boot_copy(placer->machine, SERVICES_GPA, page, sizeof page < 0xc00 ? sizeof page : 0xc00, "firmware services");
-    return status == VM_OK ? put_vectors(placer->machine, offsets) : status;
+    int status = vm_boot_copy(placer->machine, SERVICES_GPA, page, sizeof page, "firmware services");
+    if (status == VM_OK) status = put_vectors(placer->machine, offsets);
+    return status == VM_OK ? put_data_area(placer->machine) : status;
 }
 
 /* ---- boot sectors ---- */
@@ -83,7 +99,6 @@ int vm_sector_load(vm_machine *m, const vm_image *image) {
     int status = vm_placer_init(&placer, m);
     if (status == VM_OK) status = vm_place_at(&placer, SECTOR_GPA, image->bytes, true, image->path);
     if (status == VM_OK) status = vm_boot_copy(m, SECTOR_GPA, image->data, image->bytes, image->path);
-    if (status == VM_OK) status = vm_boot_services(&placer);
     vm_placer_free(&placer);
     if (status == VM_OK) vm_entry_apply(m, &(vm_entry){.kind = VM_ENTRY_REAL, .rip = SECTOR_GPA, .rsp = SECTOR_GPA}, NULL);
     return status;

@@ -112,8 +112,8 @@ int  vm_elf_load(const vm_elf *elf, vm_machine *m, vm_placer *placer, uint64_t *
 /* The physical address that the entry point, a virtual or physical address, lies at. */
 uint64_t vm_elf_entry(const vm_elf *elf);
 
-/* Firmware services for guests that start in real mode without firmware (services.S): position-independent code for a
- * page of its own, with the interrupt vectors' offsets in front. */
+/* Firmware services for guests that start without firmware (services.S): position-independent code for a page of its own,
+ * with the interrupt vectors' offsets in front; interrupt vectors and the BIOS data area. A placer puts them in first. */
 int  vm_boot_services(vm_placer *placer);
 
 #endif

@@ -87,7 +87,7 @@ static int parse(linux_image *k, const vm_image *image) {
         return vm_fail(VM_E_FORMAT, "%s: truncated: %llu bytes of kernel, header says %llu (syssize %#x)", image->path,
                        (unsigned long long)k->payload_bytes, (unsigned long long)syssize * 16, syssize);
     parse_newer(k);
-    if (k->version >= 0x205 && (k->alignment == 0 || (k->alignment & (k->alignment - 1))))
+    if (k->is_relocatable && (k->alignment == 0 || (k->alignment & (k->alignment - 1))))
         return vm_fail(VM_E_FORMAT, "%s: kernel_alignment %#x is not a power of two", image->path, k->alignment);
     return VM_OK;
 }
@@ -225,7 +225,6 @@ static int load_real(linux_image *k, vm_placer *placer, const vm_modules *initrd
     if (status == VM_OK && k->init_size) status = vm_place_at(placer, k->pref_address, k->init_size, false, "Linux kernel");
     if (status == VM_OK) status = vm_boot_copy(placer->machine, k->load, k->image->data + k->setup_bytes, k->payload_bytes, "Linux kernel");
     if (status == VM_OK) status = place_initrd(k, placer, initrd, &ramdisk, &ramdisk_bytes);
-    if (status == VM_OK) status = vm_boot_services(placer);
     if (status != VM_OK) return status;
 
     uint8_t *setup = malloc(k->setup_bytes);
@@ -256,7 +255,7 @@ static int load(linux_image *k, vm_placer *placer, const vm_modules *initrd, con
     if (bits == 32 && !is_high) return vm_fail(VM_E_UNSUPPORTED, "%s: a zImage has no usable 32-bit entry", k->image->path);
     int status = check_cmdline(k, cmdline);
     if (status != VM_OK) return status;
-    if (bits == 0) bits = !is_high ? 16 : has_64 ? 64 : 32;
+    if (bits == 0) bits = !is_high || !k->code32 ? 16 : has_64 ? 64 : 32;      /* code32_start 0: what only looks like Linux */
     return bits == 16 ? load_real(k, placer, initrd, cmdline) : load_flat(k, placer, initrd, cmdline, bits == 64);
 }
 

@@ -8,7 +8,8 @@ int vm_placer_init(vm_placer *placer, vm_machine *m) {
     memset(placer, 0, sizeof *placer);
     placer->machine = m;
     placer->map_count = vm_pc_e820(m, placer->map, VM_BOOT_MAX_E820);
-    return vm_pc_install_tables(m);             /* firmware or a guest may have been where they lie */
+    int status = vm_pc_install_tables(m);       /* firmware or a guest may have been where they lie */
+    return status == VM_OK ? vm_boot_services(placer) : status;
 }
 
 void vm_placer_free(vm_placer *placer) {

@@ -1,4 +1,4 @@
-/* services.S - a handful of BIOS services for guests that start in real mode without firmware: memory size and map (INT 12h,
+/* services.S - a handful of BIOS services for guests that are started without firmware: memory size and map (INT 12h,
  * 15h), teletype output to the first serial port and the debug console (INT 10h), keyboard input from that port (INT 16h),
  * "no disk" (INT 13h). Runs at offset 0 of any segment; bios.c copies it, fills in the data at its end and points the
  * interrupt vectors at it, by the table of offsets in front. */
@@ -63,7 +63,7 @@ int11:
     iret
 
 int12:
-    mov $636, %ax
+    mov $639, %ax
     iret
 
 int13:

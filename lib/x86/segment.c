@@ -191,9 +191,9 @@ void x86_drop_inner_segs(x86_cpu *cpu, unsigned new_cpl)
     for (unsigned i = 0; i < sizeof data_segs; i++) {
         x86_seg *seg = &cpu->seg[data_segs[i]];
         bool is_conforming = (seg->attr & 0x1c) == 0x1c;
-        if ((seg->attr & X86_SEG_P) && !is_conforming && X86_SEG_DPL(seg) < new_cpl) {
+        bool is_inner = (seg->attr & X86_SEG_P) && !is_conforming && X86_SEG_DPL(seg) < new_cpl;
+        if (is_inner || x86_is_null(seg->sel))
             seg->sel = seg->attr = 0;  /* unusable, but 64-bit code still sees the base of FS and GS */
-        }
     }
 }
 

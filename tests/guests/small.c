@@ -32,7 +32,18 @@ static int equal(const void *a, const void *b, unsigned n) {
 static uint8_t big_bss[100000];
 static volatile uint32_t initialised = 0x12345678;
 
+/* What guests look up, or call, when they go back to real mode: the BIOS data area and the interrupt vectors. */
+static void check_firmware(void) {
+    volatile uint16_t *data = (uint16_t *)0x400;
+    const volatile uint32_t *vectors = (uint32_t *)0;
+    __asm__ volatile("" : "+r"(data), "+r"(vectors));
+    check(data[0] == 0x3f8, "first serial port");
+    check((data[7] << 4) == 639 << 10 && *(uint16_t *)((uintptr_t)data + 0x13) == 639, "base memory and extended BIOS data");
+    for (unsigned v = 0; v < 256; v++) check(vectors[v] >> 16 >= 0xe000, "interrupt vectors");
+}
+
 static void check_image(void) {
+    check_firmware();
     check(initialised == 0x12345678, "initialised data");
     for (unsigned i = 0; i < sizeof big_bss; i++) check(big_bss[i] == 0, "bss is not zero");
 }
