@@ -1,4 +1,5 @@
 # bench: `make bench`. Ratios against peers measured in the same run, and JSON beside the build; never part of `make check`.
+# The very same bytes run natively and in each engine; the code is what a compiler makes of a plain static program.
 # Unicorn is a peer of the kernels' benchmark when its header is there.
 EXTRA_DIST += bench/boot bench/guest bench/guest_main.c bench/kernels.c bench/kernels.ld
 EXTRA_PROGRAMS += bench/bench_kernels
@@ -7,7 +8,7 @@ bench_bench_kernels_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_kernels_LDADD = libvm.la $(UNICORN_LIBS) -lm
 bench/kernels.elf: bench/kernels.c bench/kernels.ld
 	@$(MKDIR_P) bench
-	$(AM_V_CC)$(CC) -O2 -ffreestanding -fno-pic -mcmodel=large -fno-stack-protector -fno-tree-loop-distribute-patterns -mno-red-zone -nostdlib -static \
+	$(AM_V_CC)$(CC) -O2 -ffreestanding -fno-pic -fno-stack-protector -fno-tree-loop-distribute-patterns -mno-red-zone -nostdlib -static \
 	  -Wl,--build-id=none -Wl,-T,$(srcdir)/bench/kernels.ld -o $@ $(srcdir)/bench/kernels.c
 # The same kernels as a program for the guest; the 32-bit build needs gcc's multilib and is left out without it.
 GUEST_CFLAGS = -O2 -fno-stack-protector -fno-tree-loop-distribute-patterns -static -fno-pie -no-pie

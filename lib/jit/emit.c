@@ -55,12 +55,14 @@ typedef struct leave_stub {
     int32_t sp_delta;
 } leave_stub;
 
-/* A SIDE exit's edge, emitted after the block with the flags as they were at the jump. */
+/* Where a SIDE or GUARD leaves, emitted after the block with the state as it was at the jump. */
 typedef struct side_stub {
     uint8_t *jump;
     const jit_op *op;
-    bool mem, image;
+    bool host, mem, image;
     int recipe;
+    unsigned tmp_reg;
+    int32_t sp;
 } side_stub;
 
 /* A division that may fault. */
@@ -593,6 +595,7 @@ static bool tmp_can_stay(const emitter *e, unsigned k) {
     bool is_quiet = e->mem || (e->recipe >= 0 && !recipe_uses_t1(u, e->recipe));
     for (k++; k < u->nops && u->ops[k].op == IR_ADD_SP; k++)
         ;
+    if (k < u->nops && (u->ops[k].op == IR_GUARD || u->ops[k].op == IR_GUARD_CALL)) return recoverable(e) || !e->host;
     return is_quiet && k < u->nops && u->ops[k].op == IR_JUMP_TMP;
 }
 
@@ -651,6 +654,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     s->recipe = e->recipe;
     s->regen = s->save = !e->mem && e->recipe >= 0;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
+    ((jit_site *)(e->j->arena + s->site))->target = access->target;
     emit_lookup(e, s, is_leader ? check->span : check->size,
                 (is_leader ? check->span_access : check->access) & X86_WRITE);
     if (is_leader) {
@@ -838,11 +842,12 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     jit_writer *w = e->w;
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK),
          is_chained = (u->key & JIT_KEY_CHAIN) || (same_page && !jit_crosses_page(u, target));
-    bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true;
-    jit_cover_edge(u, w, i, target, is_live && target > u->insn_rip[i]);
+    bool host = e->host, is_live = same_page && is_chained && (need & JIT_NEED_HOST), counted = true,
+         goes_down = target > u->insn_rip[i] && !u->path; /* a path may go round */
+    jit_cover_edge(u, w, i, target, is_live && goes_down);
     jit_hook_edge(u, w, i, e->goes_on);
     e->goes_on = false;
-    if (is_live && target > u->insn_rip[i]) {
+    if (is_live && goes_down) {
         counted = false;
         e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)count);
     } else {
@@ -871,23 +876,24 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     e->host = host;
 }
 
-/* How much the ADD_SP ops of the block's last instruction move the stack pointer. */
-static int32_t last_sp_delta(const jit_unit *u) {
+/* How much the ADD_SP ops of instruction i move the stack pointer. */
+static int32_t sp_delta_of(const jit_unit *u, unsigned i) {
     int32_t delta = 0;
-    for (unsigned k = u->nops; k-- > 0 && u->ops[k].insn == u->count - 1;)
-        if (u->ops[k].op == IR_ADD_SP) delta += (int32_t)u->ops[k].imm;
+    for (unsigned k = 0; k < u->nops; k++)
+        if (u->ops[k].insn == i && u->ops[k].op == IR_ADD_SP) delta += (int32_t)u->ops[k].imm;
     return delta;
 }
 
-static void new_indirect_leave(emitter *e, unsigned reason, unsigned cc) {
+static void new_indirect_leave(emitter *e, unsigned i, unsigned reason, unsigned cc) {
     leave_stub *s = new_leave(e, reason, e_jcc(e->w, cc));
     s->rip_in_tmp = true;
     s->tmp_reg = (uint8_t)e->tmp_reg;
-    s->branch_rip = e->u->insn_rip[e->u->count - 1];
-    s->sp_delta = last_sp_delta(e->u);
+    s->branch_rip = e->u->insn_rip[i];
+    s->sp_delta = sp_delta_of(e->u, i);
 }
 
-static void emit_indirect(emitter *e) {
+/* Instruction i goes where the temporary says. */
+static void emit_indirect(emitter *e, unsigned i) {
     jit_writer *w = e->w;
     need_mem(e);
     if (e->u->cpu->cover.is_on && e->tmp_reg == RSP) {
@@ -895,9 +901,9 @@ static void emit_indirect(emitter *e) {
         e->tmp_reg = T0;
     }
     jit_cover_indirect(e->u, w, e->tmp_reg);
-    jit_hook_edge(e->u, w, e->u->count - 1, false);
-    emit_count(e, e->u->count);
-    new_indirect_leave(e, JIT_LEAVE_SLICE, CC_S);
+    jit_hook_edge(e->u, w, i, false);
+    emit_count(e, i + 1);
+    new_indirect_leave(e, i, JIT_LEAVE_SLICE, CC_S);
     if (e->tmp_reg == RSP || e->tmp_reg == T1) {
         if (e->tmp_reg == RSP)
             frame_load(w, 8, T0, JIT_FRAME_TMP);
@@ -907,7 +913,7 @@ static void emit_indirect(emitter *e) {
     }
     e_rr(w, 4, 0x0fb7, T1, e->tmp_reg); /* movzx: the low 16 bits are the index */
     e_r_gs8(w, 8, 0x3b, e->tmp_reg, T1, jump_offset(e->u, false));
-    new_indirect_leave(e, JIT_LEAVE_INDIRECT, CC_NE);
+    new_indirect_leave(e, i, JIT_LEAVE_INDIRECT, CC_NE);
     e_r_gs8(w, 4, 0xff, 4, T1, jump_offset(e->u, true)); /* jmp gs:[r13 * 8 + disp32] */
 }
 
@@ -931,19 +937,76 @@ static void emit_jcc(emitter *e, const jit_op *o) {
     emit_edge(e, o->insn, is_loop ? o->fall : o->target, e->u->edge_need[!first]);
 }
 
+static void leave_by_side(emitter *e, const jit_op *o, unsigned cc) {
+    e->side[e->nside++] = (side_stub){.jump = e_jcc(e->w, cc),
+                                      .op = o,
+                                      .host = e->host,
+                                      .mem = e->mem,
+                                      .image = e->image,
+                                      .recipe = e->recipe,
+                                      .tmp_reg = e->tmp_reg,
+                                      .sp = e->sp};
+}
+
 static void emit_side(emitter *e, const jit_op *o) {
     need_host(e);
-    e->side[e->nside++] =
-        (side_stub){.jump = e_jcc(e->w, o->cc), .op = o, .mem = e->mem, .image = e->image, .recipe = e->recipe};
+    leave_by_side(e, o, o->cc);
+}
+
+/* Did the temporary turn out as recorded? */
+static void emit_guard(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    before_clobber(e);
+    e->host = false;
+    if ((int64_t)o->target == (int32_t)o->target && e->tmp_reg == RSP) {
+        frame_op(w, 8, 0x81, 7, JIT_FRAME_TMP);
+        e32(w, (uint32_t)o->target);
+    } else if ((int64_t)o->target == (int32_t)o->target)
+        e_alu_imm(w, 8, 7, e->tmp_reg, (int32_t)o->target);
+    else {
+        e->t0_group = -1;
+        e_mov_imm(w, T0, o->target);
+        if (e->tmp_reg == RSP)
+            frame_op(w, 8, 0x3b, T0, JIT_FRAME_TMP);
+        else
+            e_rr(w, 8, 0x39, T0, e->tmp_reg);
+    }
+    leave_by_side(e, o, CC_NE);
+}
+
+/* It did not. In front of a CALL nothing has happened yet: the interpreter makes it. */
+static void emit_guard_stub(emitter *e, const jit_op *o) {
+    jit_writer *w = e->w;
+    if (o->op == IR_GUARD_CALL) {
+        leave_stub *s = new_leave(e, JIT_LEAVE_STEP, NULL);
+        s->rip = e->u->insn_rip[o->insn];
+        s->index = (uint8_t)o->insn;
+        emit_leave_stub(e, s);
+        e->nleave--;
+        return;
+    }
+    if (e->tmp_reg == RSP)
+        frame_load(w, 8, T0, JIT_FRAME_TMP);
+    else
+        e_mov(w, 8, T0, e->tmp_reg);
+    e->tmp_reg = T0;
+    emit_indirect(e, o->insn);
 }
 
 static void emit_side_stub(emitter *e, const side_stub *s) {
     unsigned need = e->u->info[s->op->insn].side_need;
     e_patch(s->jump, e->w->p);
-    e->host = true;
+    e->host = s->host;
     e->mem = s->mem;
     e->image = s->image;
     e->recipe = s->recipe;
+    e->tmp_reg = s->tmp_reg;
+    e->sp = s->sp;
+    settle_sp(e);
+    if (s->op->op != IR_SIDE) {
+        emit_guard_stub(e, s->op);
+        return;
+    }
     prepare_edges(e, need, false);
     emit_edge(e, s->op->insn, s->op->target, need);
 }
@@ -1121,7 +1184,7 @@ static void emit_hook_stub(emitter *e, const hook_stub *s) {
 static const bool op_is_seen[] = {
     [IR_HOOK] = true,
     [IR_DIV] = true,  [IR_CANON] = true, [IR_FALLBACK] = true, [IR_FALLBACK_END] = true, [IR_JUMP] = true,
-    [IR_SIDE] = true, [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
+    [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
     [IR_NEED_STEP] = true};
 
 static void emit_op(emitter *e, unsigned k) {
@@ -1179,7 +1242,9 @@ static void emit_op(emitter *e, unsigned k) {
         break;
     case IR_JCC: emit_jcc(e, o); break;
     case IR_SIDE: emit_side(e, o); break;
-    case IR_JUMP_TMP: emit_indirect(e); break;
+    case IR_JUMP_TMP: emit_indirect(e, o->insn); break;
+    case IR_GUARD:
+    case IR_GUARD_CALL: emit_guard(e, o); break;
     case IR_NEED_VEC:
     case IR_NEED_X87:
     case IR_NEED_STEP: {

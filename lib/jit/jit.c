@@ -343,12 +343,12 @@ static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
 }
 
 /* `page` is where the bytes of the block's page are (of a crossing instruction: its own). */
-static jit_block *translate_unit(jit *j, uint64_t gpa, uint32_t key, const uint8_t *page) {
+static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t key, const uint8_t *page) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     u->j = j;
     u->cpu = cpu;
-    u->rip = cpu->rip;
+    u->rip = rip;
     u->gpa = gpa;
     u->key = key;
     u->page = page;
@@ -382,7 +382,7 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     if (j->must_flush) flush_all(j);
     const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
     if (!page || !(prot & X86_EXEC)) return NULL;
-    return translate_unit(j, gpa, key, page);
+    return translate_unit(j, cpu->rip, gpa, key, page);
 }
 
 /* The one instruction at rip that ends on the next page: translated from a copy of its bytes, watched on both pages. */
@@ -406,7 +406,7 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     memcpy(u->bytes, a + (gpa & 0xfff), first);
     memcpy(u->bytes + first, b, 15 - first);
     u->crosses = true;
-    jit_block *main = translate_unit(j, gpa, key, u->bytes);
+    jit_block *main = translate_unit(j, cpu->rip, gpa, key, u->bytes);
     u->crosses = false;
     if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64) return NULL;
     jit_block *twin = (jit_block *)(j->arena + j->arena_used);
@@ -652,7 +652,7 @@ static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
     cpu->gpr[X86_RSP] = is_64 ? cpu->gpr[X86_RSP] - 8 : (uint32_t)(cpu->gpr[X86_RSP] - 4);
     uint64_t rip = cpu->next_rip;
     if (!(s->in.flags & X86_IF_BRANCH)) return rip;
-    rip = s->in.op[0].kind == X86_OP_REL ? rip + s->in.imm : cpu->jit_scratch[JIT_SLOT_TMP];
+    rip = s->in.op[0].kind == X86_OP_REL ? rip + s->in.imm : s->target ? s->target : cpu->jit_scratch[JIT_SLOT_TMP];
     cpu->rip = is_64 ? rip : (uint32_t)rip;
     if (cpu->cover.is_on) x86_cover_branch(cpu, s->rip);
     return cpu->rip;
@@ -698,7 +698,7 @@ static x86_stop interpret_one(jit *j) {
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
 static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0); /* at least 1 */
-    if (slice > SLICE) slice = SLICE;
+    if (slice > j->slice) slice = j->slice;
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
     cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
@@ -742,7 +742,67 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
     return code;
 }
 
+/* ---- traces ---- */
+
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
+
+static bool may_trace(const jit *j, const x86_cpu *cpu) {
+    return JIT_MAX_INSNS >= 8 && !cpu->hook_mask && !cpu->watch && !cpu->cover.is_on && !cpu->cover.ring &&
+           !j->must_flush && !j->window_stale && cpu->budget > EXACT_TAIL &&
+           !atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+}
+
+/* A block that goes round in itself is as good as a trace. */
+static bool is_loop(const jit_block *b) {
+    for (unsigned i = 0; i < b->nlinks; i++)
+        if (b->links[i].to == b) return true;
+    return false;
+}
+
+/* Is rip where slices end again and again? */
+static bool is_sampled(jit *j, uint64_t rip) {
+    unsigned h = hash_block(rip) & 255, wanted = j->slice < SLICE ? 1 : 4;
+    if (j->samples[h].rip != rip) {
+        j->samples[h].rip = rip;
+        j->samples[h].count = 0;
+    }
+    return ++j->samples[h].count == wanted;
+}
+
+/* Make the block at path[0] again, along the path. */
+static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigned count) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    unsigned prot = 0;
+    const uint8_t *page = cpu->env->page(cpu, old->gpa & X86_PAGE_MASK, &prot);
+    if (!page || !(prot & X86_EXEC)) return;
+    kill_block(j, old);
+    j->unit->path = path;
+    j->unit->path_count = count;
+    jit_block *b = translate_unit(j, old->rip, old->gpa, old->key, page);
+    if (b) b->is_traced = true;
+    j->unit->path = NULL;
+}
+
+/* A slice has ended in front of code that is hot: note where execution goes from here, and translate that way. */
+static x86_stop sample(jit *j, uint32_t key) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    if (!may_trace(j, cpu) || !is_sampled(j, cpu->rip) || wants_interpreter(j, cpu)) return X86_STOP_NONE;
+    jit_block *b = find_block(j, key & ~JIT_KEY_PLAIN);
+    if (!b || b->is_traced || b->crosses || is_loop(b)) return X86_STOP_NONE;
+    b->is_traced = true;
+    uint64_t path[JIT_MAX_INSNS + 1];
+    unsigned n = 0, count;
+    for (path[n++] = cpu->rip; n <= JIT_MAX_INSNS && !at_until(cpu) && may_trace(j, cpu) && !wants_interpreter(j, cpu);
+         path[n++] = cpu->rip) {
+        x86_stop stop = interpret_one(j);
+        if (stop) return stop;
+    }
+    for (count = n - 1; count && path[count] != path[0]; count--)
+        ;
+    if (!count) count = n - 1;
+    if (count > b->count && !b->is_dead && may_trace(j, cpu)) translate_path(j, b, path, count);
+    return X86_STOP_NONE;
+}
 
 /* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there
  * may soon be more of it. */
@@ -857,6 +917,9 @@ static x86_stop run_loop(jit *j) {
             else if (reason == JIT_LEAVE_STEP || reason == JIT_LEAVE_WATCHED) {
                 j->step_one = true;
                 if (reason == JIT_LEAVE_STEP) jit_hook_half_way(cpu);
+            } else if (reason == JIT_LEAVE_SLICE) {
+                x86_stop stop = sample(j, key);
+                if (stop) return stop;
             } else if (reason == JIT_LEAVE_HOOKED && j->must_step) {
                 j->must_step = false;
                 x86_stop stop = interpret_one(j);
@@ -905,7 +968,8 @@ enum { FAULTS_IN_A_ROW = 256 }; /* then the run loop looks at its deadline: noth
 enum { COLD_INSTRUCTIONS = 2000 };
 
 /* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm
- * now. LIBVM_JIT_COLD in the environment sets another number (tests of the JIT itself: 0). */
+ * now. LIBVM_JIT_COLD in the environment sets another number (tests of the JIT itself: 0), LIBVM_JIT_SLICE another slice
+ * (tests of traces: a short one, after which every path is recorded). */
 static x86_stop run_cold(jit *j, x86_cpu *cpu) {
     int64_t budget = cpu->budget, cold = j->cold - j->cold_done;
     if (cold <= 0) return X86_STOP_NONE;
@@ -1027,8 +1091,9 @@ static int jit_vcpu_create(vm_vcpu *cpu) {
         vm_backend_interp.vcpu_destroy(cpu);
         return vm_fail_errno(VM_E_NOMEM, "JIT tables");
     }
-    const char *cold = getenv("LIBVM_JIT_COLD");
+    const char *cold = getenv("LIBVM_JIT_COLD"), *slice = getenv("LIBVM_JIT_SLICE");
     j->cold = cold ? atoi(cold) : COLD_INSTRUCTIONS;
+    j->slice = slice && atoi(slice) > 0 ? atoi(slice) : SLICE;
     j->vcpu = cpu;
     j->unit = (jit_unit *)(j + 1);
     cpu->x86.jit = j;

@@ -13,8 +13,8 @@
 #endif
 #define JIT_MAX_OPS     (JIT_MAX_INSNS * 6)
 #define JIT_MAX_SITES   (JIT_MAX_INSNS * 2)
-#define JIT_MAX_SIDES   8 /* conditional exits from a block before its end */
-#define JIT_MAX_EXTENTS 24
+#define JIT_MAX_SIDES   24 /* conditional exits from a block before its end */
+#define JIT_MAX_EXTENTS 64
 #define JIT_BLOCK_BYTES 32768 /* code one block may need, stubs included */
 #define JIT_HASH        65536
 #define JIT_PAGES       16384
@@ -51,6 +51,7 @@ typedef struct jit_site {
     uint8_t in_window; /* a group that must lie in a window (1 + which) */
     bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
     bool is_end;       /* the block ends with it */
+    uint64_t target;   /* an indirect CALL inside a trace goes here */
 } jit_site;
 
 /* A direct edge: a jmp that goes to its stub until linked. */
@@ -79,6 +80,7 @@ struct jit_block {
     uint64_t rip, gpa;
     uint32_t key;
     uint16_t count;        /* instructions */
+    bool is_traced;        /* made along a recorded path, or not worth it */
     bool is_dead, crosses; /* crosses: one instruction, its end on the next page (`twin` keeps watch there) */
     uint8_t bails;         /* times C could not look a group up whole */
     uint8_t *entry;        /* writable view: flags as `need` says */
@@ -170,6 +172,8 @@ typedef struct jit_unit { /* one block being translated */
     bool no_groups;
     unsigned nhooked;
     uint16_t hooked[JIT_MAX_INSNS]; /* X86_HOOK_BIT()s of what is called before each instruction */
+    const uint64_t *path; /* a trace: where its instructions were and, last, where it went on; or NULL */
+    unsigned path_count;  /* instructions on it */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
@@ -197,6 +201,7 @@ typedef struct jit {
     int64_t r15_start;              /* value r15 had when instructions were last counted */
     uint64_t bounce_la;
     bool bounce_active;
+    int64_t slice;           /* instructions after which the run loop looks round */
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
     bool must_step;     /* ...the instruction at rip, whoever wants attention */
     x86_stop hook_stop; /* a hook wants the run to end */
@@ -221,6 +226,10 @@ typedef struct jit {
         uint64_t last, until;
         uint32_t kills;
     } heat[256]; /* by code page: see note_heat() */
+    struct {
+        uint64_t rip;
+        uint8_t count;
+    } samples[256]; /* where slices ended: what is hot */
     uint8_t bounce[64] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[3];                                              /* by jit_level() */

@@ -483,6 +483,27 @@ static void lift_store_stack(jit_unit *u, unsigned i, unsigned op, unsigned reg,
     add_sp(u, i, -(int64_t)n);
 }
 
+/* RET: the temporary is where to. */
+static void lift_load_return(jit_unit *u, unsigned i, const x86_insn *in) {
+    unsigned n = stack_bytes(u);
+    add_op(u, IR_EA_SP, i);
+    add_check(u, i, X86_READ, n, 1);
+    add_op(u, IR_LOAD_TMP, i)->size = (uint8_t)n;
+    add_sp(u, i, n + (in->nops && in->op[0].kind == X86_OP_IMM ? (int64_t)(uint16_t)in->imm : 0));
+}
+
+/* JMP and CALL through a register or memory: the temporary is where to. */
+static void lift_load_target(jit_unit *u, unsigned i, const x86_insn *in) {
+    unsigned n = stack_bytes(u);
+    if (in->flags & X86_IF_MEM) {
+        lift_load_tmp(u, i, n);
+        return;
+    }
+    jit_op *o = add_op(u, IR_MOVE_TMP, i);
+    o->reg = in->op[0].reg;
+    o->size = (uint8_t)n;
+}
+
 static void lift_push(jit_unit *u, unsigned i, const x86_insn *in) {
     if (in->flags & X86_IF_MEM) {
         lift_load_tmp(u, i, stack_bytes(u));
@@ -505,25 +526,13 @@ static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
 
 static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned class) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
-    unsigned n = stack_bytes(u);
     bool is_direct = in->op[0].kind == X86_OP_REL;
     if (class == C_RET) {
-        add_op(u, IR_EA_SP, i);
-        add_check(u, i, X86_READ, n, 1);
-        add_op(u, IR_LOAD_TMP, i)->size = (uint8_t)n;
-        add_sp(u, i, n + (in->nops && in->op[0].kind == X86_OP_IMM ? (int64_t)(uint16_t)in->imm : 0));
+        lift_load_return(u, i, in);
         add_op(u, IR_JUMP_TMP, i);
         return;
     }
-    if (!is_direct) {
-        if (in->flags & X86_IF_MEM)
-            lift_load_tmp(u, i, n);
-        else {
-            jit_op *o = add_op(u, IR_MOVE_TMP, i);
-            o->reg = in->op[0].reg;
-            o->size = (uint8_t)n;
-        }
-    }
+    if (!is_direct) lift_load_target(u, i, in);
     if (class == C_CALL && !is_direct && (u->key & JIT_KEY_64)) add_op(u, IR_CANON, i);
     if (class == C_CALL) lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
     jit_op *o = add_op(u, is_direct ? (class == C_JCC ? IR_JCC : IR_JUMP) : IR_JUMP_TMP, i);
@@ -558,7 +567,9 @@ static void lift_insn(jit_unit *u, unsigned i) {
 /* ---- traces ----
  * A block goes on past conditional jumps (they become SIDE exits), follows forward jumps within the page, and, where a
  * loop closes on the block's own start, holds a few copies of it: so flags, budget and address checks are settled once
- * for several iterations. */
+ * for several iterations.
+ * Where execution has been seen to go round (jit.c records paths), a block follows the path instead, through calls,
+ * returns and indirect jumps: these are compared with where they went (GUARD). */
 
 typedef struct trace {
     uint64_t rip;          /* next instruction */
@@ -567,9 +578,11 @@ typedef struct trace {
     bool is_open, can_loop;
 } trace;
 
-enum { MAX_COPIES = 4, MAX_PIECES = 6 };
+enum { MAX_COPIES = 4, MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 4 };
 
-static void close_piece(jit_unit *u, trace *t, unsigned end) {
+static void close_piece(jit_unit *u, const trace *t, unsigned end) {
+    for (unsigned k = 0; k < u->nextents; k++)
+        if (u->extents[k].begin <= t->piece && end <= u->extents[k].end) return;
     if (u->nextents < JIT_MAX_EXTENTS && end > t->piece)
         u->extents[u->nextents++] = (jit_extent){(uint16_t)t->piece, (uint16_t)end};
 }
@@ -596,11 +609,41 @@ static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
     u->sides++;
 }
 
+/* The branch at i of a recorded path: true when the trace goes on where it went. */
+static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
+    uint64_t next = wrap(u, u->insn_rip[i] + in->length), direct = wrap(u, next + in->imm), target = u->path[i + 1];
+    bool is_last = i + 1 == u->path_count, is_direct = class != C_RET && in->op[0].kind == X86_OP_REL;
+    if (((target ^ u->rip) & X86_PAGE_MASK) || u->sides == JIT_MAX_SIDES || u->nextents >= MAX_PATH_PIECES ||
+        (is_direct && target != direct && (class != C_JCC || target != next)) || (is_last && class == C_JCC))
+        return false;
+    switch (class) {
+    case C_JCC: add_side(u, i, target == next ? in->cc : in->cc ^ 1u, target == next ? direct : next); break;
+    case C_RET: lift_load_return(u, i, in); break;
+    case C_JMP:
+    case C_CALL:
+        if (!is_direct) lift_load_target(u, i, in);
+        break;
+    default: return false;
+    }
+    if (class == C_CALL) {
+        if (!is_direct) add_op(u, IR_GUARD_CALL, i)->target = target;
+        lift_store_stack(u, i, IR_PUSH_IMM, 0, (int64_t)next);
+        u->ops[u->nops - 2].target = target;
+    } else if (!is_direct)
+        add_op(u, IR_GUARD, i)->target = target;
+    u->sides += !is_direct;
+    if (target == next)
+        t->rip = next;
+    else
+        jump_to(u, t, target, end);
+    return true;
+}
+
 /* A direct jump or branch: true when the trace goes on. */
 static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
-    if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides == JIT_MAX_SIDES ||
+    if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides >= MAX_BRANCHES ||
         u->cpu->cover.ring)
         return false;
     if (may_repeat(u, t, target)) {
@@ -612,6 +655,7 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
     if (class == C_JCC) {
         if (end >= 4096) return false;
         add_side(u, i, in->cc, target);
+        t->rip = next;
         return true;
     }
     if (u->nextents >= MAX_PIECES) return false;
@@ -623,7 +667,8 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
 static bool lift_next(jit_unit *u, trace *t) {
     unsigned i = u->count, offset = t->rip & 0xfff;
     x86_insn *in = &u->insn[i];
-    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 8 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK))
+    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 12 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK) ||
+        (u->path && (i == u->path_count || t->rip != u->path[i])))
         return false;
     if (!decode_at(u, offset, in)) return false;
     bool begins_block = !i || (in[-1].flags & (X86_IF_BRANCH | X86_IF_END));
@@ -657,10 +702,9 @@ static bool lift_next(jit_unit *u, trace *t) {
     unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
     t->can_loop &= class != C_FALLBACK;
     if (u->hooked[i]) add_op(u, IR_HOOK, i);
-    if ((class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end)) {
-        if (class == C_JCC && t->rip == u->insn_rip[i]) t->rip = wrap(u, t->rip + in->length);
+    if (u->path ? follow_path(u, t, i, in, class, end)
+                : (class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end))
         return true;
-    }
     lift_insn(u, i);
     t->is_open = !(in->flags & (X86_IF_BRANCH | X86_IF_END));
     t->rip = wrap(u, t->rip + in->length);

@@ -30,6 +30,10 @@ static void edges_need(jit_unit *u) {
             u->info[o->insn].is_side = true;
             u->info[o->insn].side_need = (uint8_t)need_of(u, o->target);
             break;
+        case IR_GUARD:
+            u->info[o->insn].is_side = true;
+            u->info[o->insn].side_need = JIT_NEED_MEM;
+            break;
         case IR_JCC:
             u->edge_need[1] = need_of(u, o->fall);
             /* fallthrough */

@@ -800,6 +800,7 @@ static const char *run_once(enum mode m)
 static const char *run_case(enum mode m, uint64_t seed, const bool *is_nop)
 {
     const char *what = NULL;
+    setenv("LIBVM_JIT_SLICE", seed & 1 ? "40" : "16384", 1); /* after a short one, where execution goes is translated as a trace */
     columns_renew();
     record(&interp, seed);
     record(&jit, seed);
