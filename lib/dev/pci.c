@@ -1,9 +1,10 @@
-/* pci.c - PCI configuration mechanism 1 at 0xcf8-0xcff for bus 0, with a host bridge and an ISA bridge on it
- * (PCI Local Bus 2.x, 3.2.2.3.2).
+/* pci.c - PCI configuration mechanism 1 at 0xcf8-0xcff for bus 0, with a host bridge, an ISA bridge and the
+ * power management function beside it (PCI Local Bus 2.x, 3.2.2.3.2).
  *
  * 0xcf8 answers to 32-bit accesses; a byte written to 0xcf9 is the reset control register, handed to `reset_control`.
- * The bridges carry the ids of the 440FX and PIIX3, because firmware recognises the machine by them; the PAM registers are
- * kept and change nothing: memory between 0xC0000 and 1 MiB is always RAM.
+ * They carry the ids of the 440FX, PIIX3 and PIIX4, because firmware recognises the machine by them; the PAM registers are
+ * kept and change nothing: memory between 0xC0000 and 1 MiB is always RAM. The power management function only tells where
+ * its ports are (lib/dev/acpi.c serves them): UEFI firmware finds its timer that way.
  *
  * Invariant: config offsets are below 256 and an access never leaves its dword.
  */
@@ -11,12 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PCI_VERSION = 1 };
+enum { PCI_VERSION = 2 };
+enum { HOST, ISA, PM, FIXED_FUNCTIONS };
 
 struct vm_pci {
     vm_pci_function *slot[256];            /* by devfn */
-    vm_pci_function host, isa;
-    struct { uint32_t version, address; uint8_t config[2][256]; } s;
+    vm_pci_function fixed[FIXED_FUNCTIONS];
+    struct { uint32_t version, address; uint8_t config[FIXED_FUNCTIONS][256]; } s;
     void (*reset_control)(void *target, uint8_t value);
     uint8_t (*reset_read)(void *target);
     void *target;
@@ -101,42 +103,47 @@ void vm_pci_reset_control(vm_pci *pci, void (*write)(void *target, uint8_t value
     pci->target = target;
 }
 
-static void bridges(vm_pci *pci) {
-    vm_pci_function *f = &pci->host;
+static vm_pci_function *function(vm_pci *pci, unsigned which, uint16_t device, uint16_t command, uint16_t status, uint16_t class) {
+    vm_pci_function *f = &pci->fixed[which];
     memset(f, 0, sizeof *f);
     put16(f->config + 0x00, 0x8086);
-    put16(f->config + 0x02, 0x1237);
-    put16(f->config + 0x04, 0x0006);
+    put16(f->config + 0x02, device);
+    put16(f->config + 0x04, command);
+    put16(f->config + 0x06, status);
+    put16(f->config + 0x0a, class);
+    return f;
+}
+
+static void functions(vm_pci *pci) {
+    vm_pci_function *f = function(pci, HOST, 0x1237, 0x0006, 0, 0x0600);
     f->config[0x08] = 0x02;
-    put16(f->config + 0x0a, 0x0600);       /* host bridge */
     put16(f->config + 0x2c, 0x1af4);       /* subsystem by which SeaBIOS knows machines with fw_cfg */
     put16(f->config + 0x2e, 0x1100);
     memset(f->mask + 0x59, 0xff, 7);       /* PAM */
     f->mask[0x72] = 0xff;                  /* SMRAM */
     f->config[0x72] = 0x02;
-    f = &pci->isa;
-    memset(f, 0, sizeof *f);
-    put16(f->config + 0x00, 0x8086);
-    put16(f->config + 0x02, 0x7000);
-    put16(f->config + 0x04, 0x0007);
-    put16(f->config + 0x06, 0x0200);
-    put16(f->config + 0x0a, 0x0601);       /* ISA bridge */
+    f = function(pci, ISA, 0x7000, 0x0007, 0x0200, 0x0601);
     f->config[0x0e] = 0x80;                /* multifunction */
     memset(f->config + 0x60, 0x80, 4);     /* PIRQ routes: off */
     memset(f->mask + 0x60, 0xff, 4);
+    f = function(pci, PM, 0x7113, 0x0001, 0x0280, 0x0680);
+    f->config[0x08] = 0x03;
+    put16(f->config + 0x40, VM_ACPI_PM_BASE | 1);
+    f->config[0x80] = 1;                   /* the ports are decoded */
+    f->mask[0x3c] = 0xff;
 }
 
 static void pci_reset(void *user) {
     vm_pci *pci = user;
     pci->s.version = PCI_VERSION;
     pci->s.address = 0;
-    bridges(pci);
+    functions(pci);
 }
 
 static int pci_save(void *user, void *buffer, size_t *bytes) {
     vm_pci *pci = user;
-    memcpy(pci->s.config[0], pci->host.config, 256);
-    memcpy(pci->s.config[1], pci->isa.config, 256);
+    for (unsigned i = 0; i < FIXED_FUNCTIONS; i++)
+        memcpy(pci->s.config[i], pci->fixed[i].config, 256);
     return vm_dev_save(&pci->s, sizeof pci->s, buffer, bytes);
 }
 
@@ -146,8 +153,8 @@ static int pci_restore(void *user, const void *buffer, size_t bytes) {
     if (status)
         return status;
     pci->s.address &= 0x80fffffc;
-    memcpy(pci->host.config, pci->s.config[0], 256);
-    memcpy(pci->isa.config, pci->s.config[1], 256);
+    for (unsigned i = 0; i < FIXED_FUNCTIONS; i++)
+        memcpy(pci->fixed[i].config, pci->s.config[i], 256);
     return VM_OK;
 }
 
@@ -158,8 +165,9 @@ int vm_pci_new(vm_machine *m, vm_pci **out) {
     if (!pci)
         return vm_fail(VM_E_NOMEM, "PCI host bridge: out of memory");
     pci_reset(pci);
-    pci->slot[0] = &pci->host;
-    pci->slot[1 << 3] = &pci->isa;
+    pci->slot[0] = &pci->fixed[HOST];
+    pci->slot[1 << 3] = &pci->fixed[ISA];
+    pci->slot[1 << 3 | 3] = &pci->fixed[PM];
     int status = vm_add_pio(m, 0xcf8, 4, &ops, pci, NULL);
     if (status) {
         free(pci);

@@ -267,6 +267,8 @@ TEST(pci_configuration)
     CHECK_EQ(inl(&r, 0xcf8), 0x80000000);
     outl(&r, 0xcf8, 0x00000000);                 /* not enabled */
     CHECK_EQ(inl(&r, 0xcfc), 0xffffffff);
+    outl(&r, 0xcf8, 0x80000b40);                 /* 00:01.3, where the ports of power management are */
+    CHECK_EQ(inl(&r, 0xcfc), 0x601);
     outl(&r, 0xcf8, 0x80001000);                 /* nobody */
     CHECK_EQ(inl(&r, 0xcfc), 0xffffffff);
     outl(&r, 0xcf8, 0x80010000);                 /* another bus */
