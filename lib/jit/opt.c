@@ -72,12 +72,12 @@ static void flag_pass(jit_unit *u) {
 
 typedef struct pointer {
     uint64_t symbol; /* base | index << 24 | scale << 48, each a value the block has met; 0: none */
-    int64_t offset;
+    uint64_t offset;
 } pointer;
 typedef struct group {
     pointer at;
-    int64_t low, high;
-    unsigned access, align, members, first;
+    uint64_t low;
+    unsigned span, access, align, members, first;
     uint8_t slot;
     bool is_open;
 } group;
@@ -89,14 +89,14 @@ typedef struct group_pass {
     unsigned count;
     group groups[JIT_GROUPS];
     uint8_t group_of[JIT_MAX_OPS]; /* CHECK op to group + 1 */
-    int64_t offset_of[JIT_MAX_OPS];
+    uint64_t offset_of[JIT_MAX_OPS];
 } group_pass;
 
 static bool operand_pointer(const group_pass *g, unsigned i, pointer *p) {
     const x86_insn *in = &g->u->insn[i];
     if (in->seg == X86_FS || in->seg == X86_GS || in->asz != (in->mode == 8 ? 8 : 4)) return false;
-    *p = (pointer){0, in->disp};
-    if (in->base == X86_REG_RIP) p->offset += (int64_t)(g->u->insn_rip[i] + in->length);
+    *p = (pointer){0, (uint64_t)in->disp};
+    if (in->base == X86_REG_RIP) p->offset += g->u->insn_rip[i] + in->length;
     if (in->base < 16) {
         p->symbol = g->reg[in->base].symbol;
         p->offset += g->reg[in->base].offset;
@@ -135,7 +135,7 @@ static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
     case IR_EA: return operand_pointer(g, ea->insn, p);
     case IR_EA_SP:
         *p = g->reg[X86_RSP];
-        p->offset += ea->imm;
+        p->offset += (uint64_t)ea->imm;
         return true;
     case IR_EA_BP: *p = g->reg[X86_RBP]; return true;
     default: return false;
@@ -143,17 +143,19 @@ static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
 }
 
 /* Widen group q to hold [offset, offset + size) aligned as demanded; false when it does not fit. */
-static bool join(group *q, int64_t offset, unsigned size, unsigned align) {
-    int64_t low = offset < q->low ? offset : q->low, high = offset + size > q->high ? offset + size : q->high;
+static bool join(group *q, uint64_t offset, unsigned size, unsigned align) {
+    int64_t at = (int64_t)(offset - q->low); /* absolute addresses can be any distance away */
+    if (at < -MAX_SPAN || at > MAX_SPAN) return false;
+    int64_t low = at < 0 ? at : 0, high = at + size > q->span ? at + size : q->span;
     unsigned a = align > q->align ? align : q->align;
     if (a > 1) { /* the span starts where the aligned members are aligned */
-        int64_t anchor = align > 1 ? offset : q->low;
-        if (q->align > 1 && align > 1 && ((offset - q->low) & (a - 1))) return false;
+        int64_t anchor = align > 1 ? at : 0;
+        if (q->align > 1 && align > 1 && (at & (a - 1))) return false;
         low -= (low - anchor) & (a - 1);
     }
     if (high - low > MAX_SPAN) return false;
-    q->low = low;
-    q->high = high;
+    q->low += (uint64_t)low;
+    q->span = (unsigned)(high - low);
     q->align = a;
     return true;
 }
@@ -182,7 +184,7 @@ static void place_check(group_pass *g, unsigned k) {
     group *q = &g->groups[g->count];
     *q = (group){.at = p,
                  .low = p.offset,
-                 .high = p.offset + c->size,
+                 .span = c->size,
                  .access = c->access,
                  .align = c->align,
                  .members = 1,
@@ -203,11 +205,11 @@ static void follow_insn(group_pass *g, unsigned i) {
     int64_t imm;
     switch (jit_pointer_move(in, &src, &imm)) {
     case JIT_MOVE_COPY:
-        g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + imm};
+        g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + (uint64_t)imm};
         g->most[in->op[0].reg] = imm ? UINT64_MAX : g->most[src];
         return;
     case JIT_MOVE_ADD:
-        g->reg[in->op[0].reg].offset += imm;
+        g->reg[in->op[0].reg].offset += (uint64_t)imm;
         g->most[in->op[0].reg] = UINT64_MAX;
         return;
     default: break;
@@ -227,7 +229,7 @@ static void follow(group_pass *g, unsigned k) {
     case IR_DIV: follow_insn(g, o->insn); break;
     case IR_CHECK: place_check(g, k); break;
     case IR_ADD_SP:
-        g->reg[X86_RSP].offset += o->imm;
+        g->reg[X86_RSP].offset += (uint64_t)o->imm;
         g->most[X86_RSP] = UINT64_MAX;
         break;
     case IR_POP_REG: fresh(g, o->reg); break;
@@ -252,7 +254,7 @@ static void settle(group_pass *g, unsigned k) {
     c->slot = q->slot;
     c->disp = access->disp = (int16_t)(g->offset_of[k] - q->low);
     if (c->role != JIT_CHECK_LEADER) return;
-    c->span = (uint16_t)(q->high - q->low);
+    c->span = (uint16_t)q->span;
     c->align = (uint8_t)(q->align > 1 ? q->align : 1);
     c->span_access = (uint8_t)q->access;
     ea->adjust = -c->disp;
@@ -277,7 +279,7 @@ static unsigned window_of(const jit_unit *u, unsigned k) {
     if (jit_insn_is_x87(in) || c->align > 1 || (is_leader ? c->span : c->size) > 256 ||
         (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
         return 0;
-    int64_t disp = in->disp + ea->adjust - (int64_t)u->j->window_gpa[w];
+    int64_t disp = (int64_t)((uint64_t)in->disp + (uint64_t)(int64_t)ea->adjust - u->j->window_gpa[w]);
     if (ea->op == IR_EA && disp != (int32_t)disp && (in->base < 16 || in->index < 16)) return 0;
     if (ea->op == IR_EA && (u->key & JIT_KEY_64) && (in->asz != 8 || in->seg == X86_FS || in->seg == X86_GS)) return 0;
     return w + 1;

@@ -124,6 +124,12 @@ static inline uint64_t x86_op_linear(x86_cpu *cpu, const x86_insn *in, unsigned 
     return x86_linear(cpu, in->seg, x86_offset(cpu, in), n, access);
 }
 
+/* In 64-bit mode misalignment comes before the canonical check of a stack reference: #GP, not #SS. */
+static inline bool x86_is_misaligned_long(const x86_cpu *cpu, const x86_insn *in, unsigned align) {
+    uint64_t base = in->seg >= X86_FS ? cpu->seg[in->seg].base : 0;
+    return cpu->code_size == 8 && (x86_offset(cpu, in) + base) & (align - 1);
+}
+
 /* ---- stack (stack.c): push/pop with the stack's width; RSP changes only after the access succeeded ---- */
 void x86_push(x86_cpu *cpu, unsigned n, uint64_t v);
 uint64_t x86_pop(x86_cpu *cpu, unsigned n);

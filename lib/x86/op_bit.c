@@ -361,9 +361,9 @@ void x86_op_cmpxchg8b(x86_cpu *cpu, const x86_insn *in)
 
 void x86_op_cmpxchg16b(x86_cpu *cpu, const x86_insn *in)
 {
-    uint64_t la = x86_op_la(cpu, in, 16, X86_READ | X86_WRITE);
-    if (la & 15)
+    if (x86_is_misaligned_long(cpu, in, 16))               /* the only mode that has it */
         x86_raise_error(cpu, X86_GP, 0);
+    uint64_t la = x86_op_la(cpu, in, 16, X86_READ | X86_WRITE);
     uint64_t lo = cpu->gpr[X86_RAX], hi = cpu->gpr[X86_RDX];
     bool is_equal;
     x86_locked m;

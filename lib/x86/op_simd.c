@@ -141,12 +141,6 @@ unsigned x86_simd_alignment(const x86_insn *in) {
     return in->op[m].size == 16 && !(props & SIMD_UNALIGNED) ? 16 : 1;
 }
 
-/* In 64-bit mode misalignment comes before the canonical check of a stack reference: #GP, not #SS. */
-static bool is_misaligned_long(const x86_cpu *cpu, const x86_insn *in, unsigned align) {
-    uint64_t base = in->seg >= X86_FS ? cpu->seg[in->seg].base : 0;
-    return cpu->code_size == 8 && (x86_offset(cpu, in) + base) & (align - 1);
-}
-
 typedef struct operand_view {
     uint64_t la;
     uint8_t *host;             /* what the thunk gets */
@@ -163,7 +157,7 @@ static void open_memory(x86_cpu *cpu, const x86_insn *in, unsigned props, operan
     v->size = in->op[m].size <= sizeof frame->memory ? in->op[m].size : (unsigned)sizeof frame->memory;
     v->is_store = m == 0 && !(props & SIMD_NODEST);
     unsigned access = v->is_store ? X86_WRITE : X86_READ, align = x86_simd_alignment(in);
-    if (is_misaligned_long(cpu, in, align))
+    if (x86_is_misaligned_long(cpu, in, align))
         x86_raise_error(cpu, X86_GP, 0);
     v->la = x86_op_linear(cpu, in, v->size, access);
     if (align > 1 && v->la & (align - 1))

@@ -308,7 +308,9 @@ static const struct { const char *cases, *why; } kvm_emulator_limits[] = {
       " trap_flag_with_mov_ss@real trap_flag_with_mov_ss@f64 ", "this host's KVM traps at another instruction boundary" },
     { " rmw_across_into_read_only_page_k@k64 rmw_across_into_read_only_page_u@c32 write_across_into_read_only_page_k@k64"
       " write_across_into_read_only_page_u@c32 ", "this host's KVM writes the first page before it looks at the second" },
-    { " straddling_the_canonical_hole@k64 straddling_the_canonical_hole@u64 syscall_without_sce@u64 icebp@u64 ",
+    { " straddling_the_canonical_hole@k64 straddling_the_canonical_hole@u64 syscall_without_sce@u64 icebp@u64"
+      " cmpxchg16b_misaligned_before_canonical@f64 cmpxchg16b_misaligned_before_canonical@k64"
+      " cmpxchg16b_misaligned_before_canonical@u64 ",
       "this host's KVM raises another exception" },
 };
 
