@@ -55,11 +55,14 @@ static unsigned fire_many(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, 
 unsigned vm_hook_fire(vm_vcpu *cpu, unsigned kind, uint64_t at, uint64_t n, uint64_t gpa, vm_hook_event *e)
 {
     enum { MOST = 16 };
+    const vm_hook_list *l = &cpu->machine->hooks->list[kind];
     vm_hook *hits[MOST];
     unsigned answer = X86_HOOK_GO;
     n = n ? n : 1;
     e->size = sizeof *e;
     e->kind = (vm_hook_kind)kind;
+    if (l->count == 1 && l->wide_count)
+        return vm_hook_is_at(l->wide[0], kind, at, n, gpa) ? call(cpu, l->wide[0], e) : X86_HOOK_GO;
     unsigned count = vm_hooks_at(cpu->machine, kind, at, n, gpa, hits, MOST);
     if (count > MOST)
         return fire_many(cpu, kind, at, n, gpa, e);

@@ -125,7 +125,7 @@ static void emit_save(jit_writer *w) {
     e8(w, 0x9f);                           /* lahf */
     e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
     frame_store(w, 4, RAX, JIT_FRAME_FLAGS); /* what is above AX does not matter */
-    e_mov(w, 8, RAX, T1);
+    e8(w, 0x49), e8(w, 0x95);                /* xchg rax, T1: who calls C finds them there afterwards */
 }
 
 /* `pushed`: bytes on the stack above the frame. */
@@ -137,6 +137,13 @@ static void emit_restore_from(jit_writer *w, int32_t pushed) {
     e_mov(w, 8, RAX, T1);
 }
 static void emit_restore(jit_writer *w) { emit_restore_from(w, 0); }
+static void emit_restore_t1(jit_writer *w) { /* uses T0 */
+    e_mov(w, 8, T0, RAX);
+    e_mov(w, 4, RAX, T1);
+    e8(w, 0x04), e8(w, 0x7f);
+    e8(w, 0x9e);
+    e_mov(w, 8, RAX, T0);
+}
 
 static bool recipe_uses_t1(const jit_unit *u, int i) {
     const x86_operand *op = u->insn[i].op;
@@ -1125,6 +1132,7 @@ static void emit_hook(emitter *e, const jit_op *o) {
     const jit_unit *u = e->u;
     uint32_t at = (uint32_t)j->arena_used;
     hook_stub *s = &e->hook[e->nhook++];
+    bool is_in_t1 = !e->mem && e->recipe < 0; /* the flags, afterwards: sooner there than from memory */
     need_mem(e);
     jit_hook_site *h = (jit_hook_site *)(j->arena + new_site_of(e, o->insn, NULL, true, sizeof *h));
     jit_hook_fill(u, h, o->insn);
@@ -1146,7 +1154,8 @@ static void emit_hook(emitter *e, const jit_op *o) {
         s->jump = e_jcc(w, CC_NE);
     }
     s->resume = w->p;
-    e->host = false;
+    e->host = is_in_t1 && s->is_direct && !s->entry && u->info[o->insn].host_at;
+    if (e->host) emit_restore_t1(w);
 }
 
 static void emit_hook_leave(emitter *e, unsigned reason) {

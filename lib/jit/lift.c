@@ -578,7 +578,8 @@ typedef struct trace {
     bool is_open, can_loop;
 } trace;
 
-enum { MAX_COPIES = 4, MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 4 };
+enum { MAX_COPIES = 4, MAX_HOOKED_COPIES = 8 /* entering costs more */ };
+enum { MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 4 };
 
 static void close_piece(jit_unit *u, const trace *t, unsigned end) {
     for (unsigned k = 0; k < u->nextents; k++)
@@ -599,7 +600,7 @@ static bool may_repeat(jit_unit *u, trace *t, uint64_t target) {
     if (target != u->rip || !t->can_loop) return false;
     if (!t->body) t->body = u->count;
     t->copies++;
-    return t->copies < MAX_COPIES && u->count + t->body <= JIT_MAX_INSNS && u->nextents < MAX_PIECES;
+    return t->copies < (u->nhooked ? MAX_HOOKED_COPIES : MAX_COPIES) && u->count + t->body <= JIT_MAX_INSNS && u->nextents < MAX_PIECES;
 }
 
 static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
