@@ -183,7 +183,7 @@ int main(int argc, char **argv)
     }
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = UINT64_C(512) << 20;
-    snprintf(cmdline, sizeof cmdline, "console=ttyS0 quiet run=\"/mmu_guest %u %s\"", rounds * STRATEGIES, only ? only : "");
+    snprintf(cmdline, sizeof cmdline, "console=ttyS0 quiet nopcid run=\"/mmu_guest %u %s\"", rounds * STRATEGIES, only ? only : "");
     boot.kernel = argv[1];
     boot.initrd = argv[2];
     boot.cmdline = cmdline;

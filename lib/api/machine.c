@@ -184,6 +184,7 @@ VM_API int vm_mmu_flush(vm_vcpu *cpu, uint64_t gva, uint64_t bytes)
 {
     VM_CHECK(check_own(cpu, "vm_mmu_flush"));
     vm_mmu_drop(cpu, gva, bytes);
+    vm_mmu_forget_parked(cpu, 0);
     return VM_OK;
 }
 

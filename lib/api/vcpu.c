@@ -31,7 +31,7 @@ VM_API int vm_vcpu_set_mode(vm_vcpu *cpu, vm_mode mode)
     x86_cpu_set_mode(&cpu->x86, (unsigned)mode);
     vm_vcpu_reset(cpu);
     cpu->is_parked = false;
-    cpu->x86.env->root_changed(&cpu->x86, false);
+    cpu->x86.env->root_changed(&cpu->x86, 0);
     vm_vcpu_changed(cpu, VM_STATE_ALL);
     return VM_OK;
 }

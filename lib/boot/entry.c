@@ -100,7 +100,7 @@ void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables 
     cpu->halted = false;
     vcpu->is_parked = false;
     x86_mode_changed(cpu);
-    cpu->env->root_changed(cpu, false);
+    cpu->env->root_changed(cpu, 0);
     vm_vcpu_changed(vcpu, VM_STATE_ALL);
     if (entry->kind != VM_ENTRY_RESET && m->pc) vm_pc_firmware_state(m);
 }

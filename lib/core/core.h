@@ -97,6 +97,9 @@ bool vm_dma_write(vm_machine *m, uint64_t gpa, const void *buf, size_t bytes);
 void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes);
 
 /* ---- vCPU ---- */
+/* An address space whose translations may be kept while the guest is in another; as long as the version is the same. */
+typedef struct vm_space { uint64_t key, version; } vm_space;
+#define VM_PARKS 16u                   /* as many are kept */
 struct vm_vcpu {
     x86_cpu x86;                       /* first */
     vm_machine *machine;
@@ -117,6 +120,8 @@ struct vm_vcpu {
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
     void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
+    vm_space space;                    /* whose translations the inline TLB holds; key 0: they are not worth keeping */
+    struct vm_parks *parks;            /* those of others (lib/mmu/park.c) */
     struct vm_ept_view *ept_view;      /* strategy "ept": what memory is looked at through; else NULL */
     unsigned ept_index;
     bool ept_stopped;                  /* X86_STOP_IO is a violation */
@@ -179,6 +184,10 @@ typedef struct vm_backend_ops {
     void (*tlb_flushed)(vm_vcpu *cpu); /* linear-address caches (jump caches) are stale */
     /* The same, told more precisely; NULL: tlb_flushed. bytes 0: every address, but not of global pages if keep_global. */
     void (*tlb_dropped)(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global);
+    /* Set aside what is about to be dropped at a switch of address spaces, and enter it again; slots are below VM_PARKS. NULL:
+     * nothing. */
+    void (*park)(vm_vcpu *cpu, unsigned slot);
+    void (*unpark)(vm_vcpu *cpu, unsigned slot);
     void (*get_state)(vm_vcpu *cpu, unsigned parts); /* KVM: make parts of x86 current; NULL for software */
     void (*set_state)(vm_vcpu *cpu, unsigned parts); /* KVM: parts of x86 changed; used by the next run() */
     void (*kick)(vm_vcpu *cpu); /* async-signal-safe; NULL: attention is enough */

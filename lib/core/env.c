@@ -185,6 +185,7 @@ const x86_env vm_env = {
     .fill = vm_mmu_fill,
     .root_changed = vm_mmu_root_changed,
     .invalidate = vm_mmu_invalidate,
+    .invalidate_pcid = vm_mmu_invalidate_pcid,
     .code_page = env_code_page,
     .tsc = env_tsc,
     .random = env_random,

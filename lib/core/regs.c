@@ -73,7 +73,7 @@ static void settle(vm_vcpu *cpu, bool translations_differ)
 {
     x86_cpu *x = &cpu->x86;
     if (translations_differ)
-        x->env->root_changed(x, false);
+        x->env->root_changed(x, 0);
     x86_mode_changed(x);
     vm_vcpu_look_again(cpu);
 }

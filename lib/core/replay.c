@@ -62,7 +62,7 @@ static int state_of(vm_vcpu *cpu, const uint8_t *bytes, size_t count, vm_cpu_sta
 static void put_state(vm_vcpu *cpu, const vm_cpu_state *s)
 {
     vm_cpu_state_put(cpu, s);
-    cpu->x86.env->root_changed(&cpu->x86, false);
+    cpu->x86.env->root_changed(&cpu->x86, 0);
 }
 
 int vm_replay_state_put(vm_vcpu *cpu, const uint8_t *bytes, size_t count)

@@ -9,6 +9,7 @@
 #include "x86/native.h"
 
 #include <string.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 
 static size_t mapping_bytes(void)
@@ -77,5 +78,6 @@ void vm_vcpu_free(vm_vcpu *cpu)
     if (cpu->machine->backend->vcpu_destroy)
         cpu->machine->backend->vcpu_destroy(cpu);
     x86_native_destroy(&cpu->x86);
+    free(cpu->parks);
     munmap(cpu, mapping_bytes());
 }

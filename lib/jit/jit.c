@@ -125,11 +125,15 @@ enum { TABLE_PART = X86_JUMP_ENTRIES / 64 };
 
 static void clear_table(jit *j, unsigned t) {
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
-    for (uint64_t parts = j->table_touched[t]; parts; parts &= parts - 1)
-        memset(&jumps->rip[(unsigned)__builtin_ctzll(parts) * TABLE_PART], 0, TABLE_PART * sizeof *jumps->rip);
+    if (j->table_count[t] <= JIT_LISTED)
+        for (unsigned n = 0; n < j->table_count[t]; n++)
+            jumps->rip[j->table_list[t][n]] = 0;
+    else
+        for (uint64_t parts = j->table_touched[t]; parts; parts &= parts - 1)
+            memset(&jumps->rip[(unsigned)__builtin_ctzll(parts) * TABLE_PART], 0, TABLE_PART * sizeof *jumps->rip);
     jumps->rip[0] = ~UINT64_C(0);
     j->table_used[t] = j->table_local[t] = false;
-    j->table_touched[t] = j->table_gigs[t] = 0;
+    j->table_touched[t] = j->table_gigs[t] = j->table_count[t] = 0;
 }
 
 static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code) {
@@ -137,6 +141,8 @@ static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code
     unsigned i = rip & (X86_JUMP_ENTRIES - 1);
     jumps->rip[i] = rip;
     jumps->code[i] = code;
+    if (j->table_count[t] < JIT_LISTED) j->table_list[t][j->table_count[t]] = (uint16_t)i;
+    if (j->table_count[t] <= JIT_LISTED) j->table_count[t]++;
     j->table_touched[t] |= UINT64_C(1) << i / TABLE_PART;
     j->table_gigs[t] |= UINT64_C(1) << (rip >> 30 & 63);
 }
@@ -192,6 +198,7 @@ static void remove_from(jit_block **head, jit_block *b, size_t link) {
 
 static void kill_block(jit *j, jit_block *b) {
     b->is_dead = true;
+    j->kills++;
     if (b->twin && !b->twin->is_dead) kill_block(j, b->twin);
     remove_from(&j->hash[hash_block(b->rip)], b, offsetof(jit_block, hash_next));
     remove_from(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, page_next));
@@ -216,6 +223,7 @@ static void flush_all(jit *j) {
         memset(j->lines, 0, sizeof j->lines);
     }
     j->all = NULL;
+    j->kills++;
     clear_tables(j);
     j->w.p = j->code_start;
     j->arena_used = 16;
@@ -1146,6 +1154,38 @@ static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep
     vm_backend_interp.tlb_flushed(cpu);
 }
 
+/* Tables with more than is listed are not set aside. */
+static void jit_park(vm_vcpu *cpu, unsigned slot) {
+    jit *j = cpu->x86.jit;
+    if (!j) return;
+    j->parks[slot].count = 0;
+    j->parks[slot].kills = j->kills;
+    for (unsigned t = 0; t < JIT_TABLES; t++) {
+        const x86_jumps *jumps = &cpu->x86.jump[t];
+        if (!j->table_used[t] || !j->table_local[t] || j->table_count[t] > JIT_LISTED) continue;
+        for (unsigned n = 0; n < j->table_count[t] && j->parks[slot].count < JIT_LISTED; n++) {
+            unsigned i = j->table_list[t][n], at = j->parks[slot].count;
+            if (!i || !jumps->rip[i]) continue;
+            j->parks[slot].held[at].rip = jumps->rip[i];
+            j->parks[slot].held[at].code = jumps->code[i];
+            j->parks[slot].held[at].key = j->table_key[t];
+            j->parks[slot].count++;
+        }
+    }
+}
+
+static void jit_unpark(vm_vcpu *cpu, unsigned slot) {
+    jit *j = cpu->x86.jit;
+    if (!j || j->parks[slot].kills != j->kills) return;
+    for (unsigned n = 0; n < j->parks[slot].count; n++) {
+        uint32_t key = j->parks[slot].held[n].key;
+        unsigned t = jit_table_index(key);
+        use_table(j, key);
+        j->table_local[t] = true;
+        enter_in_table(j, t, j->parks[slot].held[n].rip, j->parks[slot].held[n].code);
+    }
+}
+
 static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; } /* FSGSBASE for user code */
 
 static int jit_query(const char *capability, uint64_t *value) {
@@ -1192,4 +1232,6 @@ const vm_backend_ops vm_backend_jit = {
     .flush_code = jit_flush_code,
     .tlb_flushed = jit_tlb_flushed,
     .tlb_dropped = jit_tlb_dropped,
+    .park = jit_park,
+    .unpark = jit_unpark,
 };

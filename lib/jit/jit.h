@@ -35,6 +35,7 @@
 #define JIT_KEY_PLAIN  0x1000u /* no groups, no loop copies: goes on where a group could not be looked up */
 #define JIT_KEY_SHAPE  0x70000u /* which hooks there are everywhere: an index into jit.shapes (hook.c) */
 #define JIT_TABLES     16      /* jump caches: by CTX | 64 | VEC */
+#define JIT_LISTED     256     /* of one's entries are listed, so that it is emptied or set aside without a search */
 
 typedef struct jit_block jit_block;
 
@@ -196,6 +197,18 @@ typedef struct jit {
     uint64_t table_touched[JIT_TABLES]; /* which 64ths of it may hold entries */
     uint64_t table_gigs[JIT_TABLES];    /* and of which gigabytes, modulo 64 */
     bool table_local[JIT_TABLES]; /* holds addresses of pages that are not global */
+    uint16_t table_list[JIT_TABLES][JIT_LISTED]; /* the first entries made since it was empty */
+    unsigned table_count[JIT_TABLES];            /* how many there are or were; > JIT_LISTED: more */
+    uint64_t kills;                              /* counts blocks that went */
+    struct {
+        uint64_t kills;
+        unsigned count;
+        struct {
+            uint64_t rip;
+            const uint8_t *code;
+            uint32_t key;
+        } held[JIT_LISTED];
+    } parks[VM_PARKS]; /* local entries of address spaces that the guest is not in */
     uint64_t stops[JIT_STOPS];
     unsigned stop_count, stop_next; /* addresses that no block contains or is linked to */
     int64_t r15_start;              /* value r15 had when instructions were last counted */

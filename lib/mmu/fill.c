@@ -123,33 +123,76 @@ static void flushed(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global)
         cpu->machine->backend->tlb_flushed(cpu);
 }
 
-/* Back in an address space that "shadow" knows: enter what the inline TLB held when it was left. */
-static void refill(vm_vcpu *cpu)
+/* The address space that the vCPU is in. */
+static vm_space space_of(const vm_vcpu *cpu)
 {
-    x86_walk w;
-    uint64_t la;
-    for (unsigned i = 0, ctx; vm_shadow_saved(cpu, i, &la, &ctx, &w); i++) {
-        unsigned prot = 0;
-        uint8_t *host = w.prot ? cpu->x86.env->page(&cpu->x86, w.gpa & X86_PAGE_MASK, &prot) : NULL;
-        if (host && (prot & w.prot))
-            enter_ram(cpu, la, ctx, &w, host, prot);
-    }
+    const x86_cpu *x = &cpu->x86;
+    if (cpu->machine->mmu == &vm_mmu_shadow)
+        return vm_shadow_space(cpu->machine, cpu->mmu_root);
+    return (vm_space){ .key = x->cr4 & X86_CR4_PCIDE ? 1 + (x->cr3 & 0xfff) : 0 };
 }
 
-void vm_mmu_root_changed(x86_cpu *x, bool keep_global)
+/* After MOV CR3: from the translations of one address space to those of another. */
+static void switch_space(vm_vcpu *cpu, vm_space from, bool is_kept)
+{
+    vm_space to = space_of(cpu);
+    bool is_shadow = cpu->machine->mmu == &vm_mmu_shadow;
+    cpu->space = to;
+    if (to.key && to.key == from.key && (is_shadow || is_kept) && to.version == from.version)
+        return;
+    vm_mmu_park(cpu, to.key == from.key ? (vm_space){ 0 } : from);
+    flushed(cpu, 0, 0, true);
+    if (!is_shadow && !is_kept)
+        vm_mmu_forget_parked(cpu, to.key);
+    else
+        vm_mmu_unpark(cpu, to);
+}
+
+void vm_mmu_root_changed(x86_cpu *x, unsigned how)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
     vm_machine *m = cpu->machine;
+    vm_space from = cpu->space;
+    const void *root = cpu->mmu_root;
     x->stat[X86_STAT_ROOT_SWITCHES]++;
     if (m->mmu && m->mmu->root_changed)
         m->mmu->root_changed(m->mmu_state, cpu, x->cr3);
-    if (keep_global)
+    if (m->mmu == &vm_mmu_shadow && vm_shadow_space(m, root).version != from.version)
+        from.key = 0;                  /* what the TLB holds is not what the tables say any more */
+    if (how & X86_ROOT_LOAD) {
+        switch_space(cpu, from, how & X86_ROOT_KEEP);
+        return;
+    }
+    if (how & X86_ROOT_GLOBAL)
         x86_tlb_clear_nonglobal(x);
     else
         x86_tlb_clear(x);
-    flushed(cpu, 0, 0, keep_global);
-    if (m->mmu == &vm_mmu_shadow)
-        refill(cpu);
+    cpu->space = space_of(cpu);
+    flushed(cpu, 0, 0, how & X86_ROOT_GLOBAL);
+}
+
+/* Of a PCID that is not the current one "shadow" keeps nothing that it does not compare when the guest loads it; of others'
+ * ways nothing is known. */
+static void invalidate_elsewhere(vm_vcpu *cpu, unsigned pcid, uint64_t la, uint64_t bytes)
+{
+    vm_machine *m = cpu->machine;
+    if (m->mmu && m->mmu->invalidate && m->mmu != &vm_mmu_shadow)
+        m->mmu->invalidate(m->mmu_state, cpu, la, bytes);
+    vm_mmu_forget_parked(cpu, 1 + pcid);
+}
+
+void vm_mmu_invalidate_pcid(x86_cpu *x, unsigned type, unsigned pcid, uint64_t la)
+{
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    bool is_current = pcid == (x->cr4 & X86_CR4_PCIDE ? x->cr3 & 0xfff : 0), is_one = type == X86_INVPCID_ADDRESS;
+    if (type == X86_INVPCID_ALL)
+        vm_mmu_forget_parked(cpu, 0);
+    if ((is_one || type == X86_INVPCID_ONE) && !is_current)
+        invalidate_elsewhere(cpu, pcid, is_one ? la : 0, is_one ? 4096 : 0);
+    else if (is_one)
+        vm_mmu_invalidate(x, la, 4096);
+    else
+        vm_mmu_root_changed(x, type == X86_INVPCID_ALL_AND_GLOBAL ? 0 : X86_ROOT_GLOBAL);
 }
 
 void vm_mmu_invalidate(x86_cpu *x, uint64_t la, uint64_t bytes)
@@ -207,6 +250,7 @@ void vm_mmu_forget(vm_machine *m)
         if (m->mmu && m->mmu->invalidate)
             m->mmu->invalidate(m->mmu_state, cpu, 0, 0);
         cpu->mmu_root = NULL;
+        cpu->space = (vm_space){ 0 };
         x86_tlb_clear(&cpu->x86);
         if (m->backend->tlb_flushed)
             m->backend->tlb_flushed(cpu);

@@ -8,8 +8,9 @@
 #include "core/core.h"
 const vm_mmu_ops *vm_mmu_find(const char *name);         /* NULL name: default ("tlb"); NULL result: unknown */
 bool vm_mmu_fill(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa);    /* x86_env.fill */
-void vm_mmu_root_changed(x86_cpu *cpu, bool keep_global); /* x86_env.root_changed */
+void vm_mmu_root_changed(x86_cpu *cpu, unsigned how);     /* x86_env.root_changed */
 void vm_mmu_invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes);                             /* x86_env.invalidate */
+void vm_mmu_invalidate_pcid(x86_cpu *cpu, unsigned type, unsigned pcid, uint64_t la);          /* x86_env.invalidate_pcid */
 /* Drop a range from the inline TLB, and what the backend derived from it; the strategy is not told. bytes 0: all. */
 void vm_mmu_drop(vm_vcpu *cpu, uint64_t la, uint64_t bytes);
 /* Drop write permission of a page from a vCPU's inline TLB (it became a code or clean page); of all RAM: gpa =
@@ -39,9 +40,14 @@ static inline bool vm_mmu_is_plain(const vm_machine *m) {
 
 /* ---- shadow.c ---- */
 bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
-/* The i-th page that the inline TLB held when the root now in use was last left, as it is translated now; w->prot 0: not any
- * more. False: no more of them. */
-bool vm_shadow_saved(vm_vcpu *cpu, unsigned i, uint64_t *la, unsigned *ctx, x86_walk *w);
+/* The address space of `root` (vm_vcpu.mmu_root, NULL: none). */
+vm_space vm_shadow_space(const vm_machine *m, const void *root);
 uint64_t vm_shadow_pages(const vm_machine *m);            /* shadow pages that there are now */
+
+/* ---- park.c: translations of the address spaces that the vCPU is not in ----
+ * Set aside all that is not global under `space` (key 0: drop it), and enter again what is there of it. */
+void vm_mmu_park(vm_vcpu *cpu, vm_space space);
+void vm_mmu_unpark(vm_vcpu *cpu, vm_space space);
+void vm_mmu_forget_parked(vm_vcpu *cpu, uint64_t key);    /* 0: all */
 
 #endif

@@ -92,6 +92,7 @@ int vm_mmu_attach(vm_machine *m, const char *name)
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus && m->vcpus[i]) {
             x86_tlb_clear(&m->vcpus[i]->x86);
+            m->vcpus[i]->space = (vm_space){ 0 };
             if (m->backend->tlb_flushed)
                 m->backend->tlb_flushed(m->vcpus[i]);
         }

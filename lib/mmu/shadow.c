@@ -17,8 +17,9 @@
  * of a page for the rest of its block can be under way at any other time. With several vCPUs the world is stopped for
  * it, so that no store is under way anywhere.
  *
- * A switch back. The inline TLB is emptied at each MOV CR3. What it held is noted with the root and, when a vCPU enters the
- * root again, entered from the shadows as far as they still say so (vm_shadow_saved()): the guest misses nothing.
+ * A switch back. At MOV CR3 what the inline TLB holds is set aside, and entered again when the vCPU is back in the root
+ * (park.c), if nothing recorded for the root has changed meanwhile: that is its `version`. So whatever goes to the TLB has to
+ * be recorded; a vCPU for which that failed has its space's key taken away.
  *
  * A changed entry of a leaf is dropped there. A changed entry above empties the directories of the roots it is part of,
  * by their epoch; the leaves stay.
@@ -44,9 +45,10 @@
 #else
 #define VM_SHADOW_PAGES 1024
 #endif
-enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128, BATCH = 64, SAVED = 256,
-       BELIEVED = 16 };
-enum { IS_LEAF = 1, RIGHT_RW = 2, RIGHT_US = 4, RIGHT_NX = 8, MODE_NARROW = 16, MODE_NXE = 32 };      /* page.role */
+enum { ROOTS = 64, DIRECTORY = 1024, BUCKETS = 4096, LEAST_BUDGET = VM_SHADOW_PAGES, MOST_BUDGET = 65536, STANDS = 8, MAX_STANDS = 128,
+       BATCH = 64 };
+#define FIRST_KEY UINT64_C(0x10000)      /* of a root's vm_space; PCIDs have lower ones */
+enum { IS_LEAF = 1, RIGHT_RW = 2, RIGHT_US = 4, RIGHT_NX = 8, MODE_NARROW = 16, MODE_NXE = 32, MODE_PAE = 64 };      /* page.role */
 enum state { IDLE, LOOSE, PROTECTED };
 
 typedef struct page {
@@ -77,9 +79,8 @@ typedef struct spot {                  /* of a directory: a cache line */
 typedef struct root {
     uint64_t cr3, mode, pdpte[4];
     uint64_t epoch, stamp;
-    unsigned index, shift, saved_count;
-    unsigned entered;                  /* counts; now and then what was saved is not believed, so that it shrinks to what is used */
-    uint64_t saved[SAVED];             /* what the inline TLB held when a vCPU left: linear page, context in the low bits */
+    vm_space space;                    /* the version counts changes of what is recorded */
+    unsigned index, shift;
     spot directory[DIRECTORY];
 } root;
 
@@ -90,6 +91,7 @@ typedef struct shadow {
     root *roots[ROOTS];
     page *buckets[BUCKETS];
     uint64_t cr3s[ROOTS];              /* theirs, for finding one */
+    uint64_t keys;                     /* roots made so far */
     page **pages, *loose, *spare;
     unsigned page_count, page_capacity, hand, loose_count;
     unsigned ripe, since_protecting;   /* pages that have stood long enough; flushes */
@@ -135,8 +137,8 @@ static uint64_t read_guest(const uint8_t *table, bool is_narrow, unsigned i)
 static uint32_t pack(uint64_t pte, uint8_t role)
 {
     uint64_t address = role & MODE_NARROW ? pte & 0xfffff000 : pte & UINT64_C(0x000ffffffffff000);
-    bool is_upper = !(role & IS_LEAF);
-    if (!(pte & X86_PTE_P) || address >> 36)
+    bool is_upper = !(role & IS_LEAF), is_reserved = (role & MODE_PAE) && (pte & UINT64_C(0x7ff0000000000000));
+    if (!(pte & X86_PTE_P) || address >> 36 || is_reserved)
         return 0;
     return (uint32_t)(address >> 12 << 8 | (pte & (is_upper ? 0xe7 : 0x67)) | (pte & X86_PTE_G ? PACKED_G : 0) |
                       (!(role & MODE_NARROW) && (pte & X86_PTE_NX) ? PACKED_NX : 0));
@@ -190,20 +192,22 @@ static void set_state(shadow *s, page *p, enum state state)
     }
 }
 
-static void empty_directories(shadow *s, uint64_t roots)
+/* Something recorded on the page has gone; `is_upper`: directories may lead astray. */
+static void changed(shadow *s, const page *p, bool is_upper)
 {
-    for (; roots; roots &= roots - 1) {
+    for (uint64_t roots = p->roots; roots; roots &= roots - 1) {
         root *r = s->roots[__builtin_ctzll(roots)];
-        if (r)
-            r->epoch++;
+        if (!r)
+            continue;
+        r->space.version++;
+        r->epoch += is_upper;
     }
 }
 
 static void drop_entry(shadow *s, page *p, unsigned i)
 {
     set_entry(p, i, 0);
-    if (!(p->role & IS_LEAF))
-        empty_directories(s, p->roots);
+    changed(s, p, !(p->role & IS_LEAF));
 }
 
 static void drop_all(shadow *s, page *p)
@@ -211,8 +215,7 @@ static void drop_all(shadow *s, page *p)
     memset(p->known, 0, sizeof p->known);
     memset(p->e, 0, sizeof p->e);
     p->known_count = 0;
-    if (!(p->role & IS_LEAF))
-        empty_directories(s, p->roots);
+    changed(s, p, !(p->role & IS_LEAF));
 }
 
 /* Another shadow of the same table that relies on its write traps. */
@@ -229,7 +232,7 @@ static void free_page(shadow *s, page *p)
     if (p->state == PROTECTED && !has_other_protected(s, p))
         vm_page_trap(s->m, p->gfn, false);
     leave_loose(s, p);
-    empty_directories(s, p->roots);    /* they may lead here */
+    changed(s, p, true);               /* directories may lead here */
     page **at = &s->buckets[bucket_of(p->gfn)];
     while (*at != p)
         at = &(*at)->next;
@@ -411,8 +414,6 @@ static void flush(shadow *s, vm_vcpu *cpu)
 
 /* ---- roots ---- */
 
-static bool look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
-
 static uint64_t mode_of(const x86_cpu *x)
 {
     return (x->cr4 & (X86_CR4_PAE | X86_CR4_PSE)) | (x->efer & (X86_EFER_LMA | X86_EFER_NXE));
@@ -449,6 +450,7 @@ static void init_root(shadow *s, root *r, const x86_cpu *x, unsigned index)
     r->mode = mode_of(x);
     memcpy(r->pdpte, x->pdpte, sizeof r->pdpte);
     r->epoch++;                        /* pages of the one it was may count as this one's: that costs at most an epoch */
+    r->space = (vm_space){ .key = FIRST_KEY + s->keys++, .version = 1 };
     r->index = index;
     r->shift = x->cr4 & X86_CR4_PAE ? 21 : 22;
 }
@@ -488,41 +490,24 @@ static root *find_root(shadow *s, vm_vcpu *cpu)
     return s->roots[oldest];
 }
 
-/* The root is left: note which of its pages the inline TLB holds, so that they can be entered at once when it is back. */
-static void save_tlb(shadow *s, vm_vcpu *cpu)
+vm_space vm_shadow_space(const vm_machine *m, const void *which)
 {
-    root *r = cpu->mmu_root;
-    if (!r)
-        return;
+    shadow *s = m->mmu_state;
+    const root *r = which;
+    vm_space space = { 0 };
     lock(s);
-    r->saved_count = x86_tlb_list(&cpu->x86, r->saved, SAVED);
+    if (r)
+        space = r->space;
     unlock(s);
-}
-
-bool vm_shadow_saved(vm_vcpu *cpu, unsigned i, uint64_t *la, unsigned *ctx, x86_walk *w)
-{
-    shadow *s = cpu->machine->mmu_state;
-    const root *r = cpu->mmu_root;
-    if (!r || i >= r->saved_count)
-        return false;
-    *la = r->saved[i] & X86_PAGE_MASK;
-    *ctx = r->saved[i] & 3;
-    lock(s);
-    if (!look_up(cpu, *la, 0, *ctx, w) || w->global)     /* one that has become global would outlive the root */
-        w->prot = 0;
-    unlock(s);
-    return true;
+    return space;
 }
 
 static void enter_root(shadow *s, vm_vcpu *cpu)
 {
     lock(s);
     root *r = find_root(s, cpu);
-    if (r) {
+    if (r)
         r->stamp = ++s->stamp;
-        if (r->saved_count == SAVED || r->entered++ % BELIEVED == 0)
-            r->saved_count = 0;
-    }
     cpu->mmu_root = r;
     unlock(s);
 }
@@ -596,10 +581,12 @@ static page *record_step(shadow *s, const root *r, const x86_step *step, uint8_t
 
 static uint8_t base_role(const root *r)
 {
-    return (uint8_t)((r->mode & X86_CR4_PAE ? 0 : MODE_NARROW) | (r->mode & X86_EFER_NXE ? MODE_NXE : 0));
+    return (uint8_t)((r->mode & X86_CR4_PAE ? 0 : MODE_NARROW) | (r->mode & X86_EFER_NXE ? MODE_NXE : 0) |
+                     ((r->mode & X86_CR4_PAE) && !(r->mode & X86_EFER_LMA) ? MODE_PAE : 0));
 }
 
-static void record(shadow *s, root *r, uint64_t la, const x86_walk *w)
+/* False: the walk could not be recorded. */
+static bool record(shadow *s, root *r, uint64_t la, const x86_walk *w)
 {
     uint8_t role = base_role(r), rights = RIGHT_RW | RIGHT_US;
     bool is_large = w->page_bytes > 4096;
@@ -614,17 +601,18 @@ static void record(shadow *s, root *r, uint64_t la, const x86_walk *w)
         bool is_leaf = i == last && !is_large;
         page *p = record_step(s, r, step, (uint8_t)(is_leaf ? role | rights | IS_LEAF : role));
         if (!p)
-            return;
+            return false;
         if (is_leaf) {
             *d = (spot){ .tag = tag_of(r, la), .leaf = p, .entries = p->e, .is_used = true,
                          .role = (uint8_t)(rights | (role & MODE_NARROW)) };
-            return;
+            return true;
         }
         rights = (uint8_t)((rights & step->pte & (RIGHT_RW | RIGHT_US)) | (rights & RIGHT_NX) |
                            (!(role & MODE_NARROW) && (step->pte & X86_PTE_NX) ? RIGHT_NX : 0));
     }
     *d = (spot){ .tag = tag_of(r, la), .entry = pack(w->steps[last].pte, role), .gpa = w->gpa & ~(w->page_bytes - 1),
                  .page_bytes = w->page_bytes, .role = rights };
+    return true;
 }
 
 bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
@@ -649,12 +637,14 @@ bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ct
     uint64_t epoch = r ? __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) : 0;
     if (!vm_mmu_walk_ctx(cpu, la, access, ctx, w))
         return false;
+    bool is_recorded = false;
     if (r && w->count) {
         lock(s);
-        if (r->epoch == epoch)         /* the levels above are as they were */
-            record(s, r, la, w);
+        is_recorded = r->epoch == epoch && record(s, r, la, w);        /* the levels above are as they were */
         unlock(s);
     }
+    if (!is_recorded)
+        cpu->space.key = 0;
     return true;
 }
 
@@ -717,7 +707,6 @@ static void shadow_root_changed(void *state, vm_vcpu *cpu, uint64_t cr3)
         cpu->mmu_root = NULL;
         return;
     }
-    save_tlb(s, cpu);
     flush(s, cpu);
     enter_root(s, cpu);
 }

@@ -143,6 +143,14 @@ typedef struct x86_tlb {
     uint64_t meta[X86_TLB_ENTRIES];
 } x86_tlb;
 
+/* What the TLB held of one address space, set aside while the CPU is in another (x86_tlb_park). */
+#define X86_PARKED 256u
+typedef struct x86_park {
+    uint64_t clears, protects;    /* the CPU's counts then */
+    unsigned count;
+    struct { x86_tlb_entry e; uint64_t meta; uint32_t slot; /* ctx << X86_TLB_BITS | index */ } held[X86_PARKED];
+} x86_park;
+
 /* The JIT's jump caches: linear addresses of code and their translations, indexed by the address's low bits. An entry's rip is
  * 0 in zeroed memory, so index 0 never holds rip 0. */
 #define X86_JUMP_ENTRIES 65536u              /* by the low 16 bits of rip; memory is touched as used */
@@ -228,6 +236,13 @@ enum { X86_BLOCK_MID, X86_BLOCK_EDGE /* begins one; edge_from led here */, X86_B
 #define X86_CAREFUL_STEP 1u      /* TF, hardware breakpoints, debugger stepping: one instruction at a time */
 #define X86_CAREFUL_DATA 2u      /* no data access directly */
 
+/* x86_env.root_changed */
+#define X86_ROOT_GLOBAL 1u       /* global translations survive */
+#define X86_ROOT_LOAD   2u       /* MOV CR3 or a task switch: those of other address spaces may, while CR4.PCIDE */
+#define X86_ROOT_KEEP   4u       /* and those of the new one do: bit 63 was set */
+/* INVPCID types (SDM vol. 2). */
+enum { X86_INVPCID_ADDRESS, X86_INVPCID_ONE, X86_INVPCID_ALL_AND_GLOBAL, X86_INVPCID_ALL };
+
 /* What a CPU asks of its surroundings. All functions get the cpu back; env_data is the owner's. */
 typedef struct x86_env {
     /* Direct access to the RAM page at gpa (page aligned). Returns its host address or NULL when the page is not RAM;
@@ -243,10 +258,11 @@ typedef struct x86_env {
     /* Translate la for `access` in context `ctx` by the machine's MMU strategy and, where the page is direct RAM, fill
      * cpu->tlb[ctx]. Returns true with *gpa, or false with cpu->fault describing the #PF (not raised). */
     bool (*fill)(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa);
-    /* MMU events, after the state changed: CR3 loaded (or CR0/CR4/EFER paging bits); INVLPG/INVPCID ranges.
-     * bytes == 0: everything; keep_global: entries with X86_TLBM_GLOBAL survive. */
-    void (*root_changed)(x86_cpu *cpu, bool keep_global);
+    /* MMU events, after the state changed: CR3 loaded, or CR0/CR4/EFER paging bits (X86_ROOT_*); INVLPG; INVPCID (a type that is
+     * none of X86_INVPCID_ is not passed). bytes == 0: everything. */
+    void (*root_changed)(x86_cpu *cpu, unsigned how);
     void (*invalidate)(x86_cpu *cpu, uint64_t la, uint64_t bytes);
+    void (*invalidate_pcid)(x86_cpu *cpu, unsigned type, unsigned pcid, uint64_t la);
     /* Code at gpa is about to be cached: from now on `page` hides X86_WRITE for it and writes call code_changed. */
     void (*code_page)(x86_cpu *cpu, uint64_t gpa);
     uint64_t (*tsc)(x86_cpu *cpu);               /* RDTSC before TSC_ADJUST */
@@ -382,6 +398,8 @@ struct x86_cpu {
     x86_cover cover;
 
     uint32_t tlb_touched[X86_NCTX];    /* bit i: chunk i of that TLB table may hold entries (tlb.c) */
+    uint64_t tlb_clears;               /* counts x86_tlb_clear(): what has been parked before counts no more */
+    uint64_t tlb_protects;             /* counts x86_tlb_protect(), atomically: nor do write tags parked before */
     uint32_t writable_count;           /* entries that got a write tag since the last x86_tlb_protect_noted(); > X86_WRITABLES: many */
     uint16_t writable[X86_WRITABLES];  /* ctx << X86_TLB_BITS | index */
     uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
@@ -502,8 +520,10 @@ void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsig
 bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);
 void x86_tlb_clear(x86_cpu *cpu);                                /* every entry of every context */
 void x86_tlb_clear_nonglobal(x86_cpu *cpu);
-/* Lists the pages of RAM that are not global: linear address, context in the low bits. How many, at most `max`. */
-unsigned x86_tlb_list(const x86_cpu *cpu, uint64_t *pages, unsigned max);
+/* x86_tlb_clear_nonglobal(), but what is dropped goes to `park`, as far as it fits; and back, where nothing newer is, unless
+ * everything has been cleared meanwhile. */
+void x86_tlb_park(x86_cpu *cpu, x86_park *park);
+void x86_tlb_unpark(x86_cpu *cpu, const x86_park *park);
 void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* the page la lies in, every context, large pages as a whole */
 /* Take write permission from every entry for the page at gpa (UINT64_MAX: any page). True if there was one. Also called by
  * other threads, see lib/core. */

@@ -23,13 +23,13 @@ static unsigned word_size(const x86_cpu *cpu) { return x86_is_long(cpu) ? 8 : 4;
 
 void x86_paging_changed_in_place(x86_cpu *cpu)
 {
-    cpu->env->root_changed(cpu, false);
+    cpu->env->root_changed(cpu, 0);
 }
 
-void x86_paging_changed(x86_cpu *cpu, bool keep_global)
+void x86_paging_changed(x86_cpu *cpu, unsigned how)
 {
     cpu->flat = false;
-    cpu->env->root_changed(cpu, keep_global);
+    cpu->env->root_changed(cpu, how);
 }
 
 /* ---- control registers (SDM vol. 3, 2.5 and 4.1) ---- */
@@ -71,21 +71,24 @@ static void write_cr0(x86_cpu *cpu, uint64_t v)
     cpu->cr0 = v;
     x86_mode_changed(cpu);
     if (changed & X86_CR0_PG)
-        x86_paging_changed(cpu, false);
+        x86_paging_changed(cpu, 0);
     else if (changed & (X86_CR0_PE | X86_CR0_WP))
         x86_paging_changed_in_place(cpu);
 }
 
 static void write_cr3(x86_cpu *cpu, uint64_t v)
 {
-    if (cpu->cr4 & X86_CR4_PCIDE)
-        v &= ~(UINT64_C(1) << 63);     /* "keep this PCID's translations": permitted, not required */
+    unsigned how = X86_ROOT_LOAD | (cpu->cr4 & X86_CR4_PGE ? X86_ROOT_GLOBAL : 0);
+    if ((cpu->cr4 & X86_CR4_PCIDE) && v >> 63) {
+        v &= ~(UINT64_C(1) << 63);
+        how |= X86_ROOT_KEEP;
+    }
     if (x86_lma(cpu) && (v & ~cpu->phys_mask))
         raise_gp(cpu);
     if ((cpu->cr0 & X86_CR0_PG) && (cpu->cr4 & X86_CR4_PAE) && !x86_lma(cpu) && !x86_load_pdptes(cpu, v))
         raise_gp(cpu);
     cpu->cr3 = v;
-    x86_paging_changed(cpu, cpu->cr4 & X86_CR4_PGE);
+    x86_paging_changed(cpu, how);
 }
 
 static void write_cr4(x86_cpu *cpu, uint64_t v)
@@ -334,23 +337,18 @@ void x86_op_invlpg(x86_cpu *cpu, const x86_insn *in)
 void x86_op_invpcid(x86_cpu *cpu, const x86_insn *in)
 {
     uint64_t desc[2];
-    enum { ONE_ADDRESS, ONE_PCID, ALL_AND_GLOBAL, ALL_PCIDS };
     if (!x86_has(cpu, X86_FEAT_INVPCID))
         x86_raise(cpu, X86_UD);
     x86_require_cpl0(cpu);
     uint64_t type = x86_get_gpr(cpu, in->op[0].reg, word_size(cpu));
     x86_read_linear(cpu, x86_op_linear(cpu, in, 16, X86_READ), desc, 16);
-    if (type > ALL_PCIDS || desc[0] >> 12)
+    if (type > X86_INVPCID_ALL || desc[0] >> 12)
         raise_gp(cpu);
-    if (type <= ONE_PCID && desc[0] && !(cpu->cr4 & X86_CR4_PCIDE))
+    if (type <= X86_INVPCID_ONE && desc[0] && !(cpu->cr4 & X86_CR4_PCIDE))
         raise_gp(cpu);
-    if (type == ONE_ADDRESS) {
-        if (!x86_canonical(desc[1]))
-            raise_gp(cpu);
-        cpu->env->invalidate(cpu, desc[1] & X86_PAGE_MASK, 0x1000);
-        return;
-    }
-    cpu->env->root_changed(cpu, type != ALL_AND_GLOBAL);
+    if (type == X86_INVPCID_ADDRESS && !x86_canonical(desc[1]))
+        raise_gp(cpu);
+    cpu->env->invalidate_pcid(cpu, (unsigned)type, (unsigned)desc[0], desc[1] & X86_PAGE_MASK);
 }
 
 /* ---- interrupts, halting, caches ---- */

@@ -107,7 +107,7 @@ void x86_cpu_reset(x86_cpu *cpu, bool is_init)
     x86_io_retire(cpu);
     x86_mode_changed(cpu);
     if (cpu->env)
-        x86_paging_changed(cpu, false);
+        x86_paging_changed(cpu, 0);
 }
 
 /* ---- starting modes ---- */

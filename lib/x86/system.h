@@ -103,7 +103,7 @@ void x86_task_gate_tss(x86_cpu *cpu, uint16_t sel, x86_desc *d);
 /* ---- op_sys.c, state.c, msr.c, cpuid.c, debug.c ---- */
 void x86_require_cpl0(x86_cpu *cpu);                                 /* #GP(0) */
 bool x86_load_pdptes(x86_cpu *cpu, uint64_t cr3);                    /* PAE; false: reserved bits set, nothing loaded */
-void x86_paging_changed(x86_cpu *cpu, bool keep_global);              /* flush, tell the MMU, end flat mode */
+void x86_paging_changed(x86_cpu *cpu, unsigned how);   /* flush, tell the MMU, end flat mode */
 void x86_paging_changed_in_place(x86_cpu *cpu);                       /* the same, all of it, but flat mode stays */
 uint64_t x86_cr4_allowed(x86_cpu *cpu);
 uint64_t x86_xcr0_allowed(x86_cpu *cpu);

@@ -103,7 +103,7 @@ static void commit_task(x86_cpu *cpu, const task_state *t, const x86_seg *tr, ui
         cpu->cr3 = t->cr3;
         if (cpu->cr4 & X86_CR4_PAE)
             x86_load_pdptes(cpu, cpu->cr3);
-        x86_paging_changed(cpu, true);
+        x86_paging_changed(cpu, X86_ROOT_LOAD | X86_ROOT_GLOBAL);
     }
     x86_mode_changed(cpu);
 }

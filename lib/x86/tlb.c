@@ -5,7 +5,8 @@
  *
  * An entry covers 4 KiB whatever the guest's page size. Dropping one address must drop all of the guest page it lies
  * in, so the linear range covered by large pages is kept (one each for the lower and upper half of the address
- * space); inside of it a drop looks at every entry.
+ * space); inside of it a drop looks at every entry. Parked entries stay within it: only x86_tlb_clear() forgets it, and
+ * that ends them, too.
  *
  * Tags and meta words are written by the CPU's own thread. Another thread may take write tags away (x86_tlb_protect):
  * it reads meta words and clears tag_w with atomic operations; x86_tlb_set() writes the meta word before the tag.
@@ -101,6 +102,7 @@ void x86_tlb_allow(x86_cpu *cpu, unsigned ctx, uint64_t la)
 
 void x86_tlb_protect_noted(x86_cpu *cpu)
 {
+    __atomic_fetch_add(&cpu->tlb_protects, 1, __ATOMIC_SEQ_CST);
     if (cpu->writable_count > X86_WRITABLES) {
         x86_tlb_protect(cpu, UINT64_MAX);
     } else {
@@ -149,8 +151,18 @@ static uint64_t page_of(const x86_tlb *t, unsigned i)
     return e->tag_r != none ? e->tag_r : e->tag_x != none ? e->tag_x : e->tag_w;
 }
 
-/* Drops each entry in use that has none of the meta bits in `keep`. */
-static void sweep(x86_cpu *cpu, uint64_t keep)
+static void set_aside(x86_park *park, const x86_tlb *t, unsigned ctx, unsigned i)
+{
+    if (park->count == X86_PARKED)
+        return;
+    unsigned n = park->count++;
+    park->held[n].e = t->e[i];
+    park->held[n].meta = t->meta[i];
+    park->held[n].slot = ctx << X86_TLB_BITS | i;
+}
+
+/* Drops each entry in use that has none of the meta bits in `keep`; to `park`, if that is not NULL. */
+static void sweep(x86_cpu *cpu, uint64_t keep, x86_park *park)
 {
     for (unsigned c = 0; c < X86_NCTX; c++) {
         x86_tlb *t = &cpu->tlb[c];
@@ -160,37 +172,61 @@ static void sweep(x86_cpu *cpu, uint64_t keep)
             for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
                 if (t->meta[i] & keep)
                     left |= UINT32_C(1) << chunk;
-                else if (t->meta[i])
+                else if (t->meta[i]) {
+                    if (park)
+                        set_aside(park, t, c, i);
                     drop_entry(t, i);
+                }
         }
         __atomic_store_n(&cpu->tlb_touched[c], left, __ATOMIC_RELAXED);
     }
 }
 
-unsigned x86_tlb_list(const x86_cpu *cpu, uint64_t *pages, unsigned max)
-{
-    unsigned n = 0;
-    for (unsigned c = 0; c < X86_NCTX; c++) {
-        const x86_tlb *t = &cpu->tlb[c];
-        for (uint32_t chunks = cpu->tlb_touched[c]; chunks; chunks &= chunks - 1) {
-            unsigned chunk = (unsigned)__builtin_ctz(chunks);
-            for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
-                if (t->meta[i] && !(t->meta[i] & (X86_TLBM_GLOBAL | X86_TLBM_IO)) && n < max)
-                    pages[n++] = page_of(t, i) | c;
-        }
-    }
-    return n;
-}
-
 void x86_tlb_clear(x86_cpu *cpu)
 {
-    sweep(cpu, 0);
+    sweep(cpu, 0, NULL);
     forget_large(cpu);
+    cpu->tlb_clears++;
 }
 
 void x86_tlb_clear_nonglobal(x86_cpu *cpu)
 {
-    sweep(cpu, X86_TLBM_GLOBAL);
+    sweep(cpu, X86_TLBM_GLOBAL, NULL);
+}
+
+void x86_tlb_park(x86_cpu *cpu, x86_park *park)
+{
+    park->count = 0;
+    park->clears = cpu->tlb_clears;
+    park->protects = __atomic_load_n(&cpu->tlb_protects, __ATOMIC_ACQUIRE);
+    sweep(cpu, X86_TLBM_GLOBAL, park);
+}
+
+/* Another thread that takes write tags meanwhile either finds the new ones or is found to have been here. */
+void x86_tlb_unpark(x86_cpu *cpu, const x86_park *park)
+{
+    if (park->clears != cpu->tlb_clears)
+        return;
+    bool may_write = __atomic_load_n(&cpu->tlb_protects, __ATOMIC_ACQUIRE) == park->protects;
+    for (unsigned n = 0; n < park->count; n++) {
+        unsigned ctx = park->held[n].slot >> X86_TLB_BITS, i = park->held[n].slot & (X86_TLB_ENTRIES - 1);
+        const x86_tlb_entry *from = &park->held[n].e;
+        x86_tlb *t = &cpu->tlb[ctx];
+        if (t->meta[i])
+            continue;
+        touch(cpu, ctx, i);
+        __atomic_store_n(&t->meta[i], park->held[n].meta, __ATOMIC_RELEASE);
+        t->e[i].host = from->host;
+        t->e[i].tag_r = from->tag_r;
+        t->e[i].tag_x = from->tag_x;
+        if (may_write && from->tag_w != X86_TLB_NONE(i)) {
+            note_writable(cpu, ctx, i);
+            __atomic_store_n(&t->e[i].tag_w, from->tag_w, __ATOMIC_RELEASE);
+        }
+    }
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (may_write && __atomic_load_n(&cpu->tlb_protects, __ATOMIC_ACQUIRE) != park->protects)
+        x86_tlb_protect(cpu, UINT64_MAX);
 }
 
 /* Drop whatever could be part of a large page around la: anything large in its gigabyte. */
@@ -223,6 +259,7 @@ void x86_tlb_drop(x86_cpu *cpu, uint64_t la)
 bool x86_tlb_protect(x86_cpu *cpu, uint64_t gpa)
 {
     bool found = false;
+    __atomic_fetch_add(&cpu->tlb_protects, 1, __ATOMIC_SEQ_CST);
     for (unsigned c = 0; c < X86_NCTX; c++) {
         x86_tlb *t = &cpu->tlb[c];
         uint32_t touched = __atomic_load_n(&cpu->tlb_touched[c], __ATOMIC_RELAXED);

@@ -4,10 +4,11 @@
  * Tables lie in a pool of pages that point at each other at random: they are aliased, used at several levels, mapped as
  * data, reach themselves. One step is one instruction: a load, store, exchange, call of code, INVLPG, MOV CR3, a write of
  * CR0 or CR4; or the host program writes an entry. After each step exits, faults, error codes, addresses and registers are
- * compared, and every now and then all memory with its accessed and dirty bits.
+ * compared, and every now and then all memory with its accessed and dirty bits. Some long-mode cases use PCIDs, whose translations
+ * survive loads of CR3 with bit 63, and all types of INVPCID.
  *
  * The architecture allows translations to be stale until a flush. Which of the addresses used may be so is followed here
- * (`doubt`), and those are left alone until an INVLPG or a flush has settled them; entries that were not present, and
+ * (`doubt`, for each PCID), and those are left alone until an INVLPG or a flush has settled them; entries that were not present, and
  * changes that only allow more, leave no doubt, because a fault is never taken from a stale entry here.
  *
  * TEST_SEED and TEST_COUNT choose other cases and more steps.
@@ -21,7 +22,7 @@ enum { RAM = 0x800000, CODE = 0x1000, STACK = 0x8000, FIXED = 0x20000, POOL = 0x
        RET = 0x800 };
 enum mode { LONG, PAE, NARROW, MODES };
 static const char *const mode_names[MODES] = { "long", "pae", "narrow" };
-enum { ROOTS = 3, PLACES = 20, COLUMNS_MAX = 8 };
+enum { ROOTS = 3, PLACES = 20, PCIDS = 3, NOWHERE = ROOTS, DESCRIPTOR = 0x9000 };
 
 static uint64_t state;
 static uint32_t rnd(void)
@@ -41,6 +42,13 @@ static int anew(void *unused, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct
     out->prot = VM_PROT_NONE;
     return status;
 }
+/* What "tlb" does, through the public functions. */
+static int walk_on(void *unused, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
+{
+    (void)unused;
+    return vm_mmu_walk(cpu, gva, access, out);
+}
+static const vm_mmu_ops forwarding = { .size = sizeof forwarding, .name = "forward", .translate = walk_on };
 static const vm_mmu_ops uncached = { .size = sizeof uncached, .name = "uncached", .translate = anew };
 
 typedef struct column { const char *name; vm_backend backend; const char *mmu; } column;
@@ -52,6 +60,8 @@ static const column columns[] = {
     { "jit/tlb", VM_BACKEND_JIT, "tlb" },
     { "jit/shadow", VM_BACKEND_JIT, "shadow" },
     { "jit/ept", VM_BACKEND_JIT, "ept" },
+    { "jit/flat", VM_BACKEND_JIT, "flat" },
+    { "jit/forward", VM_BACKEND_JIT, "forward" },
 };
 enum { COLUMNS = sizeof columns / sizeof *columns };
 
@@ -61,6 +71,9 @@ static unsigned box_count;
 static enum mode mode;
 static uint64_t cr0, cr4, efer;
 static unsigned current;               /* root */
+static unsigned pcid;                  /* index of the current one; 0 without PCIDs */
+static const uint16_t pcid_values[PCIDS] = { 0, 5, 4095 };
+static unsigned root_of[PCIDS];        /* whose translations it may hold; NOWHERE: none */
 static bool is_user, has_ac;
 
 typedef struct outcome { uint64_t reason, detail[3], rip, rax, rdi; } outcome;
@@ -71,12 +84,12 @@ static uint64_t user_base(void) { return mode == LONG ? UINT64_C(1) << 39 : mode
 
 /* ---- snippets ---- */
 
-enum op { LOAD, STORE, EXCHANGE, BYTE, CALL, INVLPG, CR3, CR0, CR4, LOOP, OPS };
+enum op { LOAD, STORE, EXCHANGE, BYTE, CALL, INVLPG, CR3, CR0, CR4, LOOP, INVPCID, OPS };
 static const struct { uint8_t length, bytes[8]; } snippets[OPS] = {
     [LOAD] = { 2, { 0x8b, 0x07 } },    [STORE] = { 2, { 0x89, 0x07 } },       [EXCHANGE] = { 2, { 0x87, 0x07 } },
     [BYTE] = { 2, { 0x00, 0x07 } },    [CALL] = { 2, { 0xff, 0xd7 } },        [INVLPG] = { 3, { 0x0f, 0x01, 0x3f } },
     [CR3] = { 3, { 0x0f, 0x22, 0xdf } }, [CR0] = { 3, { 0x0f, 0x22, 0xc7 } }, [CR4] = { 3, { 0x0f, 0x22, 0xe7 } },
-    [LOOP] = { 4, { 0xff, 0xc9, 0x75, 0xfc } },
+    [LOOP] = { 4, { 0xff, 0xc9, 0x75, 0xfc } }, [INVPCID] = { 5, { 0x66, 0x0f, 0x38, 0x82, 0x07 } },
 };
 /* There are two of each, used in turn: an access that nobody answered is completed when the next run begins where it was made. */
 static unsigned turn;
@@ -140,7 +153,8 @@ static uint64_t random_entry(void)
     }
 }
 
-/* Large pages may not show what is fixed: 0x200000 and up. */
+/* Large pages may not show what is fixed: 0x200000 and up. Roots have accessed the fixed maps already: with a PCID kept, one does not
+ * look there again. */
 static void make_tables(uint8_t *ram)
 {
     for (unsigned i = 0; i < TABLES; i++)
@@ -152,8 +166,8 @@ static void make_tables(uint8_t *ram)
         uint64_t r = table(i);
         if (mode == LONG) {
             uint64_t pdpt = FIXED, pd = FIXED + 0x1000, user_pdpt = FIXED + 0x2000, user_pd = FIXED + 0x3000;
-            put(ram, r, 0, pdpt | 3), put(ram, pdpt, 0, pd | 3), put(ram, pd, 0, 0x83);
-            put(ram, r, 1, user_pdpt | 7), put(ram, user_pdpt, 0, user_pd | 7), put(ram, user_pd, 0, 0x87);
+            put(ram, r, 0, pdpt | 0x23), put(ram, pdpt, 0, pd | 3), put(ram, pd, 0, 0x83);
+            put(ram, r, 1, user_pdpt | 0x27), put(ram, user_pdpt, 0, user_pd | 7), put(ram, user_pd, 0, 0x87);
             if (below(2))
                 put(ram, r, 510, r | 3);
         } else if (mode == PAE) {
@@ -175,7 +189,7 @@ static void make_tables(uint8_t *ram)
 
 /* ---- places: linear addresses of pages that steps touch ---- */
 
-static struct place { uint64_t la; bool doubt, global_doubt, may_be_global; } places[PLACES];
+static struct place { uint64_t la; bool doubt[PCIDS], global_doubt, may_be_global; } places[PLACES];
 
 static uint64_t make_address(void)
 {
@@ -191,13 +205,13 @@ static uint64_t make_address(void)
 /* The walk of a place in the reference's memory. */
 typedef struct path { unsigned count; uint64_t at[4], leaf_gpa; bool is_mapped, is_global; } path;
 
-static path walk(uint64_t la)
+static path walk_from(unsigned root, uint64_t la)
 {
     path p = { 0 };
     const uint8_t *ram = boxes[0].ram;
     int level = mode == LONG ? 3 : 1;
     unsigned bits = mode == NARROW ? 10 : 9;
-    uint64_t at = mode == PAE ? table(current + ROOTS * (unsigned)(la >> 30 & 3)) : table(current);
+    uint64_t at = mode == PAE ? table(root + ROOTS * (unsigned)(la >> 30 & 3)) : table(root);
     for (;; level--) {
         unsigned shift = 12 + bits * (unsigned)level;
         p.at[p.count] = at + (la >> shift & (slots() - 1)) * entry_bytes();
@@ -219,32 +233,51 @@ static path walk(uint64_t la)
     }
 }
 
+static path walk(uint64_t la) { return walk_from(current, la); }
+
 /* An entry is about to change: whose translations may be stale afterwards? */
 static void note_change(uint64_t gpa, uint64_t from, uint64_t to)
 {
-    uint64_t x = from ^ to, more = 0x66;                 /* RW, US, A, D set: nothing to go stale */
+    /* RW, US, A, D set: nothing to go stale; but with SMEP or SMAP ring 0 may do less with user pages. */
+    uint64_t x = from ^ to, more = cr4 & 0x300000 ? 0x62 : 0x66;
     if (!(from & 1) || (!(x & ~more) && !(from & ~to)))
         return;
-    for (unsigned i = 0; i < PLACES; i++) {
-        path p = walk(places[i].la);
-        for (unsigned k = 0; k < p.count; k++)
-            if (p.at[k] == gpa) {
-                places[i].doubt = true;
-                places[i].global_doubt |= places[i].may_be_global;
-            }
-    }
+    for (unsigned i = 0; i < PLACES; i++)
+        for (unsigned q = 0; q < PCIDS; q++) {
+            path p = { 0 };
+            if (root_of[q] != NOWHERE)
+                p = walk_from(root_of[q], places[i].la);
+            for (unsigned k = 0; k < p.count; k++)
+                if (p.at[k] == gpa) {
+                    places[i].doubt[q] = true;
+                    places[i].global_doubt |= places[i].may_be_global;
+                }
+        }
 }
 
-static void note_flush(bool with_global)
+/* Global translations are as they were, perhaps those of another root. */
+static void note_global(struct place *p, unsigned q)
+{
+    p->global_doubt |= p->may_be_global;
+    p->doubt[q] |= p->global_doubt;
+}
+
+/* All translations of a PCID that are not global have ended. */
+static void note_flush(unsigned q)
 {
     for (unsigned i = 0; i < PLACES; i++) {
-        struct place *p = &places[i];
-        if (with_global)
-            p->may_be_global = p->global_doubt = false;
-        p->doubt = p->global_doubt;
-        if (p->may_be_global)
-            p->doubt = p->global_doubt = true;           /* perhaps of another root */
+        places[i].doubt[q] = false;
+        note_global(&places[i], q);
     }
+    root_of[q] = q == pcid ? current : NOWHERE;
+}
+
+static void note_flush_all(bool with_global)
+{
+    for (unsigned i = 0; i < PLACES && with_global; i++)
+        places[i].may_be_global = places[i].global_doubt = false;
+    for (unsigned q = 0; q < PCIDS; q++)
+        note_flush(q);
 }
 
 /* ---- a step ---- */
@@ -338,7 +371,7 @@ static void access_step(void)
 {
     struct place *p = &places[below(PLACES)];
     enum op op = (enum op)below(5);
-    if (p->doubt)
+    if (p->doubt[pcid])
         return;
     uint64_t offset = (uint64_t)slot() * entry_bytes();
     set_ring();
@@ -410,24 +443,69 @@ static void kernel(void)
         set_ring();
 }
 
-static void invlpg_step(void)
+static struct place *doubtful(unsigned q)
 {
     struct place *p = &places[below(PLACES)];
-    for (unsigned tries = 0; tries < 30 && !p->doubt; tries++)
+    for (unsigned tries = 0; tries < 30 && !p->doubt[q]; tries++)
         p = &places[below(PLACES)];
+    return p;
+}
+
+static void invlpg_step(void)
+{
+    struct place *p = doubtful(pcid);
     kernel();
     what = "INVLPG";
     (void)on_all(INVLPG, p->la + below(4096), 0);
-    p->doubt = p->global_doubt = p->may_be_global = false;
+    p->doubt[pcid] = p->global_doubt = p->may_be_global = false;
+}
+
+static bool has_pcids(void) { return cr4 & 0x20000; }
+
+static void invpcid_step(void)
+{
+    unsigned type = below(4), q = has_pcids() ? below(PCIDS) : 0;
+    struct place *p = doubtful(q);
+    uint64_t descriptor[2] = { pcid_values[q], p->la + below(4096) };
+    kernel();
+    what = "INVPCID";
+    for (unsigned i = 0; i < box_count; i++)
+        memcpy(boxes[i].ram + DESCRIPTOR, descriptor, sizeof descriptor);
+    (void)on_all(INVPCID, DESCRIPTOR, type);
+    if (type == 0) {
+        p->doubt[q] = false;
+        note_global(p, q);
+    } else if (type == 1) {
+        note_flush(q);
+    } else {
+        note_flush_all(type == 2);
+    }
+}
+
+/* MOV CR3 that keeps the PCID's translations: those of another root are in doubt. */
+static void note_kept(unsigned q, unsigned before)
+{
+    for (unsigned i = 0; i < PLACES; i++) {
+        places[i].doubt[q] |= before != NOWHERE && before != current;
+        note_global(&places[i], q);
+    }
+    root_of[q] = current;
 }
 
 static void cr3_step(void)
 {
+    bool is_kept = has_pcids() && below(3);
     kernel();
     what = "MOV CR3";
-    current = below(ROOTS);
-    (void)on_all(CR3, root_cr3(current), 0);
-    note_flush(!(cr4 & 0x80));
+    pcid = has_pcids() ? below(PCIDS) : 0;
+    current = is_kept && below(4) && root_of[pcid] != NOWHERE ? root_of[pcid] : below(ROOTS);
+    (void)on_all(CR3, root_cr3(current) | pcid_values[pcid] | (uint64_t)is_kept << 63, 0);
+    if (is_kept)
+        note_kept(pcid, root_of[pcid]);
+    else if (cr4 & 0x80 || has_pcids())
+        note_flush(pcid);
+    else
+        note_flush_all(true);
 }
 
 static void control_step(void)
@@ -439,9 +517,11 @@ static void control_step(void)
         (void)on_all(CR0, cr0, 0);
     } else {
         cr4 ^= below(2) ? 0x80 : mode == LONG && below(2) ? 0x300000 : 0x80;      /* PGE; SMEP and SMAP */
+        if (mode == LONG && !pcid && !below(3))
+            cr4 ^= 0x20000;            /* PCIDE */
         (void)on_all(CR4, cr4, 0);
     }
-    note_flush(true);
+    note_flush_all(true);
 }
 
 /* ---- a case ---- */
@@ -475,6 +555,8 @@ static void open_boxes(void)
         cr4 |= mode == NARROW ? 0x10 : 0x20;
         if (state & 16)
             cr4 |= 0x80;
+        if (mode == LONG && (state & 64))
+            cr4 |= 0x20000;
         efer = s.efer | (mode != NARROW && (state & 32) ? 0x800 : 0);
         s.cr4 = cr4;
         s.efer = efer;
@@ -488,7 +570,9 @@ static void open_boxes(void)
             if (places[k].la == places[i].la)
                 { i--; break; }
     }
-    current = 0;
+    current = pcid = 0;
+    for (unsigned q = 0; q < PCIDS; q++)
+        root_of[q] = q ? NOWHERE : 0;
     is_user = has_ac = false;
 }
 
@@ -508,8 +592,10 @@ static void run_case(uint64_t seed, unsigned steps)
             access_step();
         else if (k < 75)
             mutate_step();
-        else if (k < 90)
+        else if (k < 87)
             invlpg_step();
+        else if (k < 89)
+            invpcid_step();
         else if (k < 98)
             cr3_step();
         else
@@ -534,6 +620,7 @@ static void run_mode(const void *arg)
     mode = *(const enum mode *)arg;
     const char *seed = getenv("TEST_SEED"), *count = getenv("TEST_COUNT");
     OK(vm_mmu_register(&uncached));
+    OK(vm_mmu_register(&forwarding));
     for (unsigned i = 0; i < 12; i++)
         run_case((seed ? strtoull(seed, NULL, 0) : 1) * 1000 + i * 48 + mode * UINT64_C(7919), count ? (unsigned)atoi(count) : 1500);
     CHECK(shadow_hits > 100);          /* shadows were used, and written tables noticed */

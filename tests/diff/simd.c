@@ -197,9 +197,9 @@ static int env_write(x86_cpu *c, uint64_t gpa, uint64_t gva, unsigned n, uint64_
     return X86_IO_EXIT;
 }
 
-static void env_root(x86_cpu *c, bool keep)
+static void env_root(x86_cpu *c, unsigned how)
 {
-    (void)keep;
+    (void)how;
     x86_tlb_clear(c);
 }
 

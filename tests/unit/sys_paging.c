@@ -295,6 +295,8 @@ TEST(invpcid)
     for (unsigned type = 0; type < 4; type++) {
         cpu->gpr[X86_RAX] = type;
         RUNS(0x66, 0x0f, 0x38, 0x82, 0x03);
+        CHECK_EQ(invpcid_type, type);
+        CHECK_EQ(invpcid_la, LA & ~UINT64_C(0xfff));
     }
     cpu->gpr[X86_RAX] = 4;
     RAISES(X86_GP, 0, 0x66, 0x0f, 0x38, 0x82, 0x03);
@@ -303,6 +305,7 @@ TEST(invpcid)
     RAISES(X86_GP, 0, 0x66, 0x0f, 0x38, 0x82, 0x03);
     cpu->cr4 |= X86_CR4_PCIDE;
     RUNS(0x66, 0x0f, 0x38, 0x82, 0x03);
+    CHECK_EQ(invpcid_pcid, 1);
     put64(0x7000, 0x1000);
     RAISES(X86_GP, 0, 0x66, 0x0f, 0x38, 0x82, 0x03);
     put64(0x7000, 0), put64(0x7008, UINT64_C(0x800000000000));

@@ -58,10 +58,10 @@ static bool bare_fill(x86_cpu *c, uint64_t la, unsigned access, unsigned ctx, ui
         x86_tlb_set(c, ctx, la, w.gpa, ram + (w.gpa & X86_PAGE_MASK), w.prot, w.global, w.page_bytes);
     return true;
 }
-static void bare_root(x86_cpu *c, bool keep_global)
+static void bare_root(x86_cpu *c, unsigned how)
 {
     flushes++;
-    if (keep_global)
+    if (how & X86_ROOT_GLOBAL)
         x86_tlb_clear_nonglobal(c);
     else
         x86_tlb_clear(c);
@@ -70,6 +70,13 @@ static void bare_invalidate(x86_cpu *c, uint64_t la, uint64_t bytes)
 {
     (void)bytes;
     x86_tlb_drop(c, la);
+}
+static unsigned invpcid_type, invpcid_pcid;
+static uint64_t invpcid_la;
+static void bare_invpcid(x86_cpu *c, unsigned type, unsigned pcid, uint64_t la)
+{
+    (void)c;
+    invpcid_type = type, invpcid_pcid = pcid, invpcid_la = la;
 }
 static void bare_code(x86_cpu *c, uint64_t gpa) { (void)c, (void)gpa; }
 static uint64_t bare_tsc(x86_cpu *c) { (void)c; return 1000; }
@@ -98,6 +105,7 @@ static const x86_env bare_env = {
     .fill = bare_fill,
     .root_changed = bare_root,
     .invalidate = bare_invalidate,
+    .invalidate_pcid = bare_invpcid,
     .code_page = bare_code,
     .tsc = bare_tsc,
     .random = bare_random,

@@ -74,9 +74,9 @@ static bool fill(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint6
     return true;
 }
 
-static void root_changed(x86_cpu *cpu, bool keep_global)
+static void root_changed(x86_cpu *cpu, unsigned how)
 {
-    if (keep_global)
+    if (how & X86_ROOT_GLOBAL)
         x86_tlb_clear_nonglobal(cpu);
     else
         x86_tlb_clear(cpu);
@@ -86,7 +86,13 @@ static void root_changed(x86_cpu *cpu, bool keep_global)
 static void invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes)
 {
     (void)la, (void)bytes;
-    root_changed(cpu, false);
+    root_changed(cpu, 0);
+}
+
+static void invalidate_pcid(x86_cpu *cpu, unsigned type, unsigned pcid, uint64_t la)
+{
+    (void)type, (void)pcid, (void)la;
+    root_changed(cpu, 0);
 }
 
 static void code_page(x86_cpu *cpu, uint64_t gpa)
@@ -111,7 +117,8 @@ static void nothing(x86_cpu *cpu) { (void)cpu; }
 
 static const x86_env env = {
     .page = page, .phys_read = phys_read, .phys_write = phys_write, .port_in = port_in, .port_out = port_out, .fill = fill,
-    .root_changed = root_changed, .invalidate = invalidate, .code_page = code_page, .tsc = tsc, .random = bare_random,
+    .root_changed = root_changed, .invalidate = invalidate, .invalidate_pcid = invalidate_pcid, .code_page = code_page,
+    .tsc = tsc, .random = bare_random,
     .msr_read = msr_read, .msr_write = msr_write, .cr8_read = cr8_read, .cr8_write = cr8_write, .apic_id = apic_id,
     .cpu_count = cpu_count, .ferr = ferr, .hypercall = hypercall, .lock_begin = nothing, .lock_end = nothing,
 };
