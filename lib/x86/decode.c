@@ -330,6 +330,8 @@ static const row *find_row(const ZydisDecodedInstruction *zi, const x86_insn *in
                 return &v->r;
     if (is_vec && vec_rows[zi->mnemonic].exec)
         return &vec_rows[zi->mnemonic];
+    if (zi->meta.isa_ext == ZYDIS_ISA_EXT_KNC || zi->meta.isa_ext == ZYDIS_ISA_EXT_KNCE)
+        return NULL;              /* Xeon Phi's VEX forms of POPCNT and its like */
     if (plain_rows[zi->mnemonic].exec && !(is_vec && (plain_rows[zi->mnemonic].flags & X86_IF_STRING)))
         return &plain_rows[zi->mnemonic];
     if (isa_rows[zi->meta.isa_set].exec)

@@ -18,6 +18,9 @@ tests_diff_programs_LDFLAGS = -static
 check_PROGRAMS += tests/diff/diff
 tests_diff_diff_SOURCES = tests/diff/backends.c tests/diff/native.c tests/diff/native.h
 tests_diff_diff_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+check_PROGRAMS += tests/diff/opcodes
+tests_diff_opcodes_SOURCES = tests/diff/opcodes.c tests/diff/native.c tests/diff/native.h
+tests_diff_opcodes_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 
 # Longer: make diff CASES=1000000 SEED=7
 CASES = 200000

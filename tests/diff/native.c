@@ -148,6 +148,7 @@ static void run_case(const native_case *c, native_result *r)
         uint32_t target = (uint32_t)context->in.rip;
         memcpy(context->stubs + 48, &target, 4);
         context->in.rip = N_CONTEXT + offsetof(struct context, stubs) + 32;
+        __asm__ volatile("mov %0, %%ds\n\tmov %0, %%es" : : "r"(0x2b));        /* a 64-bit process may have null selectors there */
     }
     native_fill((unsigned char *)N_DATA, N_DATA_BYTES, c->memory_seed);
     place_code(c);
