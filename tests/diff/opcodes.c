@@ -45,7 +45,7 @@ static void with_modrm(const lister *l, unsigned char *bytes, unsigned length, b
 
 static bool is_whole_group(unsigned map, unsigned opcode)
 {
-    return (map == 0 && opcode >= 0xd8 && opcode <= 0xdf) || (map == 1 && (opcode == 0x01 || opcode == 0xae || opcode == 0xc7 || opcode == 0x1e));
+    return (map == 0 && opcode >= 0xd8 && opcode <= 0xdf) || (map == 1 && strchr("\x01\x1e\xae\xc7", (int)opcode) && opcode);
 }
 
 static void legacy(const lister *l)
@@ -54,8 +54,8 @@ static void legacy(const lister *l)
         { { 0 }, 0 }, { { 0x66 }, 1 }, { { 0xf2 }, 1 }, { { 0xf3 }, 1 }, { { 0xf0 }, 1 }, { { 0x67 }, 1 }, { { 0x66, 0xf2 }, 2 },
         { { 0x66, 0xf3 }, 2 }, { { 0xf3, 0x66 }, 2 }, { { 0xf2, 0xf3 }, 2 }, { { 0xf3, 0xf2 }, 2 }, { { 0x66, 0xf0 }, 2 },
         { { 0xf2, 0xf0 }, 2 }, { { 0x2e, 0x3e }, 2 },
-        { { 0x48 }, 1 }, { { 0x44 }, 1 }, { { 0x66, 0x48 }, 2 }, { { 0xf2, 0x48 }, 2 }, { { 0xf3, 0x48 }, 2 }, { { 0xf0, 0x48 }, 2 },
-        { { 0x48, 0x66 }, 2 }, { { 0x66, 0xf3, 0x48 }, 3 },
+        { { 0x48 }, 1 }, { { 0x44 }, 1 }, { { 0x66, 0x48 }, 2 }, { { 0xf2, 0x48 }, 2 }, { { 0xf3, 0x48 }, 2 },
+        { { 0xf0, 0x48 }, 2 }, { { 0x48, 0x66 }, 2 }, { { 0x66, 0xf3, 0x48 }, 3 },
     };
     static const unsigned char maps[4][2] = { { 0 }, { 0x0f }, { 0x0f, 0x38 }, { 0x0f, 0x3a } };
     static const unsigned map_bytes[4] = { 0, 1, 2, 2 };
@@ -81,9 +81,8 @@ static void vex(const lister *l)
         for (unsigned opcode = 0; opcode < 256; opcode++)
             for (unsigned k = 0; k < 32; k++) {
                 /* pp, L, W, and vvvv: none or a register */
-                unsigned char bytes[16] = { 0xc4, (unsigned char)(0xe0 | map),
-                                            (unsigned char)((k >> 3 & 1) << 7 | (k & 16 ? 0x58 : 0x78) | (k >> 2 & 1) << 2 | (k & 3)),
-                                            (unsigned char)opcode };
+                unsigned last = (k >> 3 & 1) << 7 | (k & 16 ? 0x58 : 0x78) | (k >> 2 & 1) << 2 | (k & 3);
+                unsigned char bytes[16] = { 0xc4, (unsigned char)(0xe0 | map), (unsigned char)last, (unsigned char)opcode };
                 with_modrm(l, bytes, 4, false);
                 if (map == 1 && !(k & 8)) {
                     unsigned char two[16] = { 0xc5, (unsigned char)(0x80 | (bytes[2] & 0x7f)), (unsigned char)opcode };
@@ -98,7 +97,8 @@ static void odd(const lister *l)
     static const char *const list[] = {
         "\x66\xc5\xf8\x57\xc0", "\xf2\xc5\xf8\x57\xc0", "\xf3\xc5\xf8\x57\xc0", "\xf0\xc5\xf8\x57\xc0", "\x67\xc5\xf8\x57\xc0",
         "\x2e\xc5\xf8\x57\xc0", "\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x90",
-        "\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x90", "\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x0f\x0b",
+        "\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x66\x90",
+        "\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x2e\x0f\x0b",
         "\xf0\x66\xf0\x90", "\xf0\x0f\x0b", "\xf0\xcc", "\xf0\x0f\x1f\x03",
     };
     for (unsigned i = 0; i < sizeof list / sizeof list[0]; i++)
@@ -123,6 +123,13 @@ static bool decode(const encoding *e, ZydisDecodedInstruction *d)
     memset(bytes, 0xcc, sizeof bytes);
     memcpy(bytes, e->bytes, e->length);
     return ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoders[e->bits == 64], NULL, bytes, sizeof bytes - 1, d));
+}
+
+/* SLDT and STR; SGDT, SIDT and SMSW. */
+static bool is_umip(unsigned char second, unsigned char modrm)
+{
+    unsigned reg = modrm >> 3 & 7;
+    return second == 0x00 ? reg < 2 : reg == 4 || (modrm < 0xc0 && reg < 2);
 }
 
 static bool is_left_out(const encoding *e)
@@ -156,8 +163,8 @@ static bool is_left_out(const encoding *e)
             return true;
         if (second == 0x01 && (third == 0xc1 || third == 0xd9 || third == 0xee || third == 0xef || third == 0xfb || third == 0xfa))
             return true;                    /* hypervisor calls, protection keys, MWAITX */
-        if ((second == 0x00 && (third >> 3 & 7) < 2) || (second == 0x01 && ((third >> 3 & 7) == 4 || (third < 0xc0 && (third >> 3 & 7) < 2))))
-            return true;                    /* SLDT, STR, SGDT, SIDT, SMSW: forbidden by UMIP, and then some are emulated by the kernel */
+        if (second <= 0x01 && is_umip(second, third))
+            return true;                    /* the host's kernel may forbid them, and then emulates some */
         if (second == 0xf7 && e->bits == 32)
             return true;                    /* MASKMOVQ: whether bytes that are masked out can fault differs by model */
         if (second == 0xae && third >= 0xc0 && e->bits == 64)
@@ -165,14 +172,16 @@ static bool is_left_out(const encoding *e)
         break;
     default: break;
     }
-    if (e->bits == 64 && is_opsize && (op == 0xe8 || op == 0xe9 || (op & 0xf0) == 0x70 || (op & 0xfc) == 0xe0 || op == 0xeb || (op == 0x0f && (second & 0xf0) == 0x80)))
+    bool is_near_branch = op == 0xe8 || op == 0xe9 || op == 0xeb || (op & 0xf0) == 0x70 || (op & 0xfc) == 0xe0 ||
+                          (op == 0x0f && (second & 0xf0) == 0x80);
+    if (e->bits == 64 && is_opsize && is_near_branch)
         return true;                        /* near branches with 66: vendors differ */
     /* An opcode without ModRM: once is enough, and the byte behind it is no INT3. */
     return decode(e, &d) && d.length < e->length && e->bytes[e->length - 1] != 0x03;
 }
 
-/* What the guest raises #UD for, although this host goes on: features that no guest is offered, and what the manuals do not define:
- * LOCK with a move to or from CR (AMD's other name of CR8) or with VERW, VPERMQ and VPERMPD without VEX.W. */
+/* What the guest raises #UD for, although this host goes on: features that no guest is offered, and what the manuals do not
+ * define: LOCK with a move to or from CR (AMD's other name of CR8) or with VERW, VPERMQ and VPERMPD without VEX.W. */
 static bool is_not_offered(const encoding *e)
 {
     ZydisDecodedInstruction d;
@@ -355,7 +364,9 @@ static void opcode_maps(vm_backend backend)
         test_skip("the window at %#" PRIx64 " cannot be mapped in this process", N_CODE);
     guest_open(&t.g, backend);
     vm_sregs s = VM_SREGS_INIT;
+    OK(vm_vcpu_set_mode(t.g.cpu, VM_MODE_FLAT64));
     OK(vm_vcpu_get_sregs(t.g.cpu, &s));
+    __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !(s.xcr0 & 4))
         test_skip("no AVX2 here or in a guest of this backend");
     t.b->count = 0;
