@@ -15,7 +15,8 @@
  * the emitter knows up to three sources: the host's flags (`host`), a saved image in JIT_SLOT_FLAGS (`mem`), or a
  * recipe: the last instruction that wrote them can be done again on registers nobody has changed since (CMP and TEST as
  * they are, ADD and SUB by inverting, logic from its result). A recipe costs nothing on the fast path: it is carried
- * out in the stubs.
+ * out in the stubs. A recipe that will not last (`late`: a register of it changes while somebody may still ask) is put
+ * into memory as such just before.
  *
  * Checks. `mov r13d, r14d; shr; and; xor r14, tag; cmp r14, 4096 - size; ja slow; add r14, host`: see cpu.h. A slow
  * stub asks C for a host pointer (RAM after a TLB fill, or a bounce buffer), makes the access again from its own copy,
@@ -60,7 +61,7 @@ typedef struct side_stub {
     uint8_t *jump;
     const jit_op *op;
     bool host, mem, image;
-    int recipe;
+    int recipe, late;
     unsigned tmp_reg;
     int32_t sp;
 } side_stub;
@@ -87,6 +88,7 @@ typedef struct emitter {
     bool host, mem; /* where the flags are now */
     bool image;     /* `mem` is known to be an image, not a recipe */
     int recipe;     /* instruction that can be done again, or -1 */
+    int late;       /* the same, but only here: its registers will change */
     unsigned nslow, nleave, nside, nlink;
     side_stub side[JIT_MAX_SIDES];
     unsigned ndiv;
@@ -208,6 +210,7 @@ static bool recipe_holds(const jit_unit *u, unsigned i) {
     if (u->info[i].written != X86_FL_ARITH || !recipe_regs(&u->insn[i], &regs)) return false;
     for (unsigned k = i + 1; k < u->count; k++) {
         if ((u->info[k].can_leave || u->info[k].host_at) && (changed & regs)) return false;
+        if (u->info[k].is_side && (jit_changed_regs(&u->insn[k]) & regs)) return false; /* GUARD: after the change */
         if (u->info[k].falls_back) return true;
         if (u->info[k].written) return u->info[k].written == X86_FL_ARITH || !u->info[k].host_at;
         changed |= jit_changed_regs(&u->insn[k]);
@@ -261,12 +264,20 @@ static void emit_regen(emitter *e, int i) {
 
 static bool recoverable(const emitter *e) { return e->mem || e->recipe >= 0; }
 
+static void need_mem(emitter *e) {
+    if (e->mem) return;
+    int recipe = e->recipe >= 0 ? e->recipe : e->late;
+    if (recipe >= 0)
+        emit_lazy(e, recipe);
+    else
+        emit_save(e->w);
+    e->image = recipe < 0;
+    e->mem = true;
+}
+
 /* The host's flags are about to be destroyed: make them recoverable. */
 static void before_clobber(emitter *e) {
-    if (!recoverable(e) && e->host) {
-        emit_save(e->w);
-        e->mem = e->image = true;
-    }
+    if (!recoverable(e) && e->host) need_mem(e);
 }
 
 static void need_host(emitter *e) {
@@ -280,23 +291,25 @@ static void need_host(emitter *e) {
     e->host = true;
 }
 
-static void need_mem(emitter *e) {
-    if (e->mem) return;
-    if (e->recipe >= 0)
-        emit_lazy(e, e->recipe);
-    else
-        emit_save(e->w);
-    e->image = e->recipe < 0;
-    e->mem = true;
-}
-
 /* Instruction i has executed natively. */
 static void after_insn(emitter *e, unsigned i) {
     const jit_info *f = &e->u->info[i];
     if (!f->written && !(e->u->insn[i].flags_maybe & X86_FL_ARITH)) return;
     e->host = true;
     e->mem = false;
+    uint16_t regs;
     e->recipe = recipe_holds(e->u, i) ? (int)i : -1;
+    e->late = e->recipe < 0 && f->written == X86_FL_ARITH && recipe_regs(&e->u->insn[i], &regs) ? (int)i : -1;
+}
+
+/* Instruction i comes next: does it change a register of the late recipe, and might its flags be wanted after that? */
+static void before_insn(emitter *e, unsigned i) {
+    uint16_t regs;
+    if (e->late < 0 || e->late == (int)i) return;
+    recipe_regs(&e->u->insn[e->late], &regs);
+    if (!e->u->info[i].falls_back && !(jit_changed_regs(&e->u->insn[i]) & regs)) return;
+    if (e->u->info[i].exact_at) need_mem(e);
+    e->late = -1;
 }
 
 /* ---- guest instructions with host registers ---- */
@@ -951,6 +964,7 @@ static void leave_by_side(emitter *e, const jit_op *o, unsigned cc) {
                                       .mem = e->mem,
                                       .image = e->image,
                                       .recipe = e->recipe,
+                                      .late = e->late,
                                       .tmp_reg = e->tmp_reg,
                                       .sp = e->sp};
 }
@@ -985,9 +999,11 @@ static void emit_guard(emitter *e, const jit_op *o) {
 static void emit_guard_stub(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     if (o->op == IR_GUARD_CALL) {
-        leave_stub *s = new_leave(e, JIT_LEAVE_STEP, NULL);
+        leave_stub *s = new_leave(e, JIT_LEAVE_GUARD, NULL);
         s->rip = e->u->insn_rip[o->insn];
         s->index = (uint8_t)o->insn;
+        e_mov_imm(w, T0, (uint64_t)(uintptr_t)e->block);
+        e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_LINK));
         emit_leave_stub(e, s);
         e->nleave--;
         return;
@@ -1007,6 +1023,7 @@ static void emit_side_stub(emitter *e, const side_stub *s) {
     e->mem = s->mem;
     e->image = s->image;
     e->recipe = s->recipe;
+    e->late = s->late;
     e->tmp_reg = s->tmp_reg;
     e->sp = s->sp;
     settle_sp(e);
@@ -1028,7 +1045,7 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     e_call_to(w, e->j->fallback[vec]);
     e->host = false;
     e->mem = e->image = true;
-    e->recipe = -1;
+    e->recipe = e->late = -1;
 }
 
 /* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below
@@ -1061,7 +1078,7 @@ static void emit_div(emitter *e, const jit_op *o) {
     s->resume = w->p;
     e->host = true; /* undefined: what the host's DIV leaves, as the semantic function does */
     e->mem = e->image = false;
-    e->recipe = -1;
+    e->recipe = e->late = -1;
 }
 
 static void emit_div_stub(emitter *e, const div_stub *s) {
@@ -1200,6 +1217,7 @@ static void emit_op(emitter *e, unsigned k) {
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
+    before_insn(e, o->insn);
     if (op_is_seen[o->op] || (u->cpu->watch && (o->op == IR_EA || o->op == IR_EA_SP || o->op == IR_EA_BP))) settle_sp(e);
     switch (o->op) {
     case IR_NATIVE:
@@ -1277,7 +1295,7 @@ static void emit_block(emitter *e) {
     e->host = u->entry_need & JIT_NEED_HOST;
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
-    e->recipe = e->t0_group = e->last_hook = -1;
+    e->recipe = e->late = e->t0_group = e->last_hook = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
     jit_cover_stubs(u, e->w);

@@ -791,6 +791,19 @@ static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigne
     j->unit->path = NULL;
 }
 
+bool jit_has_no_guard(const jit *j, uint64_t rip) { return j->no_guard[hash_block(rip) & 1023]; }
+
+/* The CALL at rip went elsewhere: the interpreter makes it. If that is its habit, the trace goes. */
+static void note_miss(jit *j, x86_cpu *cpu) {
+    enum { MOST = 32 };
+    jit_block *b = (jit_block *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
+    j->step_one = true;
+    if (b->is_dead || ++b->bails < MOST) return;
+    j->no_guard[hash_block(cpu->rip) & 1023] = 1;
+    kill_block(j, b);
+    j->samples[hash_block(b->rip) & 255].count = 0; /* another trace may be better */
+}
+
 /* A slice has ended in front of code that is hot: note where execution goes from here, and translate that way. */
 static x86_stop sample(jit *j, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
@@ -925,6 +938,8 @@ static x86_stop run_loop(jit *j) {
             else if (reason == JIT_LEAVE_STEP || reason == JIT_LEAVE_WATCHED) {
                 j->step_one = true;
                 if (reason == JIT_LEAVE_STEP) jit_hook_half_way(cpu);
+            } else if (reason == JIT_LEAVE_GUARD) {
+                note_miss(j, cpu);
             } else if (reason == JIT_LEAVE_SLICE) {
                 x86_stop stop = sample(j, key);
                 if (stop) return stop;

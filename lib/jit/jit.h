@@ -229,6 +229,7 @@ typedef struct jit {
     bool must_flush;      /* at the next block boundary */
     x86_memo memo[X86_MEMOS];
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
+    uint8_t no_guard[1024];  /* by rip: CALLs that go to several places: traces end with them */
     bool has_avx, has_bmi2;
     bool window_stale;        /* the memory map changed */
     uint64_t window_gpa[2];   /* for reads, for writes; in emitted code as constants: where it begins, and */
@@ -299,6 +300,7 @@ enum {
     JIT_LEAVE_VEC,
     JIT_LEAVE_X87,
     JIT_LEAVE_STEP, /* half-way through an instruction */
+    JIT_LEAVE_GUARD /* in front of a CALL that did not go where the trace in the LINK slot says */,
     JIT_LEAVE_WATCHED /* in front of one that is the interpreter's */,
     JIT_LEAVE_HOOKED /* jit_hook_site decided */
 };
@@ -403,6 +405,7 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t site);
 uint64_t jit_help_after(x86_cpu *cpu, uint32_t site); /* leaves */
 #define JIT_OUT 1 /* what they return to leave the block */
 bool jit_is_stop(const jit *j, uint64_t rip);
+bool jit_has_no_guard(const jit *j, uint64_t rip);
 void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa);
 
 #endif

@@ -615,7 +615,8 @@ static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, u
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), direct = wrap(u, next + in->imm), target = u->path[i + 1];
     bool is_last = i + 1 == u->path_count, is_direct = class != C_RET && in->op[0].kind == X86_OP_REL;
     if (((target ^ u->rip) & X86_PAGE_MASK) || u->sides == JIT_MAX_SIDES || u->nextents >= MAX_PATH_PIECES ||
-        (is_direct && target != direct && (class != C_JCC || target != next)) || (is_last && class == C_JCC))
+        (is_direct && target != direct && (class != C_JCC || target != next)) || (is_last && class == C_JCC) ||
+        (class == C_CALL && jit_has_no_guard(u->j, u->insn_rip[i])))
         return false;
     switch (class) {
     case C_JCC: add_side(u, i, target == next ? in->cc : in->cc ^ 1u, target == next ? direct : next); break;

@@ -6,7 +6,7 @@
  * whenever they stop, everything the guest could see is compared. After an exception both go on at another block, and
  * the same code runs again warm with other registers.
  *
- * TEST_SEED and TEST_COUNT choose other cases and more. A case that fails is run again with instruction after
+ * TEST_SEED and TEST_COUNT choose other cases and more, TEST_SLICE the JIT's slices. A case that fails is run again with instruction after
  * instruction replaced by NOPs; what remains is printed.
  */
 #include "test.h"
@@ -800,7 +800,8 @@ static const char *run_once(enum mode m)
 static const char *run_case(enum mode m, uint64_t seed, const bool *is_nop)
 {
     const char *what = NULL;
-    setenv("LIBVM_JIT_SLICE", seed & 1 ? "40" : "16384", 1); /* after a short one, where execution goes is translated as a trace */
+    const char *slice = getenv("TEST_SLICE"); /* after a short one, where execution goes is translated as a trace */
+    setenv("LIBVM_JIT_SLICE", slice ? slice : seed & 1 ? "40" : "16384", 1);
     columns_renew();
     record(&interp, seed);
     record(&jit, seed);
