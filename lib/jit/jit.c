@@ -615,6 +615,15 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
     return p;
 }
 
+/* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
+static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
+    unsigned seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
+    uint64_t offset = seg == X86_FS || seg == X86_GS ? la - cpu->seg[seg].base : la;
+    if (s->in.mode != 8) offset = (uint32_t)offset;
+    if (s->in.mode == 8 ? x86_canonical(la) && x86_canonical(la + s->size - 1) : offset + s->size <= UINT64_C(1) << 32) return;
+    x86_linear(cpu, seg, offset, s->size, s->access);
+}
+
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = jit_begin_helper(cpu, at);
@@ -624,10 +633,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
         return span;
     }
     if (s->align > 1 && (la & (s->align - 1u))) x86_raise_error(cpu, X86_GP, 0);
-    if (s->in.mode == 8 && (!x86_canonical(la) || !x86_canonical(la + s->size - 1))) {
-        unsigned seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
-        x86_linear(cpu, seg, seg == X86_FS || seg == X86_GS ? la - cpu->seg[seg].base : la, s->size, s->access);
-    }
+    check_range(cpu, s, la);
     x86_io_retire(cpu);
     j->bounce_active = false;
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);

@@ -72,7 +72,9 @@ static uint8_t *resolve(x86_cpu *cpu, uint64_t la, unsigned n, unsigned access, 
     return page && (prot & access) == access ? page + (*gpa & 0xfff) : NULL;
 }
 
-static x86_io_access *replay(x86_cpu *cpu)
+/* What the log has for the access to be made. The caller may have changed registers since it was written: what follows an
+ * access to another place is forgotten. */
+static x86_io_access *replay(x86_cpu *cpu, uint64_t place, bool is_port, bool is_write)
 {
     if (!cpu->io_pos)
         cpu->hook_credit = 0;
@@ -80,7 +82,13 @@ static x86_io_access *replay(x86_cpu *cpu)
         cpu->hook_credit++;            /* reported before the access was made, or to a hook that is no longer there */
     if (cpu->io_pos >= cpu->io_count || cpu->io_pos >= X86_IO_LOG)
         return NULL;
-    return &cpu->io_log[cpu->io_pos++];
+    x86_io_access *a = &cpu->io_log[cpu->io_pos];
+    if (a->is_port != is_port || a->is_write != is_write || (is_port ? a->port : a->gpa) != place) {
+        cpu->io_count = cpu->io_pos;
+        return NULL;
+    }
+    cpu->io_pos++;
+    return a;
 }
 
 static void log_done(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value, bool is_write, bool is_fetch)
@@ -104,7 +112,7 @@ static void log_port(x86_cpu *cpu, const x86_io_access *a)
 
 static uint64_t io_read(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, unsigned access)
 {
-    const x86_io_access *old = replay(cpu);
+    const x86_io_access *old = replay(cpu, gpa, false, false);
     if (old)
         return old->data;
     uint64_t value = 0;
@@ -119,7 +127,7 @@ static uint64_t io_read(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uns
 
 static void io_write(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value)
 {
-    if (replay(cpu))
+    if (replay(cpu, gpa, false, true))
         return;
     cpu->stat[X86_STAT_MMIO]++;
     if (cpu->env->phys_write(cpu, gpa, la, n, value) == X86_IO_EXIT) {
@@ -410,7 +418,7 @@ bool x86_cmpxchg_phys(x86_cpu *cpu, uint64_t gpa, unsigned n, uint64_t old, uint
 
 uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n)
 {
-    const x86_io_access *old = replay(cpu);
+    const x86_io_access *old = replay(cpu, port, true, false);
     if (old) {
         x86_hook_port(cpu, port, n, old->data, false);
         return old->data;
@@ -429,7 +437,7 @@ uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n)
 void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value)
 {
     x86_hook_port(cpu, port, n, value, true);
-    if (replay(cpu))
+    if (replay(cpu, port, true, true))
         return;
     x86_io_access a = { .port = port, .width = (uint8_t)n, .data = value, .is_port = true, .is_write = true };
     cpu->stat[X86_STAT_IO]++;

@@ -119,7 +119,10 @@ static uint64_t movs_bulk(x86_cpu *cpu, const x86_insn *in, const string_state *
 {
     if (count < 4)
         return 0;
-    uint64_t from = source(cpu, in, s), to = destination(cpu, s, X86_WRITE);
+    uint64_t from = source(cpu, in, s);
+    if (!x86_direct(cpu, from, s->n, X86_READ))              /* its faults come before any of the destination */
+        return 0;
+    uint64_t to = destination(cpu, s, X86_WRITE);
     count = run_length(cpu, s, in->seg, X86_RSI, from, count);
     count = run_length(cpu, s, X86_ES, X86_RDI, to, count);
     if (!count)

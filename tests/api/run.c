@@ -561,6 +561,27 @@ EACH_BACKEND(mmio_read_modify_write_is_one_read_and_one_write)
     DONE(cpu);
 }
 
+/* The log of what an instruction has done is for the same places only. */
+EACH_BACKEND(mmio_operand_moved_to_memory_between_its_accesses)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("KVM finishes the write it has begun");
+    vm_vcpu *cpu = MMIO_MACHINE("\x11\x06\xf4");        /* adc [rsi], eax; hlt: on a page that is code */
+    vm_exit e = run(cpu, 0);
+    CHECK_EQ(e.reason, VM_EXIT_MMIO);
+    e.mmio.data = 5;
+    set(cpu, VM_REG_RAX, 37);
+    OK(vm_vcpu_run(cpu, NULL, &e));
+    CHECK(e.reason == VM_EXIT_MMIO && e.mmio.is_write);
+    set(cpu, VM_REG_RSI, 0x100);
+    OK(vm_vcpu_run(cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    uint32_t sum = 0;
+    OK(vm_read(vm_vcpu_machine(cpu), 0x100, &sum, 4));
+    CHECK_EQ(sum, 37);
+    DONE(cpu);
+}
+
 EACH_BACKEND(mmio_locked_exchange)
 {
     vm_vcpu *cpu = MMIO_MACHINE("\x87\x06\xf0\x0f\xc1\x5e\x04\xf4");    /* xchg [rsi], eax; lock xadd [rsi+4], ebx; hlt */

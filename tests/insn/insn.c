@@ -309,7 +309,8 @@ static const struct { const char *cases, *why; } kvm_emulator_limits[] = {
     { " rmw_across_into_read_only_page_k@k64 rmw_across_into_read_only_page_u@c32 write_across_into_read_only_page_k@k64"
       " write_across_into_read_only_page_u@c32 ", "this host's KVM writes the first page before it looks at the second" },
     { " straddling_the_canonical_hole@k64 straddling_the_canonical_hole@u64 syscall_without_sce@u64 icebp@u64"
-      " cmpxchg16b_misaligned_before_canonical@f64 cmpxchg16b_misaligned_before_canonical@k64"
+      " access_over_the_end_of_4_gib@p32 access_over_the_end_of_4_gib@c32 access_over_the_end_of_4_gib_by_ebp@p32"
+      " access_over_the_end_of_4_gib_by_ebp@c32 cmpxchg16b_misaligned_before_canonical@f64 cmpxchg16b_misaligned_before_canonical@k64"
       " cmpxchg16b_misaligned_before_canonical@u64 ",
       "this host's KVM raises another exception" },
 };
