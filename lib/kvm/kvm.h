@@ -6,6 +6,7 @@
  *   kvm_cpuid.c    CPUID: what libvm shows, cut down to what this host's KVM can do
  *   kvm_state.c    x86_cpu <-> KVM's structures, by parts (VM_STATE_*)
  *   kvm_exit.c     exits made into the accesses and stops that the software backends make, exact RIP for them
+ *   kvm_limits.c   guests that this host's KVM cannot run
  *   kvm_run.c      entering the guest: kicks, interrupts, until, budgets, instructions that KVM cannot emulate
  *
  * Where a vCPU's state is. `valid` names the parts of x86_cpu that are current, `dirty` those that are newer than KVM's
@@ -51,7 +52,8 @@ typedef struct kvm_machine {
     unsigned max_slots;
     bool can_sync, can_read_only, can_debug, has_xcrs, has_shadow, has_user_msr, has_gigabyte_pages;
     _Atomic bool is_probed;
-    bool lacks_legacy_paging, lacks_v86;           /* kvm_run.c: probe() */
+    bool lacks_legacy_paging, lacks_v86;           /* kvm_limits.c: probe() */
+    bool emulates_ring0;                           /* !kvm_is_hardware_ring0() */
     unsigned ring_entries;                         /* dirty ring of a vCPU; 0: bitmaps */
     kvm_slot *slots;                               /* index = slot number */
     unsigned slot_count, slot_capacity, free_hint; /* no free number below free_hint */
@@ -115,6 +117,7 @@ typedef struct kvm_vcpu {
     bool is_nmi_given;
     int out_after;         /* does RIP stand after OUT at an exit? -1 not known yet */
     unsigned sregs_wanted, events_wanted; /* how many more exits bring system registers, events along */
+    bool makes_kernel;     /* the guest wrote EFER or a target of SYSCALL: kvm_limits.c */
     bool is_flat;          /* VM_MODE_FLAT64 is in force and CR3 points at our tables */
     bool has_cpuid;
     bool has_soft;                /* interpreter data exists */
@@ -193,6 +196,11 @@ x86_stop kvm_complete(kvm_vcpu *kv); /* give the results of a reported exit to K
 void kvm_resolve(kvm_vcpu *kv);      /* make x86.rip the instruction's */
 uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa,
                        bool is_write); /* of the access at gpa by the instruction at x86.rip; 0: unknown */
+
+/* kvm_limits.c */
+bool kvm_is_limited(kvm_vcpu *kv); /* the host's emulator stands for a CPU that it does not have */
+bool kvm_is_beyond(kvm_vcpu *kv);  /* the state about to be loaded is one that KVM would not run */
+bool kvm_is_kernel_msr(uint32_t msr);
 
 /* kvm_run.c */
 x86_stop kvm_run(vm_vcpu *cpu);

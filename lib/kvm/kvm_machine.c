@@ -495,7 +495,8 @@ void kvm_flat_moved(vm_machine *m) {
 
 /* ---- life ---- */
 
-/* MSRs that lib/dev answers: KVM must not do them itself (without an in-kernel APIC it would silently ignore some). */
+/* MSRs that lib/dev answers: KVM must not do them itself (without an in-kernel APIC it would silently ignore some). And
+ * those that kvm_limits.c waits for. */
 static void filter_msrs(kvm_machine *km) {
     static const uint8_t none[32]; /* all bits clear: deny */
     struct kvm_enable_cap cap = {
@@ -506,7 +507,10 @@ static void filter_msrs(kvm_machine *km) {
         .flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
         .ranges = {{.flags = both, .nmsrs = 1, .base = 0x1b, .bitmap = (uint8_t *)(uintptr_t)none},
                    {.flags = both, .nmsrs = 1, .base = 0x6e0, .bitmap = (uint8_t *)(uintptr_t)none},
-                   {.flags = both, .nmsrs = 16, .base = 0x4b564d00, .bitmap = (uint8_t *)(uintptr_t)none}}};
+                   {.flags = both, .nmsrs = 16, .base = 0x4b564d00, .bitmap = (uint8_t *)(uintptr_t)none},
+                   {.flags = KVM_MSR_FILTER_WRITE, .nmsrs = 4, .base = 0xc0000080, .bitmap = (uint8_t *)(uintptr_t)none}}};
+    km->emulates_ring0 = !kvm_is_hardware_ring0();
+    if (!km->emulates_ring0) filter.ranges[3].nmsrs = 0;
     km->has_user_msr = check(km->vm_fd, KVM_CAP_X86_USER_SPACE_MSR) &&
                        kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap) == 0 &&
                        kvm_ioctl(km->vm_fd, KVM_X86_SET_MSR_FILTER, &filter) == 0;

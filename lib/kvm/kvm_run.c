@@ -14,8 +14,8 @@
  * number and exact; KVM_SET_GUEST_DEBUG has four addresses, and some hosts take it and do nothing), and instructions
  * that KVM's own emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate
  * guest ring 0; where failures follow each other closely the interpreter keeps going for a growing number of
- * instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself. Some hosts' KVM
- * also holds fewer modes than a CPU (probe()): what it cannot hold is interpreted until the mode ends.
+ * instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself. What this host's KVM
+ * cannot run at all (kvm_limits.c) is interpreted until the guest is something else.
  */
 #include "kvm/kvm.h"
 
@@ -31,6 +31,7 @@
 
 #define MAX_BATCH   4096u /* instructions interpreted in a row after emulation failures */
 #define CLOSE_EXITS 64u   /* failures with fewer exits between them are close */
+#define BEYOND_SLICE 32768
 
 x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
     va_list args;
@@ -281,7 +282,7 @@ static int prepare_interpreter(kvm_vcpu *kv) {
         kv->soft_entries = kv->km->entries;
         interp_flush_code(cpu);
     }
-    kvm_flush_tlb(kv);
+    if (kv->is_tlb_stale) kvm_flush_tlb(kv);
     return VM_OK;
 }
 
@@ -302,6 +303,7 @@ x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions) {
         if (stop == X86_STOP_SLICE) stop = X86_STOP_NONE;
     }
     kv->valid = kv->dirty = VM_STATE_ALL;
+    kv->is_nmi_given = false;
     kv->is_soft_io = stop == X86_STOP_IO;
     return stop;
 }
@@ -317,67 +319,13 @@ static x86_stop emulation_failed(kvm_vcpu *kv) {
     return kvm_interpret(kv, kv->soft_batch);
 }
 
-/* ---- what this host's KVM cannot hold ---- */
-
-static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags) {
-    static const struct kvm_segment code = {.limit = 0xffff, .type = 11, .present = 1, .s = 1};
-    struct kvm_sregs s;
-    struct kvm_regs r;
-    memset(&r, 0, sizeof r);
-    if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0) return true;
-    s.cs = s.ds = s.es = s.fs = s.gs = s.ss = code;
-    s.ds.type = s.es.type = s.fs.type = s.gs.type = s.ss.type = 3;
-    s.cs.dpl = s.ds.dpl = s.es.dpl = s.fs.dpl = s.gs.dpl = s.ss.dpl = rflags & X86_FL_VM ? 3 : 0;
-    s.cs.type = rflags & X86_FL_VM ? 3 : 11;
-    s.cr0 = cr0;
-    s.cr3 = 0;
-    s.cr4 = X86_CR4_PSE;
-    s.efer = 0;
-    r.rflags = rflags;
-    return kvm_ioctl(kv->fd, KVM_SET_SREGS, &s) == 0 && kvm_ioctl(kv->fd, KVM_SET_REGS, &r) == 0 &&
-           kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) == 0 && kvm_ioctl(kv->fd, KVM_GET_REGS, &r) == 0 && s.cr0 == cr0 &&
-           r.rflags == rflags;
-}
-
-/* Hosts without hardware virtualisation for their guests have KVMs that take legacy paging or virtual-8086 mode without
- * a word and then run something else. Ask once: set such a state and see whether it is still there. */
-static void probe(kvm_vcpu *kv) {
-    kvm_machine *km = kv->km;
-    struct kvm_sregs s;
-    struct kvm_regs r;
-    if (km->is_probed || kvm_ioctl(kv->fd, KVM_GET_SREGS, &s) < 0 || kvm_ioctl(kv->fd, KVM_GET_REGS, &r) < 0) return;
-    pthread_mutex_lock(&km->lock);
-    km->lacks_legacy_paging = !holds(kv, X86_CR0_PE | X86_CR0_ET | X86_CR0_PG, X86_FL_1);
-    km->lacks_v86 = !holds(kv, X86_CR0_PE | X86_CR0_ET, X86_FL_1 | X86_FL_VM);
-    km->is_probed = true;
-    pthread_mutex_unlock(&km->lock);
-    kvm_ioctl(kv->fd, KVM_SET_SREGS, &s);
-    kvm_ioctl(kv->fd, KVM_SET_REGS, &r);
-}
-
-static bool is_limited(kvm_vcpu *kv) {
-    probe(kv);
-    return kv->km->lacks_legacy_paging;
-}
-
-/* The state about to be loaded is one that KVM would not hold. */
-static bool is_beyond(kvm_vcpu *kv) {
-    const x86_cpu *x = &kv->cpu->x86;
-    bool is_v86 = x->rflags & X86_FL_VM, is_legacy = false;
-    if (kv->dirty & VM_STATE_SREGS) is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);
-    if (!is_v86 && !is_legacy) return false;
-    probe(kv);
-    return (is_legacy && kv->km->lacks_legacy_paging) || (is_v86 && kv->km->lacks_v86);
-}
-#define BEYOND_SLICE 65536
-
 static bool needs_interpreter(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     if (kv->cpu->has_budget || x->budget == 1 || x->exception_exits || x->step_asked || x->hook_mask)
         return true; /* a slice of one: the run loop wants one instruction done before it looks */
     if (!x->has_until) return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);
-    return !kv->km->can_debug || (x->dr[7] & 0xff) || kv->open != KVM_OPEN_NONE || is_limited(kv);
+    return !kv->km->can_debug || (x->dr[7] & 0xff) || kv->open != KVM_OPEN_NONE || kvm_is_limited(kv);
 }
 
 /* ---- until ---- */
@@ -452,7 +400,8 @@ static x86_stop handle_msr(kvm_vcpu *kv) {
     } else {
         kvm_get_state(kv->cpu, VM_STATE_ALL);
         ok = is_read ? x86_msr_read(x, msr, &value) : x86_msr_write(x, msr, value);
-        if (!is_read && ok) kvm_set_state(kv->cpu, VM_STATE_MSRS);
+        if (!is_read && ok) kvm_set_state(kv->cpu, VM_STATE_MSRS | (msr == 0xc0000080 ? VM_STATE_SREGS : 0)); /* EFER */
+        if (!is_read && ok && kvm_is_kernel_msr(msr)) kv->makes_kernel = true;
     }
     kv->open = is_read ? KVM_OPEN_READ : KVM_OPEN_WRITE;
     run->msr.data = value;
@@ -472,7 +421,7 @@ static x86_stop handle_shutdown(kvm_vcpu *kv) {
         return X86_STOP_NONE;
     }
     kv->has_events = false;
-    if (is_limited(kv)) { /* its emulator may have failed where a CPU would not: try again */
+    if (kvm_is_limited(kv)) { /* its emulator may have failed where a CPU would not: try again */
         x->rflags &= ~(uint64_t)X86_FL_RF;
         return kvm_interpret(kv, 1);
     }
@@ -557,10 +506,7 @@ static x86_stop run_guest(kvm_vcpu *kv) {
         }
         if (kv->open == KVM_OPEN_NONE) {
             if (kv->is_shown) absorb(kv);
-            if (kv->dirty && is_beyond(kv)) {
-                if ((stop = kvm_interpret(kv, BEYOND_SLICE)) != X86_STOP_NONE) return stop;
-                continue;
-            }
+            if (kv->dirty && kvm_is_beyond(kv)) return kvm_interpret(kv, BEYOND_SLICE); /* the run loop looks at the clock */
             stop = before_entry(kv);
         }
         if (stop != X86_STOP_NONE) return stop;

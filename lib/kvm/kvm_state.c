@@ -261,12 +261,13 @@ static void tr_to(const x86_seg *from, struct kvm_segment *s, bool is_long) {
     }
 }
 
-static void events_from(x86_cpu *x, const struct kvm_vcpu_events *e) {
+static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e) {
+    x86_cpu *x = &kv->cpu->x86;
     x->inhibit = e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? 2
                  : e->interrupt.shadow & KVM_X86_SHADOW_INT_STI  ? 1
                                                                  : 0;
     x->nmi_blocked = e->nmi.masked;
-    x->nmi_pending |= e->nmi.pending || e->nmi.injected;
+    if (e->nmi.pending || e->nmi.injected) x->nmi_pending = kv->is_nmi_given = true; /* KVM has it still */
 }
 
 /* An event that KVM had begun to inject stays, unless the whole state was replaced. */
@@ -358,7 +359,7 @@ static int read_events(kvm_vcpu *kv) {
     }
     kv->events_wanted = LOOKS_AGAIN;
     kv->has_events = true;
-    events_from(&kv->cpu->x86, &sync->events);
+    events_from(kv, &sync->events);
     return VM_OK;
 }
 
@@ -369,9 +370,17 @@ void kvm_get_mode(kvm_vcpu *kv) {
     if (kv->is_tlb_stale) kvm_flush_tlb(kv);
 }
 
+/* Reading the events puts a page fault's address that KVM still holds with the exception into CR2: they come first, and
+ * system registers that came before them are read again. */
 static int read_sregs(kvm_vcpu *kv) {
+    int rc = read_events(kv);
+    if (rc) return rc;
+    if (kv->run->s.regs.events.exception.pending) {
+        kv->has_synced_sregs = false;
+        kv->valid &= ~KVM_PART_MODE;
+    }
     kvm_get_mode(kv);
-    return kv->valid & KVM_PART_MODE ? read_events(kv) : VM_E_HOST;
+    return kv->valid & KVM_PART_MODE ? VM_OK : VM_E_HOST;
 }
 
 /* ---- debug registers ---- */
@@ -427,6 +436,7 @@ void kvm_set_state(vm_vcpu *cpu, unsigned parts) {
     if (parts & VM_STATE_REGS) kv->regs_changed = true;
     if (parts == VM_STATE_ALL && !kv->in_run) { /* reset, a starting mode, an injection: x86 is all that counts */
         kv->is_replaced = true;
+        kv->makes_kernel = false;
         kv->has_events = kv->is_reported = kv->is_soft_io = false;
     }
 }

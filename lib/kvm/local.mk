@@ -7,6 +7,7 @@ libvm_la_SOURCES += \
 	lib/kvm/kvm_dirty.c \
 	lib/kvm/kvm_events.c \
 	lib/kvm/kvm_exit.c \
+	lib/kvm/kvm_limits.c \
 	lib/kvm/kvm_machine.c \
 	lib/kvm/kvm_run.c \
 	lib/kvm/kvm_state.c \
