@@ -629,6 +629,16 @@ static int first_image(vm_snapshot *s, vm_kept *k)
     return VM_OK;
 }
 
+/* Is the page not as the current snapshot has it? One that stays on its list may be. */
+static bool is_changed(const vm_note *note)
+{
+    const vm_region *r = note->region;
+    if (!r->image || !note->life)
+        return r->image != NULL;
+    const uint8_t *base = r->base[note->page] ? r->base[note->page] : vm_image_page(r->image, note->page);
+    return memcmp(r->host + note->page * PAGE, base, PAGE) != 0;
+}
+
 static int keep_ram(vm_snapshot *s)
 {
     vm_machine *m = s->machine;
@@ -646,7 +656,7 @@ static int keep_ram(vm_snapshot *s)
     for (unsigned i = 0; i <= m->vcpu_count && status == VM_OK; i++) {
         const vm_note *notes = list_of(m, i, &count);
         for (size_t n = 0; n < *count && status == VM_OK; n++)
-            if (notes[n].region->image && !own_copy(s, notes[n].region, notes[n].page))
+            if (is_changed(&notes[n]) && !own_copy(s, notes[n].region, notes[n].page))
                 status = VM_E_NOMEM;
     }
     return status;
@@ -770,7 +780,8 @@ static void put_watched_page(vm_region *r, uint64_t page, uint8_t *to, const uin
     }
 }
 
-static inline void put_page(vm_machine *m, vm_region *r, uint64_t page)
+/* Returns the page's flags, as they were. */
+static inline uint8_t put_bytes(vm_region *r, uint64_t page)
 {
     const uint8_t *from = r->base[page];
     uint8_t *to = r->host + page * PAGE;
@@ -783,22 +794,91 @@ static inline void put_page(vm_machine *m, vm_region *r, uint64_t page)
         put_watched_page(r, page, to, from, flags);
     else
         memmove(to, from, PAGE);       /* the library's own, see cpustate.c */
+    return flags;
+}
+
+static inline void keep_page(vm_machine *m, vm_region *r, uint64_t page, uint8_t flags)
+{
     flags = (flags & (VM_PAGE_CODE | VM_PAGE_TABLE | VM_PAGE_CLEAN | VM_PAGE_DIRTY)) | VM_PAGE_KEPT;
     if (m->dirty_log)
         flags = (flags & ~VM_PAGE_CLEAN) | VM_PAGE_DIRTY;
     atomic_store_explicit(&r->page_flags[page], flags, memory_order_relaxed);
 }
 
-static void put_noted(vm_machine *m)
+static void put_page(vm_machine *m, vm_region *r, uint64_t page)
+{
+    keep_page(m, r, page, put_bytes(r, page));
+}
+
+static vm_habit *habit_of(struct vm_track *t, const vm_note *note)
+{
+    return &t->habits[(note->page ^ note->page >> 10) % VM_HABITS];
+}
+
+/* For how many restores a page that has been noted stays on its list: the longer it has been noted each time, the more. */
+static unsigned life_of(struct vm_track *t, const vm_note *note)
+{
+    enum { LONGEST = 64 };
+    vm_habit *h = habit_of(t, note);
+    bool goes_on = h->region == note->region && h->page == note->page && h->round + 1 == t->round;
+    unsigned life = !goes_on ? 0 : h->life == 0 ? 2 : h->life < LONGEST ? 2 * h->life : LONGEST;
+    *h = (vm_habit){ .region = note->region, .page = note->page, .round = t->round, .life = life };
+    return life;
+}
+
+/* Another restore of a page on a vCPU's list. True: it stays there. */
+static inline bool stays(vm_machine *m, vm_note *note, uint8_t flags)
+{
+    if (note->life == 1)               /* is it still written each time? */
+        habit_of(m->track, note)->round = m->track->round;
+    note->life = note->life ? note->life - 1u : life_of(m->track, note);
+    return note->life && !m->dirty_log && !(flags & (VM_PAGE_CODE | VM_PAGE_TABLE | VM_PAGE_CLEAN));
+}
+
+/* True: pages have become KEPT, so write tags have to go. */
+static bool put_noted(vm_machine *m)
 {
     size_t *count;
+    bool any_kept = false;
+    m->track->round++;
     for (unsigned i = 0; i <= m->vcpu_count; i++) {
-        const vm_note *note = list_of(m, i, &count);
-        for (const vm_note *end = note + *count; note < end; note++)
-            if (__builtin_expect(note->region->image != NULL, 1))
-                put_page(m, note->region, note->page);
-        *count = 0;
+        vm_note *note = list_of(m, i, &count), *left = note;
+        for (const vm_note *end = note + *count; note < end; note++) {
+            if (__builtin_expect(note->region->image == NULL, 0))
+                continue;
+            uint8_t flags = put_bytes(note->region, note->page);
+            if (i && stays(m, note, flags)) {
+                *left++ = *note;
+                continue;
+            }
+            keep_page(m, note->region, note->page, flags);
+            any_kept = true;
+        }
+        *count = (size_t)(left - list_of(m, i, &count));
     }
+    return any_kept;
+}
+
+/* Write tags of pages that are KEPT go. */
+static void protect_kept(vm_vcpu *cpu)
+{
+    x86_cpu *x = &cpu->x86;
+    uint32_t left = 0;
+    if (x->writable_count > X86_WRITABLES) {
+        x86_tlb_protect_noted(x);
+        return;
+    }
+    for (uint32_t n = 0; n < x->writable_count; n++) {
+        unsigned i = x->writable[n] & (X86_TLB_ENTRIES - 1), ctx = x->writable[n] >> X86_TLB_BITS;
+        uint64_t gpa = x->tlb[ctx].meta[i] & X86_PAGE_MASK;
+        const vm_range *range = vm_find(cpu, gpa);
+        if (range && is_ram(range->region) &&
+            !(range->region->page_flags[(gpa - range->gpa + range->offset) / PAGE] & VM_PAGE_KEPT))
+            x->writable[left++] = x->writable[n];
+        else
+            __atomic_store_n(&x->tlb[ctx].e[i].tag_w, X86_TLB_NONE(i), __ATOMIC_RELAXED);
+    }
+    x->writable_count = left;
 }
 
 /* ---- restoring: another snapshot than the current one ---- */
@@ -1034,7 +1114,8 @@ static int restore(vm_machine *m, vm_snapshot *s)
         status = switch_to(s);
     if (status != VM_OK)
         return status;
-    protect(m, false);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        protect_kept(m->vcpus[i]);
     vm_snap_put_cpus(m, s);
     status = vm_snap_put_platform(m, s);
     if (status == VM_OK)
@@ -1052,8 +1133,8 @@ static bool restore_quickly(vm_machine *m, vm_snapshot *s)
     vm_machine_lock(m);
     bool is_current = s == m->track->current && !m->track->map_differs;
     if (is_current) {
-        put_noted(m);
-        x86_tlb_protect_noted(&cpu->x86);
+        if (put_noted(m))
+            protect_kept(cpu);
         vm_snap_put_cpus(m, s);
     }
     vm_machine_unlock(m);

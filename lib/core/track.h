@@ -51,7 +51,12 @@ static inline const uint8_t *vm_image_page(const vm_image *image, uint64_t page)
 }
 
 /* ---- notes ---- */
-struct vm_note { vm_region *region; uint64_t page; };
+struct vm_note { vm_region *region; uint64_t page : 56, life : 8; };      /* life: restores that leave it on its list */
+
+/* Pages that are written between each two restores stay on the list, and writable, for a while: their first write is no
+ * event then. They are put back whether they were written or not. What is known of the pages written of late: */
+enum { VM_HABITS = 1024 };
+typedef struct vm_habit { const vm_region *region; uint64_t page, round; unsigned life; } vm_habit;
 
 /* ---- snapshots ---- */
 typedef struct vm_owned { vm_region *region; uint64_t page; uint8_t *bytes; } vm_owned;   /* bytes may be vm_zero_page */
@@ -92,6 +97,8 @@ struct vm_track {
     bool map_differs;                  /* edited since `current` */
     vm_note *notes; size_t capacity;   /* the machine's list and behind it each vCPU's, `capacity` entries each */
     size_t note_count;                 /* of the machine's */
+    uint64_t round;                    /* counts restores */
+    vm_habit habits[VM_HABITS];        /* by page */
 };
 
 /* The first write to a page with VM_PAGE_KEPT; whoever cleared the flag calls it. by NULL: under machine->lock. */

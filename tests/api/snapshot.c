@@ -246,6 +246,49 @@ EACH_BACKEND(trees_in_random_order)
     vm_destroy(m);
 }
 
+/* Pages that are written in each round, in every second, every fifth, now and then, by the guest and by the program: what
+ * the library expects of them must never show. next: mov rax, [rdi]; test rax, rax; jz done; add [rax], rcx; add rdi, 8;
+ * jmp next; done: hlt */
+EACH_BACKEND(habits_of_writing)
+{
+    static const uint8_t walk[] = { 0x48, 0x8b, 0x07, 0x48, 0x85, 0xc0, 0x74, 0x09, 0x48, 0x01, 0x08,
+                                    0x48, 0x83, 0xc7, 0x08, 0xeb, 0xef, 0xf4 };
+    enum { LIST = 0x8000, WALK = 0x2000 };
+    vm_machine *m = make(backend);
+    vm_snapshot *s[2] = { NULL };
+    uint64_t state[2] = { 0 };
+    unsigned k = 0;
+    OK(vm_write(m, WALK, walk, sizeof walk));
+    for (unsigned round = 0; round < 400; round++) {
+        uint64_t list[DATA_PAGES + 1] = { DATA, DATA + 4096 + 8 * (round % 16) };
+        unsigned n = 2;
+        if (round % 100 == 0 || (round % 100 == 50 && round > 200)) {          /* in mid habit */
+            vm_snapshot_free(s[round / 50 % 2]);
+            OK(vm_snapshot_take(m, &s[round / 50 % 2]));
+            state[round / 50 % 2] = state_of(m, counts(backend));
+            k = round / 50 % 2;
+        }
+        for (unsigned page = 2; page < DATA_PAGES; page++)
+            if (page < 8 ? round % page == 0 : rnd() % page == 0)
+                list[n++] = DATA + page * 4096;
+        list[n] = 0;
+        OK(vm_write(m, LIST, list, sizeof list));
+        set(m, VM_REG_RIP, WALK);
+        set(m, VM_REG_RDI, LIST);
+        set(m, VM_REG_RCX, 1 + rnd() % 1000);
+        CHECK_EQ(run(m, 0).reason, VM_EXIT_HALT);
+        if (rnd() % 4 == 0)
+            OK(vm_write(m, DATA + rnd() % (DATA_PAGES * 4096 - 8), list, 8));
+        if (s[1] && rnd() % 16 == 0)
+            k ^= 1;
+        if (round % 50 == 49)
+            continue;                                    /* go on from what was written */
+        OK(vm_snapshot_restore(m, s[k]));
+        CHECK_EQ(state_of(m, counts(backend)), state[k]);
+    }
+    vm_destroy(m);
+}
+
 /* A chain that moves on, the oldest being forgotten: memory must not grow with it. */
 EACH_BACKEND(rolling)
 {
