@@ -35,11 +35,12 @@ static void forget_large(x86_cpu *cpu)
     }
 }
 
+/* Entry 0 is all that is not empty in zeroed memory; nothing else is touched, for a new machine pays for each page. */
 void x86_tlb_init(x86_cpu *cpu)
 {
     for (unsigned c = 0; c < X86_NCTX; c++) {
-        drop_entry(&cpu->tlb[c], 0);
-        cpu->tlb_touched[c] = 0;
+        x86_tlb_entry *e = &cpu->tlb[c].e[0];
+        e->tag_r = e->tag_w = e->tag_x = X86_TLB_NONE(0);
     }
     forget_large(cpu);
 }
