@@ -22,7 +22,7 @@ python_sources = \
 	bindings/python/src/snapshot.c \
 	bindings/python/src/vcpu.c
 EXTRA_DIST += $(python_package) $(python_typing) $(python_sources) bindings/python/tests bindings/python/constants.py \
-	bindings/python/pyproject.toml bindings/python/setup.py bindings/python/README.md bindings/parity examples/python
+	bindings/python/pyproject.toml bindings/python/backend.py bindings/python/README.md bindings/parity examples/python
 script_tests += bindings/python/tests/run bindings/parity/check
 
 if WITH_PYTHON

@@ -24,7 +24,8 @@ with libvm.Machine() as m:
     edges = m.coverage(4096)
     state = m.snapshot()
     chance = random.Random(1)
-    corpus, known, runs = [b"AAA"], set(), 0
+    corpus, runs = [b"AAA"], 0
+    known: set[int] = set()
     while True:
         runs += 1
         data = bytearray(chance.choice(corpus))

@@ -304,7 +304,7 @@ class Machine(_libvm.Machine):
 
     # ---- hooks ----
 
-    def _on(self, kind: str, begin: int, end: int, flags: int) -> Callable[[_F], _F]:
+    def _on(self, kind: str, begin: Any, end: int, flags: int) -> Any:
         if callable(begin):  # @m.on_block without parentheses
             return self._on(kind, 0, 0, 0)(begin)
 
@@ -316,51 +316,51 @@ class Machine(_libvm.Machine):
 
         return decorate
 
-    def on_insn(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_insn(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Before each instruction in [begin, end]."""
         return self._on("INSN", begin, end, flags)
 
-    def on_block(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_block(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Before the first instruction of each block."""
         return self._on("BLOCK", begin, end, flags)
 
-    def on_edge(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_edge(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """The same, with the instruction that led there in event.source."""
         return self._on("EDGE", begin, end, flags)
 
-    def on_read(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_read(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Data read by an instruction."""
         return self._on("MEM_READ", begin, end, flags)
 
-    def on_write(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_write(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Data written by an instruction."""
         return self._on("MEM_WRITE", begin, end, flags)
 
-    def on_fetch(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_fetch(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Instructions any byte of which lies in [begin, end]."""
         return self._on("FETCH", begin, end, flags)
 
-    def on_exception(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_exception(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Exceptions with vectors in [begin, end], before they are delivered."""
         return self._on("EXCEPTION", begin, end, flags)
 
-    def on_interrupt(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_interrupt(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Interrupts with vectors in [begin, end]."""
         return self._on("INTERRUPT", begin, end, flags)
 
-    def on_syscall(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_syscall(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """SYSCALL and SYSENTER instructions."""
         return self._on("SYSCALL", begin, end, flags)
 
-    def on_cpuid(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_cpuid(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """CPUID of the leaves in [begin, end]."""
         return self._on("CPUID", begin, end, flags)
 
-    def on_msr(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_msr(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """RDMSR and WRMSR of the MSRs in [begin, end]."""
         return self._on("MSR", begin, end, flags)
 
-    def on_port(self, begin: int = 0, end: int = 0, flags: int = 0) -> Any:
+    def on_port(self, begin: int | HookFunction = 0, end: int = 0, flags: int = 0) -> Any:
         """Accesses to the ports in [begin, end]."""
         return self._on("PORT", begin, end, flags)
 

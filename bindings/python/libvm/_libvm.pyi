@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Optional, Protocol, Self, SupportsIndex, Union
+from typing import Any, Literal, Optional, Protocol, Self, SupportsIndex, Union, final
 
 from . import Console as PackageConsole
 from . import Vcpu as PackageVcpu
@@ -70,6 +70,7 @@ def _set_classes(machine: type, vcpu: type, console: type) -> None: ...
 def _forked() -> None: ...
 def _end() -> None: ...
 
+@final
 class Exit:
     __match_args__: tuple[str, ...]
     data: int
@@ -125,6 +126,7 @@ class Exit:
     @property
     def status(self) -> Status: ...
 
+@final
 class Event:
     @property
     def kind(self) -> HookKind: ...
@@ -145,6 +147,7 @@ class Event:
     @property
     def data(self) -> Any: ...
 
+@final
 class Violation:
     value: int
     @property
@@ -160,6 +163,7 @@ class Violation:
     @property
     def width(self) -> int: ...
 
+@final
 class Hook:
     @property
     def active(self) -> bool: ...
@@ -169,11 +173,13 @@ class Hook:
     def kind(self) -> Optional[HookKind]: ...
     def remove(self) -> None: ...
 
+@final
 class Binding:
     @property
     def active(self) -> bool: ...
     def remove(self) -> None: ...
 
+@final
 class Closure:
     @property
     def address(self) -> int: ...
@@ -185,16 +191,19 @@ class Closure:
     def status(self) -> Status: ...
     def __call__(self, *args: Any) -> Any: ...
 
+@final
 class RegisterFile:
     def __len__(self) -> int: ...
     def __getitem__(self, index: SupportsIndex) -> int: ...
     def __setitem__(self, index: SupportsIndex, value: Union[int, bytes]) -> None: ...
 
+@final
 class Ring:
     @property
     def head(self) -> int: ...
     def take(self) -> list[Any]: ...
 
+@final
 class Region:
     @property
     def gpa(self) -> int: ...
@@ -213,6 +222,7 @@ class Region:
     def coalesce(self, offset: int, size: _Size, on: bool = ...) -> None: ...
     def __len__(self) -> int: ...
 
+@final
 class Snapshot:
     @property
     def bytes(self) -> int: ...
@@ -224,6 +234,7 @@ class Snapshot:
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: Optional[type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]) -> None: ...
 
+@final
 class Gdb:
     @property
     def address(self) -> str: ...
