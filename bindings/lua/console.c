@@ -1,6 +1,5 @@
 /* console.c - serial ports and the debug console: as functions, and as console objects with wait_for(). */
 #include "lvm.h"
-#include <time.h>
 
 /* What a console keeps at most when nobody reads it; then the oldest goes. */
 #define KEEP_MAX ((size_t)4 << 20)
@@ -224,18 +223,11 @@ static int console_write(lua_State *L)
     return 1;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static uint64_t check_end(lua_State *L, int arg)
 {
     lua_Number seconds = luaL_optnumber(L, arg, 60);
     luaL_argcheck(L, seconds >= 0 && seconds <= 1e9, arg, "out of range");
-    return now_ns() + (uint64_t)(seconds * 1e9);
+    return lvm_now() + (uint64_t)(seconds * 1e9);
 }
 
 /* Runs the machine for a moment. False: it has stopped by itself, the exit is on the stack; or failed: nil, message, code. */
@@ -243,7 +235,7 @@ static bool run_slice(lua_State *L, uint64_t end, int *results)
 {
     lvm_console *c = check_console(L);
     lvm_machine *b = c->machine;
-    uint64_t now = now_ns();
+    uint64_t now = lvm_now();
     lua_getiuservalue(L, 1, 1);
     lua_getfield(L, -1, "run");
     lua_insert(L, -2);
@@ -305,7 +297,7 @@ static int console_wait_for(lua_State *L)
         }
         if (!running)
             return results;
-        if (now_ns() >= end) {
+        if (lvm_now() >= end) {
             lua_pushnil(L);
             lua_pushfstring(L, "timeout: no output like '%s'", lua_tostring(L, 2));
             lua_pushinteger(L, VM_E_NOTFOUND);
@@ -339,7 +331,7 @@ static int console_send(lua_State *L)
         if (done < bytes && !run_slice(L, end, &results))
             return results;
         c = check_console(L);
-        if (done < bytes && now_ns() >= end) {
+        if (done < bytes && lvm_now() >= end) {
             lua_pushnil(L);
             lua_pushfstring(L, "timeout: %d bytes not taken", (int)(bytes - done));
             lua_pushinteger(L, VM_E_NOTFOUND);

@@ -227,6 +227,19 @@ void lvm_push_hook(lua_State *L, lvm_machine *b, vm_hook *hook)
 
 /* ---- breakpoints ---- */
 
+/* Runs have to know them: see lvm_run(). Without memory a breakpoint still works, except at the very end of a slice. */
+static void note_breakpoint(lvm_machine *b, uint64_t gva, bool on)
+{
+    uint64_t *grown = on ? realloc(b->breaks, (b->break_count + 1) * sizeof *grown) : NULL;
+    if (grown) {
+        b->breaks = grown;
+        b->breaks[b->break_count++] = gva;
+    }
+    for (size_t i = 0; !on && i < b->break_count; i++)
+        if (b->breaks[i] == gva)
+            b->breaks[i] = b->breaks[--b->break_count];
+}
+
 static int machine_breakpoint(lua_State *L)
 {
     lvm_machine *b = lvm_check_machine(L, 1);
@@ -237,6 +250,8 @@ static int machine_breakpoint(lua_State *L)
     lvm_enter(L, b, 1, &call);
     status = vm_breakpoint(b->m, gva, on);
     lvm_leave(L, b, &call);
+    if (status == VM_OK)
+        note_breakpoint(b, gva, on);
     lvm_raise(L, b);
     return lvm_done(L, status);
 }

@@ -71,6 +71,8 @@ typedef struct lvm_machine {
     int           violation_fn;         /* in the anchors */
     struct lvm_host *hosts;             /* memory of buffers that is mapped */
     struct lvm_object *objects;         /* what has to be told when the machine closes */
+    uint64_t     *breaks;               /* addresses of breakpoints: the end of a slice of a run may be at one */
+    size_t        break_count;
 } lvm_machine;
 
 /* C side of hooks, snapshots and the like: known to the machine so that closing it makes their handles dead. */
@@ -131,6 +133,7 @@ typedef struct lvm_call {
 
 /* ---- module.c ---- */
 int luaopen_libvm(lua_State *L);
+uint64_t lvm_now(void);                                             /* host time, ns */
 lvm_universe *lvm_universe_of(lua_State *L);
 lua_State *lvm_current(void);
 void lvm_set_current(lua_State *L);

@@ -130,6 +130,9 @@ static int close_machine(lua_State *L)
         lvm_drop_hosts(b);
         lvm_drop_block(b->coverage);
         b->coverage = NULL;
+        free(b->breaks);
+        b->breaks = NULL;
+        b->break_count = 0;
         drop_rings(L);
     }
     if (b->slot != LUA_NOREF && !b->failed) {

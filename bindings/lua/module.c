@@ -1,12 +1,21 @@
 /* module.c - the module's table, its constants, and what all parts share: calls, callbacks, arguments. */
 #include "lvm.h"
 
+#include <time.h>
+
 /* The coroutine whose call of libvm is under way on this thread. */
 static __thread lua_State *current;
 static const char universe_key, error_key;
 
 lua_State *lvm_current(void) { return current; }
 void lvm_set_current(lua_State *L) { current = L; }
+
+uint64_t lvm_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 /* ---- one a Lua state ---- */
 

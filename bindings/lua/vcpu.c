@@ -477,18 +477,16 @@ void lvm_push_exit(lua_State *L, int vcpu, const vm_exit *e)
     lua_setiuservalue(L, vcpu, 2);
 }
 
-/* Runs without limits are made in slices of this, so that a debug hook (lua's Ctrl-C is one) that somebody sets meanwhile
- * is run soon. */
-#define SLICE_NS UINT64_C(200000000)
+/* Runs are made in slices of this, so that a debug hook (lua's Ctrl-C is one) that somebody sets meanwhile is run soon. The
+ * script does not see the slices. */
+#define SLICE_NS UINT64_C(100000000)
 
-static bool interrupted(lua_State *L, lua_Hook before)
-{
-    lua_Hook now;
-    lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
-    now = lua_gethook(lua_tothread(L, -1));
-    lua_pop(L, 1);
-    return now != before;
-}
+typedef struct slices {
+    const vm_run_options *wanted;
+    lvm_vcpu *v;
+    uint64_t  end, start;                /* host time, UINT64_MAX: none; instructions retired at the begin */
+    lua_Hook  hook;
+} slices;
 
 static lua_Hook main_hook(lua_State *L)
 {
@@ -499,19 +497,52 @@ static lua_Hook main_hook(lua_State *L)
     return hook;
 }
 
+/* RIP is where the next run would not stop because it begins there. */
+static bool is_at_breakpoint(lvm_vcpu *v, vm_exit *e)
+{
+    uint64_t base = 0;
+    lvm_machine *b = v->machine;
+    if (!b->break_count || vm_vcpu_read_reg(v->cpu, VM_REG_CS_BASE, &base, sizeof base) != VM_OK)
+        return false;
+    for (size_t i = 0; i < b->break_count; i++)
+        if (b->breaks[i] == base + e->rip) {
+            e->reason = VM_EXIT_BREAKPOINT;
+            e->debug = (vm_exit_debug){ .access = VM_PROT_X, .address = base + e->rip };
+            return true;
+        }
+    return false;
+}
+
+/* A slice has ended by its deadline. Is the run over? Else `run` is made ready for the next slice. */
+static bool is_over(lua_State *L, const slices *s, vm_run_options *run, vm_exit *e)
+{
+    uint64_t now = lvm_now(), done = vm_vcpu_retired(s->v->cpu) - s->start;
+    if (now >= s->end || main_hook(L) != s->hook || is_at_breakpoint(s->v, e))
+        return true;
+    if (run->has_until && e->rip == run->until && done)
+        return e->reason = VM_EXIT_UNTIL, true;
+    if (s->wanted->max_instructions) {
+        if (done >= s->wanted->max_instructions)
+            return e->reason = VM_EXIT_BUDGET, true;
+        run->max_instructions = s->wanted->max_instructions - done;
+    }
+    run->deadline_ns = s->end - now < SLICE_NS ? s->end - now : SLICE_NS;
+    return false;
+}
+
 /* `end`: somebody else may set it (under the lock) and kick. */
 int lvm_run(lua_State *L, lvm_vcpu *v, int vcpu, const vm_run_options *options, vm_exit *e, const bool *end)
 {
     lvm_machine *b = v->machine;
     uint64_t bit = UINT64_C(1) << vm_vcpu_index(v->cpu);
-    bool sliced = !options->max_instructions && !options->deadline_ns;
+    slices s = { options, v, options->deadline_ns ? lvm_now() + options->deadline_ns : UINT64_MAX, vm_vcpu_retired(v->cpu), main_hook(L) };
+    bool cuts = !options->max_instructions || vm_machine_backend(b->m) != VM_BACKEND_KVM;    /* which does not count */
     vm_run_options run = *options;
-    lua_Hook hook = sliced ? main_hook(L) : NULL;
     lvm_call call;
     int status;
-    if (sliced)
+    if (cuts && (!run.deadline_ns || run.deadline_ns > SLICE_NS))
         run.deadline_ns = SLICE_NS;
-    do {
+    for (;;) {
         bool stale = b->stale_kicks & bit;
         b->stale_kicks &= ~bit;
         lvm_enter(L, b, vcpu, &call);
@@ -521,10 +552,9 @@ int lvm_run(lua_State *L, lvm_vcpu *v, int vcpu, const vm_run_options *options, 
             b->stale_kicks |= bit;       /* still to come */
         else if (stale && !b->failed && !(end && *end))
             continue;
-        if (b->failed || status != VM_OK || !sliced || e->reason != VM_EXIT_DEADLINE || (end && *end) || interrupted(L, hook))
-            break;
-    } while (true);
-    return status;
+        if (b->failed || status != VM_OK || !cuts || e->reason != VM_EXIT_DEADLINE || (end && *end) || is_over(L, &s, &run, e))
+            return status;
+    }
 }
 
 static int vcpu_run(lua_State *L)
