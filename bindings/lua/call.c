@@ -361,7 +361,7 @@ static int binding_unbind(lua_State *L)
     vm_binding *handle = x->o.handle;
     lvm_call call;
     int status;
-    luaL_argcheck(L, b->m, 1, "machine is closed");
+    lvm_check_open(L, b, 1);
     luaL_argcheck(L, handle, 1, "binding is ended");
     x->o.handle = NULL;
     lvm_enter(L, b, 1, &call);
@@ -374,7 +374,7 @@ static int binding_unbind(lua_State *L)
 static int get_active(lua_State *L)
 {
     binding_box *x = luaL_checkudata(L, 1, LVM_BINDING);
-    lua_pushboolean(L, x->machine->m && x->o.handle);
+    lua_pushboolean(L, lvm_is_open(x->machine) && x->o.handle);
     return 1;
 }
 

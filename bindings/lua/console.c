@@ -188,8 +188,7 @@ static int machine_console(lua_State *L)
 static lvm_console *check_console(lua_State *L)
 {
     console_box *box = luaL_checkudata(L, 1, LVM_CONSOLE);
-    if (!box->machine->m)
-        luaL_argerror(L, 1, "machine is closed");
+    lvm_check_open(L, box->machine, 1);
     return box->machine->console[box->index];
 }
 

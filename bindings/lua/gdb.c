@@ -123,8 +123,7 @@ static int machine_gdbstub(lua_State *L)
 static lvm_gdb *check_gdb(lua_State *L, int arg)
 {
     lvm_gdb *g = luaL_checkudata(L, arg, LVM_GDB);
-    if (!g->machine->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, g->machine, arg);
     luaL_argcheck(L, g->stub, arg, "stub is freed");
     return g;
 }
@@ -178,7 +177,9 @@ static int gdb_free(lua_State *L)
 {
     lvm_gdb *g = luaL_checkudata(L, 1, LVM_GDB);
     vm_gdb *handle = g->stub;
-    if (!handle || !g->machine->m)
+    if (handle && !lvm_is_open(g->machine))
+        lvm_unlink(&g->o);               /* left to the process before fork() */
+    if (!handle || !lvm_is_open(g->machine))
         return 0;
     if (g->machine->gdb == g)
         return luaL_error(L, "the stub is being served");

@@ -128,8 +128,7 @@ static void on_destroy(void *user)
 static hook_box *check_hook(lua_State *L, int arg)
 {
     hook_box *h = luaL_checkudata(L, arg, LVM_HOOK);
-    if (!h->machine->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, h->machine, arg);
     return h;
 }
 
@@ -210,7 +209,7 @@ static int machine_unhook(lua_State *L)
 static int get_active(lua_State *L)
 {
     hook_box *h = luaL_checkudata(L, 1, LVM_HOOK);
-    lua_pushboolean(L, h->machine->m && h->o.handle);
+    lua_pushboolean(L, lvm_is_open(h->machine) && h->o.handle);
     return 1;
 }
 

@@ -16,8 +16,13 @@ bindings_lua_libvm_la_SOURCES = $(lua_sources)
 bindings_lua_libvm_la_CPPFLAGS = -I$(top_srcdir)/include $(LUA_CFLAGS)
 bindings_lua_libvm_la_LDFLAGS = $(AM_LDFLAGS) -module -avoid-version -shared
 bindings_lua_libvm_la_LIBADD = libvm.la
+# The module in a host program.
+check_PROGRAMS += bindings/lua/lua_embed
+bindings_lua_lua_embed_SOURCES = bindings/lua/spec/embed.c
+bindings_lua_lua_embed_CPPFLAGS = -I$(top_srcdir) $(LUA_CFLAGS)
+bindings_lua_lua_embed_LDADD = tests/libtest.a $(LUA_LIBS) -lpthread
 else
-EXTRA_DIST += $(lua_sources)
+EXTRA_DIST += $(lua_sources) bindings/lua/spec/embed.c
 endif
 bench-lua: bindings/lua/libvm.la
 	LUA_CPATH='bindings/lua/.libs/?.so' $(LUA) $(srcdir)/bench/bench_lua.lua bench/lua.json

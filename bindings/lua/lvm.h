@@ -2,7 +2,7 @@
  *
  * Invariants
  *   - Every user value of the module is a box that points into the machine's box and keeps it alive by its first user
- *     value; a closed machine has m == NULL, and every box looks there before it touches anything.
+ *     value; a closed machine has m == NULL, and every box asks lvm_is_open() before it touches anything.
  *   - What the machine needs of Lua (callbacks, devices, its vCPUs) sits in its anchors, a table that is the machine's
  *     first user value: a callback that mentions the machine is a cycle the collector sees.
  *   - A call into libvm that can call back is made between lvm_enter() and lvm_leave(), and nothing in between raises.
@@ -55,6 +55,7 @@ typedef struct lvm_console {
 
 typedef struct lvm_machine {
     vm_machine   *m;                    /* NULL: closed */
+    unsigned      forks;                /* lvm_forks() when it was made: in a child of fork() it is not to be touched */
     lvm_universe *universe;
     int           slot;                 /* registry: the anchors during a call, else false */
     unsigned      depth;                /* calls of libvm under way */
@@ -154,6 +155,10 @@ void lvm_unlink(lvm_object *o);
 int  lvm_fail(lua_State *L, int status);                            /* nil, message, code */
 int  lvm_done(lua_State *L, int status);                            /* true, or as above */
 void lvm_class(lua_State *L, const char *name, const luaL_Reg *meta, const luaL_Reg *methods, const luaL_Reg *getters);
+
+unsigned lvm_forks(void);                                           /* how often this process is a fork's child */
+static inline bool lvm_is_open(const lvm_machine *b) { return b->m && b->forks == lvm_forks(); }
+void lvm_check_open(lua_State *L, const lvm_machine *b, int arg);   /* raises if not */
 
 /* Arguments. */
 uint64_t lvm_check_bytes(lua_State *L, int arg);                    /* 0 ... , or "64M" */

@@ -4,8 +4,7 @@
 lvm_machine *lvm_check_machine(lua_State *L, int arg)
 {
     lvm_machine *b = luaL_checkudata(L, arg, LVM_MACHINE);
-    if (!b->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, b, arg);
     if (b->tracing)
         luaL_error(L, "a trace function cannot use the machine");
     return b;
@@ -17,6 +16,7 @@ lvm_machine *lvm_new_machine(lua_State *L)
     lvm_machine *b = lua_newuserdatauv(L, sizeof *b, 1);
     memset(b, 0, sizeof *b);
     b->universe = lvm_universe_of(L);
+    b->forks = lvm_forks();
     b->slot = LUA_NOREF;
     b->trace_fn = b->violation_fn = LUA_NOREF;
     luaL_setmetatable(L, LVM_MACHINE);
@@ -107,24 +107,30 @@ static void drop_rings(lua_State *L)
     lua_pop(L, 2);
 }
 
-/* The one destructor behind close(), __close and __gc. */
+static void destroy(lua_State *L, lvm_machine *b)
+{
+    lvm_call call;
+    while (b->objects) {
+        lvm_object *o = b->objects;
+        lvm_unlink(o);
+        if (o->orphan)
+            o->orphan(o);
+    }
+    lvm_free_dead(b);
+    lvm_enter(L, b, 1, &call);
+    vm_destroy(b->m);
+    lvm_leave(L, b, &call);
+}
+
+/* The one destructor behind close(), __close and __gc. After fork() the machine is left alone: its threads do not exist. */
 static int close_machine(lua_State *L)
 {
     lvm_machine *b = luaL_checkudata(L, 1, LVM_MACHINE);
-    lvm_call call;
     if (b->m) {
         if (b->depth)
             return luaL_error(L, "machine is in use: it cannot be closed by a callback of its own");
-        while (b->objects) {
-            lvm_object *o = b->objects;
-            lvm_unlink(o);
-            if (o->orphan)
-                o->orphan(o);
-        }
-        lvm_free_dead(b);
-        lvm_enter(L, b, 1, &call);
-        vm_destroy(b->m);
-        lvm_leave(L, b, &call);
+        if (lvm_is_open(b))
+            destroy(L, b);
         b->m = NULL;
         lvm_free_consoles(b);
         lvm_drop_hosts(b);
@@ -350,7 +356,7 @@ static int get_vcpu_count(lua_State *L)
 static int get_closed(lua_State *L)
 {
     lvm_machine *b = luaL_checkudata(L, 1, LVM_MACHINE);
-    lua_pushboolean(L, b->m == NULL);
+    lua_pushboolean(L, !lvm_is_open(b));
     return 1;
 }
 

@@ -73,7 +73,7 @@ uint8_t *lvm_check_span(lua_State *L, int arg, size_t *bytes)
 {
     lvm_buffer *v = luaL_checkudata(L, arg, LVM_BUFFER);
     if (v->region) {
-        if (!v->region->machine->m || !v->region->r)
+        if (!lvm_is_open(v->region->machine) || !v->region->r)
             luaL_argerror(L, arg, "the buffer's region is gone");
         *bytes = vm_region_bytes(v->region->r);
         return vm_region_data(v->region->r);
@@ -182,8 +182,7 @@ static int buffer_gc(lua_State *L)
 static lvm_region *check_region(lua_State *L, int arg)
 {
     lvm_region *g = luaL_checkudata(L, arg, LVM_REGION);
-    if (!g->machine->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, g->machine, arg);
     if (!g->r)
         luaL_argerror(L, arg, "region is unmapped");
     return g;
@@ -617,14 +616,14 @@ static int get_bytes(lua_State *L)
 static int get_mapped(lua_State *L)
 {
     lvm_region *g = luaL_checkudata(L, 1, LVM_REGION);
-    lua_pushboolean(L, g->machine->m && g->r);
+    lua_pushboolean(L, lvm_is_open(g->machine) && g->r);
     return 1;
 }
 
 static int region_tostring(lua_State *L)
 {
     lvm_region *g = luaL_checkudata(L, 1, LVM_REGION);
-    if (g->machine->m && g->r) {
+    if (lvm_is_open(g->machine) && g->r) {
         char text[80];
         snprintf(text, sizeof text, "libvm.region (%#llx, %#llx bytes)", (unsigned long long)vm_region_gpa(g->r),
                  (unsigned long long)vm_region_bytes(g->r));

@@ -17,6 +17,21 @@ uint64_t lvm_now(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* ---- fork() ---- */
+
+/* Of the process, as fork() is; changed in a child that has one thread. */
+static unsigned forks;
+
+unsigned lvm_forks(void) { return forks; }
+static void count_fork(void) { forks++; }
+static void watch_forks(void) { pthread_atfork(NULL, NULL, count_fork); }
+
+void lvm_check_open(lua_State *L, const lvm_machine *b, int arg)
+{
+    if (!lvm_is_open(b))
+        luaL_argerror(L, arg, b->m ? "machine belongs to the process before fork()" : "machine is closed");
+}
+
 /* ---- one a Lua state ---- */
 
 static int universe_gc(lua_State *L)
@@ -554,7 +569,9 @@ static void add_constants(lua_State *L, const char *field, const constant *c, si
 
 __attribute__((visibility("default"))) int luaopen_libvm(lua_State *L)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     luaL_checkversion(L);
+    pthread_once(&once, watch_forks);
     make_universe(L);
     lvm_open_machine(L);
     lvm_open_memory(L);

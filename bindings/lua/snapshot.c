@@ -126,8 +126,7 @@ static int machine_load_snapshot(lua_State *L)
 static snapshot_box *check_snapshot(lua_State *L, int arg)
 {
     snapshot_box *x = luaL_checkudata(L, arg, LVM_SNAPSHOT);
-    if (!x->machine->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, x->machine, arg);
     luaL_argcheck(L, x->s, arg, "snapshot is freed");
     return x;
 }
@@ -233,7 +232,7 @@ static int snapshot_free(lua_State *L)
     x->s = NULL;
     if (!s)
         return 0;
-    if (s->closed || !b->m) {
+    if (s->closed || !lvm_is_open(b)) {
         lvm_unlink(&s->o);
         free(s);
         return 0;

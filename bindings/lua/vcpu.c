@@ -4,8 +4,7 @@
 lvm_vcpu *lvm_check_vcpu(lua_State *L, int arg)
 {
     lvm_vcpu *v = luaL_checkudata(L, arg, LVM_VCPU);
-    if (!v->machine->m)
-        luaL_argerror(L, arg, "machine is closed");
+    lvm_check_open(L, v->machine, arg);
     if (v->machine->tracing)
         luaL_error(L, "a trace function cannot use the machine");
     return v;
@@ -63,8 +62,7 @@ static int vcpu_index(lua_State *L)
     lvm_vcpu *v = luaL_checkudata(L, 1, LVM_VCPU);
     lua_pushvalue(L, 2);
     if (lua_rawget(L, lua_upvalueindex(3)) == LUA_TNUMBER) {
-        if (!v->machine->m)
-            return luaL_error(L, "machine is closed");
+        lvm_check_open(L, v->machine, 1);
         if (v->machine->tracing)
             return luaL_error(L, "a trace function cannot use the machine");
         return push_register(L, v->cpu, (int)lua_tointeger(L, -1));
@@ -628,7 +626,7 @@ static int get_last_exit(lua_State *L)
 static int vcpu_tostring(lua_State *L)
 {
     lvm_vcpu *v = luaL_checkudata(L, 1, LVM_VCPU);
-    if (v->machine->m)
+    if (lvm_is_open(v->machine))
         lua_pushfstring(L, "libvm.vcpu %d: %p", (int)vm_vcpu_index(v->cpu), v);
     else
         lua_pushfstring(L, "libvm.vcpu (machine closed): %p", v);
