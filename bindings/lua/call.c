@@ -133,7 +133,7 @@ static int vcpu_call(lua_State *L)
         options.preserve = lvm_field_boolean(L, option, "preserve");
         lua_createtable(L, 0, 3);
         for (int i = 0; i < 3; i++) {
-            lua_getfield(L, option, run_known[i]);
+            lvm_raw_field(L, option, run_known[i]);
             lua_setfield(L, -2, run_known[i]);
         }
         lvm_check_run_options(L, lua_gettop(L), &run);

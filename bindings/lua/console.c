@@ -225,7 +225,8 @@ static int console_write(lua_State *L)
 static uint64_t check_end(lua_State *L, int arg)
 {
     lua_Number seconds = luaL_optnumber(L, arg, 60);
-    luaL_argcheck(L, seconds >= 0 && seconds <= 1e9, arg, "out of range");
+    if (!(seconds >= 0 && seconds <= 1e9))
+        lvm_refuse(L, arg, "out of range");
     return lvm_now() + (uint64_t)(seconds * 1e9);
 }
 

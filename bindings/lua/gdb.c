@@ -94,7 +94,7 @@ static int machine_gdbstub(lua_State *L)
     lua_settop(L, 3);
     lvm_check_fields(L, 3, known);
     options.runs_alone = lvm_field_boolean(L, 3, "runs_alone");
-    options.reverse_interval = lvm_field_integer(L, 3, "reverse_interval", 0);
+    options.reverse_interval = lvm_field_range(L, 3, "reverse_interval", 0, INT64_MAX);
     g = lua_newuserdatauv(L, sizeof *g, 3);
     memset(g, 0, sizeof *g);
     g->machine = b;
@@ -102,7 +102,7 @@ static int machine_gdbstub(lua_State *L)
     luaL_setmetatable(L, LVM_GDB);
     lua_pushvalue(L, 1);
     lua_setiuservalue(L, 4, 1);
-    if (!lua_isnil(L, 3) && lua_getfield(L, 3, "on_exit") != LUA_TNIL) {
+    if (!lua_isnil(L, 3) && lvm_raw_field(L, 3, "on_exit") != LUA_TNIL) {
         luaL_argcheck(L, lua_isfunction(L, -1), 3, "option 'on_exit': function expected");
         g->on_exit = lvm_anchor(L, 1);
         options.on_exit = on_exit_call;
@@ -217,7 +217,7 @@ static int machine_record(lua_State *L)
     lvm_call call;
     lvm_check_fields(L, 3, known);
     options.skip_idle = lvm_field_boolean(L, 3, "skip_idle");
-    options.max_bytes = lvm_field_integer(L, 3, "max_bytes", 0);
+    options.max_bytes = lvm_field_range(L, 3, "max_bytes", 0, INT64_MAX);
     lua_settop(L, 2);
     lua_getiuservalue(L, 1, 1);
     lua_pushvalue(L, 2);

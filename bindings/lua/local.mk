@@ -1,7 +1,7 @@
 # bindings/lua: the Lua 5.4 module `libvm`; its tests (bindings/lua/test_lua, with busted); its reference, docs/lua-api.md, which
 # reference.lua writes from libvm.d.lua (`make lua-reference`).
 lua_files = bindings/lua/libvm.d.lua bindings/lua/reference.lua bindings/lua/libvm-0.1.0-1.rockspec bindings/lua/spec/lines.lua \
-    bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/pc_spec.lua \
+    bindings/lua/spec/support.lua bindings/lua/spec/machine_spec.lua bindings/lua/spec/callback_spec.lua bindings/lua/spec/hostile_spec.lua bindings/lua/spec/pc_spec.lua \
     bindings/lua/spec/example_spec.lua bench/bench_lua.lua $(lua_examples:%=examples/lua/%.lua)
 lua_examples = boot_linux call coverage device hello hooks many_vms memory mmu_strategy snapshot_fuzz
 script_tests += bindings/lua/test_lua

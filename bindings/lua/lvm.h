@@ -161,6 +161,8 @@ static inline bool lvm_is_open(const lvm_machine *b) { return b->m && b->forks =
 void lvm_check_open(lua_State *L, const lvm_machine *b, int arg);   /* raises if not */
 
 /* Arguments. */
+int      lvm_refuse(lua_State *L, int arg, const char *why);        /* raises: an error that shows the argument */
+int      lvm_raw_field(lua_State *L, int arg, const char *name);    /* pushes it, gives its type */
 uint64_t lvm_check_bytes(lua_State *L, int arg);                    /* 0 ... , or "64M" */
 uint64_t lvm_check_range(lua_State *L, int arg, uint64_t max);
 unsigned lvm_check_prot(lua_State *L, int arg);
@@ -170,6 +172,7 @@ void     lvm_push_prot(lua_State *L, unsigned prot);
 /* Fields of an options table at `arg` (nil and none are empty tables). */
 void     lvm_check_fields(lua_State *L, int arg, const char *const *known);
 uint64_t lvm_field_integer(lua_State *L, int arg, const char *name, uint64_t otherwise);
+uint64_t lvm_field_range(lua_State *L, int arg, const char *name, uint64_t otherwise, uint64_t max);
 bool     lvm_field_boolean(lua_State *L, int arg, const char *name);
 const char *lvm_field_string(lua_State *L, int arg, const char *name);        /* stays on the stack */
 

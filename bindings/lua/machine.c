@@ -54,7 +54,7 @@ static int field_name(lua_State *L, int arg, const char *field, const char *cons
 static uint64_t field_bytes(lua_State *L, int arg, const char *field)
 {
     uint64_t bytes = 0;
-    if (!lua_isnoneornil(L, arg) && lua_getfield(L, arg, field) != LUA_TNIL)
+    if (!lua_isnoneornil(L, arg) && lvm_raw_field(L, arg, field) != LUA_TNIL)
         bytes = lvm_check_bytes(L, lua_gettop(L));
     return bytes;
 }
@@ -70,8 +70,7 @@ int lvm_machine_new(lua_State *L)
     lvm_check_fields(L, 1, known);
     options.backend = (vm_backend)field_name(L, 1, "backend", backends);
     options.platform = (vm_platform)field_name(L, 1, "platform", platforms);
-    options.vcpus = (uint32_t)lvm_field_integer(L, 1, "vcpus", 0);
-    luaL_argcheck(L, lvm_field_integer(L, 1, "vcpus", 0) <= UINT32_MAX, 1, "option 'vcpus': out of range");
+    options.vcpus = (uint32_t)lvm_field_range(L, 1, "vcpus", 0, UINT32_MAX);
     options.mmu = lvm_field_string(L, 1, "mmu");
     options.ram_bytes = field_bytes(L, 1, "memory");
     options.code_cache_bytes = field_bytes(L, 1, "code_cache");
@@ -261,7 +260,7 @@ static int machine_boot(lua_State *L)
     options.initrd = lvm_field_string(L, 2, "initrd");
     options.cmdline = lvm_field_string(L, 2, "cmdline");
     options.bios = lvm_field_string(L, 2, "bios");
-    options.linux_entry = (uint32_t)lvm_field_integer(L, 2, "linux_entry", 0);
+    options.linux_entry = (uint32_t)lvm_field_range(L, 2, "linux_entry", 0, UINT32_MAX);
     lvm_enter(L, b, 1, &call);
     status = vm_boot_image(b->m, &options);
     lvm_leave(L, b, &call);

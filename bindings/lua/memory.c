@@ -92,7 +92,8 @@ static uint8_t *check_place(lua_State *L, size_t width)
     size_t bytes;
     uint8_t *data = lvm_check_span(L, 1, &bytes);
     lua_Integer offset = luaL_checkinteger(L, 2);
-    luaL_argcheck(L, offset >= 0 && (uint64_t)offset <= bytes && bytes - (uint64_t)offset >= width, 2, "outside of the buffer");
+    if (offset < 0 || (uint64_t)offset > bytes || bytes - (uint64_t)offset < width)
+        lvm_refuse(L, 2, "outside of the buffer");
     return data + offset;
 }
 
@@ -129,9 +130,11 @@ static int buffer_read(lua_State *L)
     size_t bytes;
     uint8_t *data = lvm_check_span(L, 1, &bytes);
     lua_Integer offset = luaL_optinteger(L, 2, 0), n;
-    luaL_argcheck(L, offset >= 0 && (uint64_t)offset <= bytes, 2, "outside of the buffer");
+    if (offset < 0 || (uint64_t)offset > bytes)
+        lvm_refuse(L, 2, "outside of the buffer");
     n = luaL_optinteger(L, 3, (lua_Integer)(bytes - (uint64_t)offset));
-    luaL_argcheck(L, n >= 0 && (uint64_t)n <= bytes - (uint64_t)offset, 3, "outside of the buffer");
+    if (n < 0 || (uint64_t)n > bytes - (uint64_t)offset)
+        lvm_refuse(L, 3, "outside of the buffer");
     lua_pushlstring(L, (const char *)data + offset, (size_t)n);
     return 1;
 }
@@ -142,7 +145,8 @@ static int buffer_write(lua_State *L)
     const char *text = luaL_checklstring(L, 3, &n);
     uint8_t *data = lvm_check_span(L, 1, &bytes);
     lua_Integer offset = luaL_checkinteger(L, 2);
-    luaL_argcheck(L, offset >= 0 && (uint64_t)offset <= bytes && n <= bytes - (uint64_t)offset, 2, "outside of the buffer");
+    if (offset < 0 || (uint64_t)offset > bytes || n > bytes - (uint64_t)offset)
+        lvm_refuse(L, 2, "outside of the buffer");
     memcpy(data + offset, text, n);
     return 0;
 }
@@ -283,7 +287,7 @@ static int machine_map_file(lua_State *L)
     int status;
     luaL_argcheck(L, file->closef, 5, "the file is closed");
     lvm_check_fields(L, 6, known);
-    offset = lvm_field_integer(L, 6, "offset", 0);
+    offset = lvm_field_range(L, 6, "offset", 0, INT64_MAX);
     private_copy = lvm_field_boolean(L, 6, "private");
     g = new_region(L, b);
     fflush(file->f);
@@ -456,6 +460,7 @@ static void device_destroy(void *user)
 static device *new_device(lua_State *L, lvm_machine *b, int anchors, int arg)
 {
     int refs[FUNCTIONS + 1];
+    bool was_open = b->m;                /* else the copy that is being made */
     device *d;
     luaL_checktype(L, arg, LUA_TTABLE);
     for (int i = 0; i < FUNCTIONS; i++) {
@@ -463,6 +468,8 @@ static device *new_device(lua_State *L, lvm_machine *b, int anchors, int arg)
         if (type != LUA_TNIL && type != LUA_TFUNCTION)
             luaL_argerror(L, arg, lua_pushfstring(L, "field '%s' is not a function", function_names[i]));
     }
+    if (was_open)
+        lvm_check_open(L, b, 1);         /* a metamethod of the table may have closed it */
     for (int i = FUNCTIONS; i--;)
         if (lua_isnil(L, -1)) {
             lua_pop(L, 1);
@@ -869,13 +876,13 @@ static int machine_ioeventfd(lua_State *L)
     int status;
     luaL_checktype(L, 2, LUA_TTABLE);
     lvm_check_fields(L, 2, known);
-    bell.fd = (int)lvm_field_integer(L, 2, "fd", (uint64_t)-1);
-    bell.is_port = lua_getfield(L, 2, "port") != LUA_TNIL;
+    bell.fd = (int)lvm_field_range(L, 2, "fd", (uint64_t)-1, INT32_MAX);
+    bell.is_port = lvm_raw_field(L, 2, "port") != LUA_TNIL;
     bell.address = lvm_field_integer(L, 2, bell.is_port ? "port" : "address", 0);
-    bell.width = (uint32_t)lvm_field_integer(L, 2, "width", 0);
-    bell.has_match = lua_getfield(L, 2, "match") != LUA_TNIL;
+    bell.width = (uint32_t)lvm_field_range(L, 2, "width", 0, UINT32_MAX);
+    bell.has_match = lvm_raw_field(L, 2, "match") != LUA_TNIL;
     bell.match = lvm_field_integer(L, 2, "match", 0);
-    if (lua_getfield(L, 2, "on") != LUA_TNIL)
+    if (lvm_raw_field(L, 2, "on") != LUA_TNIL)
         on = lua_toboolean(L, -1);
     lvm_enter(L, b, 1, &call);
     status = vm_ioeventfd(b->m, &bell, on);

@@ -282,10 +282,18 @@ void lvm_class(lua_State *L, const char *name, const luaL_Reg *meta, const luaL_
 
 /* ---- arguments ---- */
 
+/* An argument error that shows the value. */
+int lvm_refuse(lua_State *L, int arg, const char *why)
+{
+    const char *shown = luaL_tolstring(L, arg, NULL);
+    return luaL_argerror(L, arg, lua_pushfstring(L, lua_type(L, arg) == LUA_TSTRING ? "'%s': %s" : "%s: %s", shown, why));
+}
+
 uint64_t lvm_check_range(lua_State *L, int arg, uint64_t max)
 {
     lua_Integer n = luaL_checkinteger(L, arg);
-    luaL_argcheck(L, n >= 0 && (uint64_t)n <= max, arg, "out of range");
+    if (n < 0 || (uint64_t)n > max)
+        lvm_refuse(L, arg, "out of range");
     return (uint64_t)n;
 }
 
@@ -304,7 +312,8 @@ uint64_t lvm_check_bytes(lua_State *L, int arg)
 {
     uint64_t bytes = 0;
     if (lua_type(L, arg) == LUA_TSTRING) {
-        luaL_argcheck(L, parse_bytes(lua_tostring(L, arg), &bytes), arg, "not a size such as \"64M\"");
+        if (!parse_bytes(lua_tostring(L, arg), &bytes))
+            lvm_refuse(L, arg, "not a size such as \"64M\"");
         return bytes;
     }
     return lvm_check_range(L, arg, INT64_MAX);
@@ -316,7 +325,8 @@ unsigned lvm_check_prot(lua_State *L, int arg)
     if (lua_type(L, arg) == LUA_TNUMBER)
         return (unsigned)lvm_check_range(L, arg, VM_PROT_RWX);
     for (const char *p = luaL_checkstring(L, arg); *p; p++) {
-        luaL_argcheck(L, strchr("rwx-", *p), arg, "permissions are made of the letters r, w and x");
+        if (!strchr("rwx-", *p))
+            lvm_refuse(L, arg, "permissions are made of the letters r, w and x");
         prot |= *p == 'r' ? VM_PROT_R : *p == 'w' ? VM_PROT_W : *p == 'x' ? VM_PROT_X : 0;
     }
     return prot;
@@ -325,7 +335,8 @@ unsigned lvm_check_prot(lua_State *L, int arg)
 unsigned lvm_check_access(lua_State *L, int arg)
 {
     unsigned access = lua_isnoneornil(L, arg) ? VM_PROT_R : lvm_check_prot(L, arg);
-    luaL_argcheck(L, access == VM_PROT_R || access == VM_PROT_W || access == VM_PROT_X, arg, "one of \"r\", \"w\", \"x\" expected");
+    if (access != VM_PROT_R && access != VM_PROT_W && access != VM_PROT_X)
+        lvm_refuse(L, arg, "one of \"r\", \"w\", \"x\" expected");
     return access;
 }
 
@@ -365,11 +376,21 @@ void lvm_check_fields(lua_State *L, int arg, const char *const *known)
     }
 }
 
+/* Options are the table's own: no metamethod runs while they are read. */
+int lvm_raw_field(lua_State *L, int arg, const char *name)
+{
+    lua_pushvalue(L, arg);
+    lua_pushstring(L, name);
+    lua_rawget(L, -2);
+    lua_remove(L, -2);
+    return lua_type(L, -1);
+}
+
 static bool get_field(lua_State *L, int arg, const char *name)
 {
     if (lua_isnoneornil(L, arg))
         return false;
-    if (lua_getfield(L, arg, name) != LUA_TNIL)
+    if (lvm_raw_field(L, arg, name) != LUA_TNIL)
         return true;
     lua_pop(L, 1);
     return false;
@@ -386,6 +407,14 @@ uint64_t lvm_field_integer(lua_State *L, int arg, const char *name, uint64_t oth
         luaL_argerror(L, arg, lua_pushfstring(L, "option '%s': integer expected, got %s", name, luaL_typename(L, -1)));
     lua_pop(L, 1);
     return (uint64_t)n;
+}
+
+uint64_t lvm_field_range(lua_State *L, int arg, const char *name, uint64_t otherwise, uint64_t max)
+{
+    uint64_t n = lvm_field_integer(L, arg, name, otherwise);
+    if (n > max && n != otherwise)
+        luaL_argerror(L, arg, lua_pushfstring(L, "option '%s': %I is out of range", name, (lua_Integer)n));
+    return n;
 }
 
 bool lvm_field_boolean(lua_State *L, int arg, const char *name)

@@ -46,7 +46,8 @@ static void set_register(lua_State *L, vm_vcpu *cpu, int id, int arg)
     const void *value = &integer;
     if (bytes <= 8) {
         integer = (uint64_t)luaL_checkinteger(L, arg);
-        luaL_argcheck(L, bytes == 8 || integer >> 8 * bytes == 0, arg, "too large for the register");
+        if (bytes < 8 && integer >> 8 * bytes)
+            lvm_refuse(L, arg, "too large for the register");
     } else {
         value = luaL_checklstring(L, arg, &given);
         if (given != bytes)
@@ -96,7 +97,8 @@ static int check_register(lua_State *L, int arg)
         id = (int)lvm_check_range(L, arg, VM_REG_COUNT - 1);
     else
         id = vm_reg_find(luaL_checkstring(L, arg));
-    luaL_argcheck(L, id > 0 && id < VM_REG_COUNT, arg, "no such register");
+    if (id <= 0 || id >= VM_REG_COUNT)
+        lvm_refuse(L, arg, "no such register");
     return id;
 }
 
@@ -167,7 +169,7 @@ static void set_field(lua_State *L, void *to, const field *f)
     int ok;
     uint64_t value = (uint64_t)lua_tointegerx(L, -1, &ok);
     if (!ok || (f->bytes < 8 && value >> 8 * f->bytes))
-        luaL_error(L, "field '%s': an integer of %d bits expected", f->name, f->bytes * 8);
+        luaL_error(L, "field '%s': an integer of %d bits expected, got %s", f->name, f->bytes * 8, luaL_tolstring(L, -1, NULL));
     if (f->is_input)
         memcpy((char *)to + f->offset, &value, f->bytes);
 }
@@ -417,18 +419,19 @@ void lvm_check_run_options(lua_State *L, int arg, vm_run_options *options)
     if (lua_isnoneornil(L, arg))
         return;
     lvm_check_fields(L, arg, known);
-    options->max_instructions = lvm_field_integer(L, arg, "max_instructions", 0);
-    options->deadline_ns = lvm_field_integer(L, arg, "deadline_ns", 0);
+    options->max_instructions = lvm_field_range(L, arg, "max_instructions", 0, INT64_MAX);
+    options->deadline_ns = lvm_field_range(L, arg, "deadline_ns", 0, INT64_MAX);
     options->single_step = lvm_field_boolean(L, arg, "single_step");
-    if (lua_getfield(L, arg, "timeout") != LUA_TNIL) {
+    if (lvm_raw_field(L, arg, "timeout") != LUA_TNIL) {
         int ok;
         lua_Number seconds = lua_tonumberx(L, -1, &ok);
-        luaL_argcheck(L, ok && seconds >= 0, arg, "option 'timeout': seconds expected");
+        if (!ok || !(seconds >= 0))
+            luaL_argerror(L, arg, lua_pushfstring(L, "option 'timeout': seconds expected, got %s", luaL_tolstring(L, -1, NULL)));
         options->deadline_ns = seconds >= 1e9 ? UINT64_MAX / 2 : (uint64_t)(seconds * 1e9) + 1;
     }
     lua_pop(L, 1);
     for (int i = 3; i <= 4; i++) {
-        if (lua_getfield(L, arg, known[i]) != LUA_TNIL) {
+        if (lvm_raw_field(L, arg, known[i]) != LUA_TNIL) {
             lua_pop(L, 1);
             options->has_until = true;
             options->until = lvm_field_integer(L, arg, known[i], 0);
@@ -436,11 +439,12 @@ void lvm_check_run_options(lua_State *L, int arg, vm_run_options *options)
             lua_pop(L, 1);
         }
     }
-    if (lua_getfield(L, arg, "exceptions") == LUA_TTABLE) {
+    if (lvm_raw_field(L, arg, "exceptions") == LUA_TTABLE) {
         for (lua_Integer i = 1; lua_rawgeti(L, -1, i) != LUA_TNIL; i++) {
             int ok;
             lua_Integer vector = lua_tointegerx(L, -1, &ok);
-            luaL_argcheck(L, ok && vector >= 0 && vector < 64, arg, "option 'exceptions': vectors 0 to 31 expected");
+            if (!ok || vector < 0 || vector >= 32)
+                luaL_argerror(L, arg, lua_pushfstring(L, "option 'exceptions': vectors 0 to 31 expected, got %s", luaL_tolstring(L, -1, NULL)));
             options->exception_exits |= UINT64_C(1) << vector;
             lua_pop(L, 1);
         }

@@ -35,6 +35,10 @@ function support.bytes(code)
   return code
 end
 
+function support.hex(bytes)
+  return (bytes:gsub(".", function(c) return ("%02x "):format(c:byte()) end))
+end
+
 function support.load(m, code)
   assert(m:write(0x1000, support.bytes(code)))
   assert(m.cpu:set_mode "flat64")
