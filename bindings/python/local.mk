@@ -49,9 +49,21 @@ bindings/python/entry_points.txt: Makefile
 	@printf '[pytest11]\nlibvm = libvm.pytest_plugin\n' >$@
 endif
 
+# References left behind by the tests, as a debug Python counts them: the module is built for it, in bindings/python/debug.
+PYTHON_DEBUG = python3-dbg
+check-refleaks: libvm.la
+	$(MKDIR_P) bindings/python/debug/libvm
+	cp $(srcdir)/bindings/python/libvm/*.py bindings/python/debug/libvm/
+	here=`pwd` && cd $(srcdir)/bindings/python && \
+	  PYTHONDONTWRITEBYTECODE=1 PKG_CONFIG=true CC='$(CC)' CFLAGS='-I$(abs_top_srcdir)/include' LDFLAGS="-L$$here/.libs -lvm" \
+	  $(PYTHON_DEBUG) -c "import backend; backend._compile('$$here/bindings/python/debug/libvm/_libvm.abi3.so')"
+	top_srcdir='$(abs_top_srcdir)' PYTHONPATH=bindings/python/debug:$(srcdir)/bindings/python/tests LD_LIBRARY_PATH=.libs \
+	  PYTHONDONTWRITEBYTECODE=1 $(PYTHON_DEBUG) $(srcdir)/bindings/python/tests/refleaks.py
+.PHONY: check-refleaks
+
 clean-local: clean-python-package
 clean-python-package:
-	rm -rf bindings/python/package
+	rm -rf bindings/python/package bindings/python/debug
 .PHONY: clean-python-package
 
 # What is written from the headers: Python's constants, the parity table (make check says when these are due), the references.

@@ -512,9 +512,9 @@ static PyObject *bind(PyObject *self, PyObject *args, PyObject *kwargs, bool is_
     d.signature = values, d.values = call_bound, d.user = b, d.destroy = destroy_binding;
     vm_binding *made = NULL;
     pv_frame frame;
-    pv_enter(&frame, m);
-    status = is_hypercall ? vm_bind_hypercall(m->m, where, &d, &made) : vm_bind_function(m->m, where, &d, &made);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, m);
+    status = !ok ? VM_E_INVALID : is_hypercall ? vm_bind_hypercall(m->m, where, &d, &made) : vm_bind_function(m->m, where, &d, &made);
+    ok = ok && pv_leave(&frame);
     free(values);
     if (status != VM_OK) {
         binding_data_free(b);

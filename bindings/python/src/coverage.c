@@ -109,11 +109,11 @@ static PyObject *start_ring(PyObject *self, PyObject *args, bool compares)
         if (!r->memory)
             return Py_DECREF(r), PyErr_NoMemory();
     }
-    pv_enter(&frame, m);
-    int status = !r ? ring_off(v, compares)
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : !r ? ring_off(v, compares)
                  : compares ? vm_compare_log(v->cpu, r->memory, r->entries, &r->head)
                             : vm_block_trace(v->cpu, r->memory, r->entries, &r->head);
-    bool ok = pv_leave(&frame);
+    ok = ok && pv_leave(&frame);
     if (status == VM_OK) {
         Py_XSETREF(m->of_vcpu[v->index].rings[compares], (struct pv_ring *)Py_XNewRef((PyObject *)r));
     }

@@ -72,9 +72,9 @@ static PyObject *machine_gdbstub(PyObject *self, PyObject *args, PyObject *kwarg
     o.user = g;
     vm_gdb *made = NULL;
     pv_frame frame;
-    pv_enter(&frame, m);
-    int status = vm_gdbstub(m->m, address, &o, &made);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : vm_gdbstub(m->m, address, &o, &made);
+    ok = ok && pv_leave(&frame);
     g->g = made;
     if (made)
         m->gdb = g;
@@ -102,9 +102,9 @@ static PyObject *gdb_serve(PyObject *self, PyObject *unused)
     pv_frame frame;
     if (!x)
         return NULL;
-    pv_enter(&frame, g->machine);
-    int status = vm_gdb_serve(g->g, &x->e);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, g->machine);
+    int status = !ok ? VM_E_INVALID : vm_gdb_serve(g->g, &x->e);
+    ok = ok && pv_leave(&frame);
     if (ok && status == VM_OK)
         return pv_exit_set_hook(x, g->machine), (PyObject *)x;
     Py_DECREF(x);

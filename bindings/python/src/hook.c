@@ -219,9 +219,9 @@ static PyObject *hook_add(PyObject *self, PyObject *args, PyObject *kwargs)
                           .destroy = destroy_hook, .flags = flags };
     vm_hook *made = NULL;
     pv_frame frame;
-    pv_enter(&frame, m);
-    int status = vm_hook_add(m->m, &desc, &made);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : vm_hook_add(m->m, &desc, &made);
+    ok = ok && pv_leave(&frame);
     if (status != VM_OK) {
         pv_hook_data_free(d);
         Py_DECREF(h);

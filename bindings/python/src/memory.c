@@ -271,7 +271,7 @@ static bool is_mapped(pv_region *r)
 static PyObject *region_done(pv_region *r, vm_region *made, int status, bool ok)
 {
     pv_machine *m = r->machine;
-    if (!ok || status != VM_OK) {
+    if (status != VM_OK) {
         if (r->device)
             pv_device_free(r->device);
         Py_DECREF(r);
@@ -282,7 +282,7 @@ static PyObject *region_done(pv_region *r, vm_region *made, int status, bool ok)
     r->bytes = vm_region_bytes(made);
     r->data = vm_region_data(made);
     r->sequence = ++m->sequence;
-    return (PyObject *)r;
+    return ok ? (PyObject *)r : (Py_DECREF(r), NULL);       /* mapped all the same: a callback has raised */
 }
 
 static PyObject *map_ram(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -361,9 +361,9 @@ static PyObject *map_mmio(PyObject *self, PyObject *args, PyObject *kwargs)
     r->device->region = r;
     vm_io_ops ops = ops_of(r->device);
     pv_frame frame;
-    pv_enter(&frame, m);
-    int status = vm_map_mmio(m->m, gpa, bytes, &ops, r->device, &made);
-    return region_done(r, made, status, pv_leave(&frame));
+    bool ok = pv_enter(&frame, m);      /* not if the device's attributes have closed the machine */
+    int status = !ok ? VM_E_INVALID : vm_map_mmio(m->m, gpa, bytes, &ops, r->device, &made);
+    return region_done(r, made, status, ok && pv_leave(&frame));
 }
 
 static PyObject *map_pio(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -383,9 +383,9 @@ static PyObject *map_pio(PyObject *self, PyObject *args, PyObject *kwargs)
     r->is_port = true;
     vm_io_ops ops = ops_of(r->device);
     pv_frame frame;
-    pv_enter(&frame, m);
-    int status = vm_map_pio(m->m, port, count, &ops, r->device, &made);
-    return region_done(r, made, status, pv_leave(&frame));
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : vm_map_pio(m->m, port, count, &ops, r->device, &made);
+    return region_done(r, made, status, ok && pv_leave(&frame));
 }
 
 /* The region's host memory is free for the caller again, unless a snapshot may still use it. */
@@ -581,7 +581,7 @@ static PyObject *read_bytes(pv_machine *m, uint64_t gpa, Py_ssize_t count)
     if (!pv_open(m))
         return NULL;
     if (count < 0) {
-        PyErr_SetString(PyExc_ValueError, "a negative number of bytes");
+        PyErr_Format(PyExc_ValueError, "%zd is a negative number of bytes", count);
         return NULL;
     }
     if (!(bytes = PyBytes_FromStringAndSize(NULL, count)))
@@ -590,7 +590,8 @@ static PyObject *read_bytes(pv_machine *m, uint64_t gpa, Py_ssize_t count)
         status = vm_read(m->m, gpa, PyBytes_AsString(bytes), (size_t)count);
     } else {
         pv_frame frame;
-        pv_enter(&frame, m);
+        if (!pv_enter(&frame, m))
+            return Py_DECREF(bytes), NULL;
         status = vm_read(m->m, gpa, PyBytes_AsString(bytes), (size_t)count);
         if (!pv_leave(&frame))
             return Py_DECREF(bytes), NULL;
@@ -610,7 +611,8 @@ static bool write_bytes(pv_machine *m, uint64_t gpa, const Py_buffer *data)
         status = vm_write(m->m, gpa, data->buf, (size_t)data->len);
     } else {
         pv_frame frame;
-        pv_enter(&frame, m);
+        if (!pv_enter(&frame, m))
+            return false;
         status = vm_write(m->m, gpa, data->buf, (size_t)data->len);
         if (!pv_leave(&frame))
             return false;

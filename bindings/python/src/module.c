@@ -282,15 +282,12 @@ static int to_u64(PyObject *o, uint64_t max, uint64_t *out)
     if (!number)
         return 0;
     v = PyLong_AsUnsignedLongLong(number);
+    bool ok = (v != (unsigned long long)-1 || !PyErr_Occurred()) && v <= max;
+    if (!ok)
+        PyErr_Format(PyExc_OverflowError, "%R is not between 0 and %llu", number, (unsigned long long)max);
     Py_DECREF(number);
-    if (v == (unsigned long long)-1 && PyErr_Occurred())
-        return 0;
-    if (v > max) {
-        PyErr_Format(PyExc_OverflowError, "%llu is more than %llu", v, (unsigned long long)max);
-        return 0;
-    }
     *out = v;
-    return 1;
+    return ok;
 }
 
 int pv_u64(PyObject *o, void *out) { return to_u64(o, UINT64_MAX, out); }
@@ -373,7 +370,7 @@ int pv_seconds(PyObject *o, void *out)
     if (seconds == -1.0 && PyErr_Occurred())
         return 0;
     if (!(seconds >= 0)) {
-        PyErr_SetString(PyExc_ValueError, "a timeout is not negative");
+        PyErr_Format(PyExc_ValueError, "a timeout is a number of seconds from 0 on, not %R", o);
         return 0;
     }
     *(uint64_t *)out = seconds > 9e9 ? UINT64_C(9000000000000000000) : (uint64_t)(seconds * 1e9) + (seconds == 0);

@@ -30,7 +30,8 @@ static bool snapshot_drop(pv_snapshot *s)
     s->s = NULL;
     if (!gone || !m->m || m->closing || m->calls || m->forks != m->st->forks)
         return true;
-    pv_enter(&frame, m);
+    if (!pv_enter(&frame, m))
+        return false;
     vm_snapshot_free(gone);
     return pv_leave(&frame);
 }
@@ -101,9 +102,9 @@ static PyObject *snapshot_save(PyObject *self, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     pv_frame frame;
-    pv_enter(&frame, s->machine);
-    status = path ? vm_snapshot_save_file(s->s, PyBytes_AsString(path), flags) : vm_snapshot_save(s->s, fd);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, s->machine);
+    status = !ok ? VM_E_INVALID : path ? vm_snapshot_save_file(s->s, PyBytes_AsString(path), flags) : vm_snapshot_save(s->s, fd);
+    ok = ok && pv_leave(&frame);
     Py_XDECREF(path);
     return ok ? pv_none_or(s->machine->st, status) : NULL;
 }
@@ -115,9 +116,9 @@ static PyObject *machine_snapshot(PyObject *self, PyObject *unused)
     pv_frame frame;
     if (!s)
         return NULL;
-    pv_enter(&frame, m);
-    int status = vm_snapshot_take(m->m, &s->s);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : vm_snapshot_take(m->m, &s->s);
+    ok = ok && pv_leave(&frame);
     if (ok && status == VM_OK)
         return (PyObject *)s;
     Py_DECREF(s);
@@ -143,9 +144,9 @@ static PyObject *machine_load_snapshot(PyObject *self, PyObject *args, PyObject 
     pv_frame frame;
     if (!s)
         return Py_XDECREF(path), NULL;
-    pv_enter(&frame, m);
-    int status = path ? vm_snapshot_load_file(m->m, PyBytes_AsString(path), flags, &s->s) : vm_snapshot_load(m->m, fd, &s->s);
-    bool ok = pv_leave(&frame);
+    bool ok = pv_enter(&frame, m);
+    int status = !ok ? VM_E_INVALID : path ? vm_snapshot_load_file(m->m, PyBytes_AsString(path), flags, &s->s) : vm_snapshot_load(m->m, fd, &s->s);
+    ok = ok && pv_leave(&frame);
     Py_XDECREF(path);
     if (ok && status == VM_OK)
         return (PyObject *)s;

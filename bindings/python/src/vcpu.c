@@ -246,6 +246,8 @@ static bool to_bytes(PyObject *o, uint8_t *out, size_t count)
         if (!(number = PyNumber_Index(o)))
             return false;
         bytes = PyObject_CallMethod(number, "to_bytes", "ns", (Py_ssize_t)count, "little");
+        if (!bytes && PyErr_ExceptionMatches(PyExc_OverflowError))
+            PyErr_Format(PyExc_OverflowError, "%R is not between 0 and 2^%zu - 1", number, 8 * count);
         Py_DECREF(number);
     } else {
         bytes = PyBytes_FromObject(o);
@@ -291,8 +293,6 @@ static int write_reg(pv_vcpu *v, int id, PyObject *o)
         PyErr_SetString(PyExc_AttributeError, "registers cannot be deleted");
         return -1;
     }
-    if (!is_usable(v))
-        return -1;
     if (bytes == 8) {
         uint64_t value;
         if (!PyLong_Check(o) && PyBytes_Check(o) ? !to_bytes(o, (uint8_t *)&value, 8) : !pv_u64(o, &value))
@@ -301,6 +301,8 @@ static int write_reg(pv_vcpu *v, int id, PyObject *o)
     } else if (bytes && !to_bytes(o, wide, bytes)) {
         return -1;
     }
+    if (!is_usable(v))                  /* after the conversions: they may run code of the caller's */
+        return -1;
     if (id <= VM_REG_RFLAGS || pv_is_quiet(v->machine)) {
         status = vm_vcpu_write_reg(v->cpu, id, wide, bytes);
     } else {
@@ -389,7 +391,7 @@ static bool regfile_index(pv_regfile *f, Py_ssize_t i)
 {
     if (i >= 0 && i < f->count)
         return true;
-    PyErr_Format(PyExc_IndexError, "registers 0 to %d", f->count - 1);
+    PyErr_Format(PyExc_IndexError, "registers are 0 to %d, not %zd", f->count - 1, i);
     return false;
 }
 
@@ -502,7 +504,7 @@ static bool from_value(PyObject *o, char *at, kind k)
     if (!pv_u64(o, &v))
         return false;
     if (k < U64 && v >> 8 * k) {
-        PyErr_Format(PyExc_OverflowError, "%llu does not fit into %d bytes", (unsigned long long)v, (int)k);
+        PyErr_Format(PyExc_OverflowError, "%R does not fit into %d bytes", o, (int)k);
         return false;
     }
     memcpy(at, &v, k);
@@ -555,9 +557,9 @@ static PyObject *mapping_of(PyObject *args, PyObject *kwargs, const char *name)
     { \
         pv_vcpu *v = (pv_vcpu *)self; \
         type values = INIT; \
-        PyObject *mapping = is_usable(v) ? mapping_of(args, kwargs, "set_" #part) : NULL; \
-        if (!mapping) \
-            return NULL; \
+        PyObject *mapping = mapping_of(args, kwargs, "set_" #part); \
+        if (!mapping || !is_usable(v)) \
+            return Py_XDECREF(mapping), NULL; \
         int status = vm_vcpu_get_##part(v->cpu, &values); \
         bool ok = status == VM_OK && from_dict(mapping, &values, part##_fields); \
         Py_DECREF(mapping); \
@@ -638,7 +640,7 @@ static PyObject *vcpu_read(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "O&n:read", pv_u64, &gva, &count))
         return NULL;
     if (count < 0) {
-        PyErr_SetString(PyExc_ValueError, "a negative number of bytes");
+        PyErr_Format(PyExc_ValueError, "%zd is a negative number of bytes", count);
         return NULL;
     }
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, count);
@@ -690,7 +692,7 @@ static bool to_vectors(PyObject *o, uint64_t *out)
         bool ok = pv_u64(item, &vector);
         Py_DECREF(item);
         if (ok && vector >= 32) {
-            PyErr_SetString(PyExc_ValueError, "exceptions are vectors 0 to 31");
+            PyErr_Format(PyExc_ValueError, "exceptions are vectors 0 to 31, not %llu", (unsigned long long)vector);
             ok = false;
         }
         if (!ok)
@@ -817,7 +819,7 @@ static PyObject *vcpu_run(PyObject *self, PyObject *const *args, Py_ssize_t n, P
     pv_state *st = v->machine->st;
     vm_run_options options = VM_RUN_OPTIONS_INIT;
     pv_exit *x = NULL, *last;
-    if (!is_usable(v) || !run_options(st, args, n, names, &options))
+    if (!run_options(st, args, n, names, &options) || !is_usable(v))
         return NULL;
     pv_machine *m = v->machine;
     last = m->of_vcpu[v->index].last;

@@ -238,13 +238,30 @@ def test_pytest_plugin(guests, tmp_path):
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_mypy(tmp_path):
-    if shutil.which("mypy") is None:
-        pytest.skip("no mypy")
-    package = os.path.join(TOP, "bindings", "python", "libvm")
-    done = subprocess.run(["mypy", "--strict", "--python-executable", sys.executable, "--cache-dir", str(tmp_path), package],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "LD_PRELOAD": ""})
+def mypy(tmp_path, *command, **environment):
+    """Of mypy's tools; the stub and the package are looked at where they are in the sources."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]} (mypy)")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "LD_PRELOAD": "", **environment})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mypy(tmp_path):
+    package = os.path.join(TOP, "bindings", "python")
+    mypy(tmp_path, "mypy", "--strict", os.path.join(package, "libvm"), os.path.join(package, "backend.py"))
+
+
+def test_mypy_of_examples(tmp_path):
+    examples = os.path.join(TOP, "examples", "python")
+    mypy(tmp_path, "mypy", "--check-untyped-defs", *(os.path.join(examples, f"{name}.py") for name in EXPECTED),
+         MYPYPATH=os.path.join(TOP, "bindings", "python"))
+
+
+def test_stub_is_the_module_s(tmp_path):
+    """Names, arguments and defaults of the stub are those that the module has."""
+    if os.environ.get("LD_PRELOAD"):
+        pytest.skip("a sanitizer has to be loaded first")
+    mypy(tmp_path, "stubtest", "libvm._libvm")
 
 
 def test_stub_has_everything():
