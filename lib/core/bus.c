@@ -130,29 +130,41 @@ static int write_part(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned *width, u
     return X86_IO_DONE;
 }
 
-int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+/* What nearly every access is: one callback. */
+static bool is_one_call(const vm_range *range, uint64_t at, unsigned n)
 {
-    uint64_t result = 0;
+    return range && range->region->kind >= VM_REGION_MMIO && !(n & (n - 1)) && n <= range->bytes - (at - range->gpa);
+}
+
+static int read_parts(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+{
     unsigned width;
     int status = X86_IO_DONE;
-    vm_device_lock(cpu->machine);
     for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width) {
         uint64_t part = 0;
         status = read_part(cpu, gpa + done, n - done, access, &width, &part);
-        result |= (part & ones(width)) << 8 * done;
+        *value |= (part & ones(width)) << 8 * done;
     }
+    return status;
+}
+
+int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+{
+    *value = 0;
+    vm_device_lock(cpu->machine);
+    const vm_range *range = vm_find(cpu, gpa);
+    int status = is_one_call(range, gpa, n) ? call_read(cpu, range->region, gpa - range->gpa, n, value)
+                                            : read_parts(cpu, gpa, n, access, value);
     vm_device_unlock(cpu->machine);
     cpu->x86.stat[X86_STAT_MMIO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
-        trace_access(cpu, "read", gpa, n, result, status);
-    *value = result;
+        trace_access(cpu, "read", gpa, n, *value, status);
     return status;
 }
 
 /* A store to RAM that only has to be seen (code, dirty log) needs no device lock. */
-static bool write_ram(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+static bool write_ram(vm_vcpu *cpu, const vm_range *range, uint64_t gpa, unsigned n, uint64_t value)
 {
-    const vm_range *range = vm_find(cpu, gpa);
     if (!range || range->region->kind > VM_REGION_FILE || range->bytes - (gpa - range->gpa) < n ||
         !(vm_region_prot(range->region, gpa - range->gpa) & VM_PROT_W))
         return false;
@@ -163,17 +175,25 @@ static bool write_ram(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
     return true;
 }
 
-int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+static int write_parts(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
 {
     unsigned width;
     int status = X86_IO_DONE;
+    for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width)
+        status = write_part(cpu, gpa + done, n - done, &width, value >> 8 * done);
+    return status;
+}
+
+int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+{
     cpu->x86.stat[X86_STAT_MMIO]++;
-    if (write_ram(cpu, gpa, n, value) ||
+    if (write_ram(cpu, vm_find(cpu, gpa), gpa, n, value) ||
         (cpu->machine->events && vm_doorbell_ring(cpu->machine, false, gpa, n, value)))
         return X86_IO_DONE;
     vm_device_lock(cpu->machine);
-    for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width)
-        status = write_part(cpu, gpa + done, n - done, &width, value >> 8 * done);
+    const vm_range *range = vm_find(cpu, gpa);
+    int status = is_one_call(range, gpa, n) ? call_write(cpu, range->region, gpa - range->gpa, n, value)
+                                            : write_parts(cpu, gpa, n, value);
     vm_device_unlock(cpu->machine);
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, "write", gpa, n, value, status);
@@ -206,26 +226,39 @@ static int port_part(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uns
     return call_read(cpu, range->region, port - range->gpa, *width, value);
 }
 
-static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
+static int port_parts(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
 {
     uint64_t result = 0;
     unsigned width;
     int status = X86_IO_DONE;
-    if (is_write && cpu->machine->events && vm_doorbell_ring(cpu->machine, true, port, n, *value)) {
-        cpu->x86.stat[X86_STAT_IO]++;
-        return status;
-    }
-    vm_device_lock(cpu->machine);
     for (unsigned done = 0; done < n && status == X86_IO_DONE; done += width) {
         uint64_t part = is_write ? *value >> 8 * done : 0;
         status = port_part(cpu, (uint16_t)(port + done), n - done, is_write, &width, &part);
         if (!is_write)
             result |= (part & ones(width)) << 8 * done;
     }
-    vm_device_unlock(cpu->machine);
-    cpu->x86.stat[X86_STAT_IO]++;
     if (!is_write)
         *value = result;
+    return status;
+}
+
+static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
+{
+    int status = X86_IO_DONE;
+    if (is_write && cpu->machine->events && vm_doorbell_ring(cpu->machine, true, port, n, *value)) {
+        cpu->x86.stat[X86_STAT_IO]++;
+        return status;
+    }
+    vm_device_lock(cpu->machine);
+    const vm_range *range = find_port(cpu, port);
+    if (!is_one_call(range, port, n))
+        status = port_parts(cpu, port, n, is_write, value);
+    else if (is_write)
+        status = call_write(cpu, range->region, port - range->gpa, n, *value);
+    else
+        status = call_read(cpu, range->region, port - range->gpa, n, value);
+    vm_device_unlock(cpu->machine);
+    cpu->x86.stat[X86_STAT_IO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, is_write ? "out" : "in", port, n, *value, status);
     return status;

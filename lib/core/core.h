@@ -38,7 +38,13 @@ typedef struct vm_lock {
     _Atomic uintptr_t owner;           /* vm_thread_self() of the holder */
     unsigned depth;
 } vm_lock;
-static inline uintptr_t vm_thread_self(void) { return (uintptr_t)pthread_self(); }
+/* The thread's own block, whose first word is its address (x86-64 psABI, TLS variant II): no call, unlike pthread_self(). */
+static inline uintptr_t vm_thread_self(void)
+{
+    uintptr_t self;
+    __asm__("mov %%fs:0, %0" : "=r"(self));
+    return self;
+}
 /* The device lock: everything that touches devices. Any thread; recursive. */
 void vm_device_lock(vm_machine *m);
 void vm_device_unlock(vm_machine *m);
@@ -389,7 +395,12 @@ int  vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out);
 bool vm_region_is_known(vm_machine *m, const vm_region *r);         /* r may be a stale pointer; under machine->lock */
 void vm_region_detach(vm_region *r);
 void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r);
-void vm_region_leave(vm_region *r); /* a callback has returned: finish a delayed removal */
+void vm_region_end(vm_region *r);
+static inline void vm_region_leave(vm_region *r) /* a callback has returned: finish a delayed removal */
+{
+    if (--r->busy == 0 && r->is_dying)
+        vm_region_end(r);
+}
 void vm_regions_free(vm_machine *m);                               /* destruction: callbacks, then memory */
 int  vm_memory_protect(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot);
 /* VM_E_FAULT; no message limit */
@@ -397,7 +408,12 @@ int  vm_memory_copy(vm_machine *m, uint64_t gpa, void *buffer, size_t bytes, boo
 int  vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes);                            /* vm_invalidate */
 void vm_memory_dirty_log(vm_machine *m, bool on);
 void vm_memory_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap);
-const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa);               /* through the hit cache; in VM_GUEST */
+const vm_range *vm_find_new(vm_vcpu *cpu, uint64_t gpa);
+static inline const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa)  /* through the hit cache; in VM_GUEST */
+{
+    const vm_range *last = &cpu->last_range;
+    return gpa - last->gpa < last->bytes ? last : vm_find_new(cpu, gpa);
+}
 unsigned vm_region_prot(const vm_region *r, uint64_t offset);
 void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes);
 void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa);

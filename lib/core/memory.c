@@ -54,14 +54,11 @@ const vm_range *vm_view_find(const vm_view *view, uint64_t gpa)
     return i < view->count && view->ranges[i].gpa <= gpa ? &view->ranges[i] : NULL;
 }
 
-const vm_range *vm_find(vm_vcpu *cpu, uint64_t gpa)
+const vm_range *vm_find_new(vm_vcpu *cpu, uint64_t gpa)
 {
-    vm_range *last = &cpu->last_range;
-    if (gpa - last->gpa < last->bytes)
-        return last;
     const vm_range *r = vm_view_find(&cpu->machine->view, gpa);
     if (r)
-        *last = *r;
+        cpu->last_range = *r;
     return r;
 }
 
@@ -284,17 +281,11 @@ static void unlink_region(vm_region *r)
 }
 
 /* The region is out of the map and no callback of it runs: tell its owner, free it. */
-static void finish(vm_region *r)
+void vm_region_end(vm_region *r)
 {
     if (r->ops.destroy)
         r->ops.destroy(r->user);
     free(r);
-}
-
-void vm_region_leave(vm_region *r)
-{
-    if (--r->busy == 0 && r->is_dying)
-        finish(r);
 }
 
 static void bury(vm_region *r)
@@ -332,7 +323,7 @@ void vm_region_finish(vm_machine *m, vm_region_kind kind, vm_region *r)
     if (r->busy)
         r->is_dying = true;
     else
-        finish(r);
+        vm_region_end(r);
     vm_device_unlock(m);
 }
 
@@ -369,7 +360,7 @@ void vm_regions_free(vm_machine *m)
         if (is_ram(r)) {
             free_ram(r);
         } else {
-            finish(r);
+            vm_region_end(r);
         }
     }
     free_graves(m);
@@ -437,7 +428,7 @@ void vm_region_free(vm_region *r)
     } else if (r->busy) {
         r->is_dying = true;
     } else {
-        finish(r);
+        vm_region_end(r);
     }
 }
 

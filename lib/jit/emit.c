@@ -510,6 +510,14 @@ static void emit_access(emitter *e, const jit_op *o) {
 
 /* ---- sites and stubs ---- */
 
+/* Nothing but the answer of a device is of interest to this access: see ask_device(). */
+static bool is_quick_form(const jit_unit *u, const x86_insn *in, const jit_op *check) {
+    return check && check->role != JIT_CHECK_LEADER && check->align <= 1 &&
+           (check->access == X86_READ || check->access == X86_WRITE) && check->size <= 8 &&
+           !(check->size & (check->size - 1)) && (in->mode == 8 || (in->seg != X86_FS && in->seg != X86_GS)) &&
+           !(u->key & JIT_KEY_X87) && !u->cpu->cover.is_on;
+}
+
 static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes) {
     jit *j = e->j;
     jit_site *s = (jit_site *)(j->arena + j->arena_used);
@@ -533,6 +541,7 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     }
     s->is_single = is_single;
     s->is_end = false;
+    s->is_quick = is_single && is_quick_form(e->u, &s->in, check);
     return at;
 }
 static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
@@ -1389,9 +1398,16 @@ static const struct {
                  {JIT_FRAME_TMP, false, JIT_SLOT(JIT_SLOT_TMP)}};
 enum { FRAME_MAP = sizeof frame_map / sizeof *frame_map, FRAME_BYTES = (8 * JIT_FRAME_SLOTS + 15) & ~15 };
 
+static void emit_spill_homes(jit_writer *w) {
+    for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
+}
+static void emit_reload_homes(jit_writer *w) {
+    for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
+}
+
 /* Registers to the x86_cpu. `pushed`: bytes on the stack above the frame. */
 static void emit_spill(jit_writer *w, int32_t pushed) {
-    for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
+    emit_spill_homes(w);
     for (unsigned i = 0; i < FRAME_MAP; i++) {
         e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * frame_map[i].slot + pushed);
         e_gs_store(w, 8, RAX, frame_map[i].at);
@@ -1407,7 +1423,7 @@ static void emit_reload(jit_writer *w, int32_t pushed) {
         e_gs_load(w, 8, RAX, JIT_SLOT(JIT_SLOT_WINDOW_LIMIT + i));
         e_r_mem(w, 8, 0x89, RAX, RSP, 0xff, 1, (int32_t)(8 * (JIT_FRAME_LIMIT + i)) + pushed);
     }
-    for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
+    emit_reload_homes(w);
 }
 
 #define FPU(n) ((int32_t)(offsetof(x86_cpu, fpu) + (n)))
@@ -1539,6 +1555,13 @@ static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save) {
 static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
+    e_mov(w, 8, T0, RCX); /* JRCXZ asks without the flags */
+    e_gs_load(w, 4, RCX, JIT_SLOT(JIT_SLOT_LEAVE));
+    e8(w, 0xe3), e8(w, 5);
+    e_mov(w, 8, RCX, T0);
+    e8(w, 0xeb), e8(w, 4);
+    e_mov(w, 8, RCX, T0);
+    e8(w, 0xc3);
     if (in_host) {
         e_mov(w, 8, T0, RAX);
         e8(w, 0x9f);                           /* lahf */
@@ -1546,20 +1569,16 @@ static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host) {
         e_r_mem(w, 4, 0x89, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + 8);
         e_mov(w, 8, RAX, T0);
     }
-    e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
-    e8(w, 0);
-    e_jcc_to(w, CC_NE, j->after[vec]);
-    if (in_host) emit_restore_from(w, 8);
-    e8(w, 0xc3);
+    e_jmp_to(w, j->after[vec]);
     return start;
 }
 
-/* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. JIT_OUT: it has said where and
- * why to leave; all state is in the x86_cpu already. */
+/* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. What lies in the frame C fetches
+ * and stores itself, if it has to. JIT_OUT: it has said where and why to leave; all state is in the x86_cpu already. */
 static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address, bool can_leave) {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
-    emit_spill(w, 8);
+    emit_spill_homes(w);
     if (vec) emit_vec_spill(j, vec);
     if (vec && j->has_avx) e8(w, 0xc5), e8(w, 0xf8), e8(w, 0x77); /* vzeroupper */
     e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
@@ -1579,7 +1598,7 @@ static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has
     e_mov(w, 8, T0, RAX);
     if (vec) emit_vec_reload(j, vec);
     e_gs_load(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15));
-    emit_reload(w, 8);
+    emit_reload_homes(w);
     e8(w, 0xc3);
     return start;
 }

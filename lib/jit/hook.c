@@ -369,15 +369,9 @@ void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i) {
 
 /* A direct call is under way: bring what is in the frame to x86_cpu. */
 static void fetch(x86_cpu *cpu) {
-    uint64_t *slot = cpu->jit_scratch;
-    const uint64_t *frame = (const uint64_t *)(uintptr_t)slot[JIT_SLOT_FRAME];
     if (!(uint32_t)cpu->hook_site || cpu->hook_site >> 32) return;
     cpu->hook_site |= UINT64_C(1) << 32;
-    memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], 32);
-    slot[JIT_SLOT_FLAGS] = frame[JIT_FRAME_FLAGS];
-    slot[JIT_SLOT_FLAG_A] = frame[JIT_FRAME_FLAG_A];
-    slot[JIT_SLOT_FLAG_B] = frame[JIT_FRAME_FLAG_B];
-    jit_load_flags(cpu);
+    jit_fetch_frame(cpu);
 }
 
 void jit_get_state(vm_vcpu *vcpu, unsigned parts) {

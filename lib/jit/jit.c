@@ -34,6 +34,7 @@
 #include "interp/interp.h"
 #include "jit/jit.h"
 #include "mmu/mmu.h"
+#include "x86/access.h"
 #include "x86/cover.h"
 #include "x86/simd.h"
 
@@ -494,6 +495,25 @@ void jit_store_flags(x86_cpu *cpu) {
     cpu->jit_scratch[JIT_SLOT_FLAGS] = (cpu->rflags & (X86_FL_ARITH & 0xff)) << 8 | (cpu->rflags >> 11 & 1);
 }
 
+static uint64_t *frame_of(const x86_cpu *cpu) { return (uint64_t *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_FRAME]; }
+
+enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8 };
+
+void jit_fetch_frame(x86_cpu *cpu) {
+    const uint64_t *frame = frame_of(cpu);
+    memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], FRAME_REGS);
+    memcpy(&cpu->jit_scratch[JIT_SLOT_FLAGS], &frame[JIT_FRAME_FLAGS], FRAME_FLAGS);
+    jit_load_flags(cpu);
+}
+
+/* What C may have changed, to the frame. */
+static void store_frame(const x86_cpu *cpu) {
+    uint64_t *frame = frame_of(cpu);
+    memcpy(&frame[JIT_FRAME_R12], &cpu->gpr[X86_R12], FRAME_REGS);
+    frame[JIT_FRAME_FLAGS] = cpu->jit_scratch[JIT_SLOT_FLAGS];
+    memcpy(&frame[JIT_FRAME_LIMIT], &cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT], FRAME_LIMITS);
+}
+
 /* Count what has retired since the last time; `index` instructions of the current block have. */
 void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index) {
     int64_t r15 = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] - index, done = j->r15_start - r15;
@@ -526,16 +546,25 @@ static void keep_x87_pointers(jit *j, const x86_cpu *cpu) {
     memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
 }
 
+static void place_rip(x86_cpu *cpu, const jit_site *s) {
+    cpu->rip = s->rip;
+    cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
+}
+
+/* Everything retires up to the site's instruction. */
+static void count_up_to(jit *j, x86_cpu *cpu, const jit_site *s) {
+    cpu->hook_site = 0;
+    jit_count_retired(j, cpu, s->index);
+    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
+}
+
 jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
-    cpu->hook_site = 0;
+    jit_fetch_frame(cpu);
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
-    jit_count_retired(j, cpu, s->index);
-    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
-    jit_load_flags(cpu);
-    cpu->rip = s->rip;
-    cpu->next_rip = s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
+    count_up_to(j, cpu, s);
+    place_rip(cpu, s);
     return s;
 }
 
@@ -548,12 +577,17 @@ static void hurry(jit *j, x86_cpu *cpu) {
     }
 }
 
+static bool wants_leave(const jit *j, const x86_cpu *cpu) {
+    return atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale;
+}
+
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
     if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
     if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, -1);
     jit_store_flags(cpu);
-    if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale) {
+    store_frame(cpu);
+    if (wants_leave(j, cpu) || s->block->is_dead) {
         cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
         hurry(j, cpu);
     }
@@ -624,8 +658,45 @@ static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
     x86_linear(cpu, seg, offset, s->size, s->access);
 }
 
+/* The access at bounce_la itself. Callbacks see exact state: the registers are in x86_cpu, and what is still in the frame
+ * comes when somebody asks (hook.c). So if nobody changes anything, nothing but the access has to be done. */
+static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at) {
+    uint64_t *value = j->bounce;
+    unsigned n = s->size;
+    int status;
+    place_rip(cpu, s);
+    cpu->hook_site = at;
+    if (s->access == X86_WRITE) /* read as it was stored, which is faster */
+        status = cpu->env->phys_write(cpu, j->bounce_gpa, j->bounce_la, n, x86_load_host((uint8_t *)value, n));
+    else
+        status = cpu->env->phys_read(cpu, j->bounce_gpa, j->bounce_la, n, X86_READ, value);
+    if (status == X86_IO_DONE && !wants_leave(j, cpu) && !s->block->is_dead) {
+        cpu->hook_site = 0;
+        return;
+    }
+    jit_get_state(j->vcpu, VM_STATE_ALL);
+    count_up_to(j, cpu, s);
+    if (status != X86_IO_DONE)
+        x86_io_leave(cpu, j->bounce_gpa, j->bounce_la, n, x86_load_host((uint8_t *)value, n), s->access);
+    jit_end_helper(j, cpu, s);
+}
+
+/* Is the address a device's that has been met before? Then the bounce buffer, with what the device answered. */
+static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at) {
+    jit_site *s = (jit_site *)(j->arena + at);
+    j->bounce_is_device = s->is_quick && x86_tlb_device(cpu, cpu->ctx, la, s->access, &j->bounce_gpa) &&
+                          !(cpu->careful | cpu->watch) && (la & 0xfff) + s->size <= 4096;
+    if (!j->bounce_is_device) return NULL;
+    j->bounce_la = la;
+    j->bounce_active = s->access == X86_WRITE;
+    if (!j->bounce_active) ask_device(j, cpu, s, at);
+    return (uint8_t *)j->bounce;
+}
+
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit *j = cpu->jit;
+    uint8_t *device = find_device(j, cpu, la, at);
+    if (device) return device;
     jit_site *s = jit_begin_helper(cpu, at);
     if (s->leader_size) {
         uint8_t *span = find_span(j, cpu, s, la);
@@ -653,7 +724,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
             x86_probe_write(cpu, la, s->size);
         j->bounce_la = la;
         j->bounce_active = true;
-        p = j->bounce;
+        p = (uint8_t *)j->bounce;
     }
     jit_end_helper(j, cpu, s);
     return p;
@@ -675,6 +746,10 @@ static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
 uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     if (!j->bounce_active) return 0;
+    if (j->bounce_is_device) {
+        ask_device(j, cpu, (jit_site *)(j->arena + at), at);
+        return 0;
+    }
     jit_site *s = jit_begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
     uint64_t rip = s->is_single ? cpu->next_rip : finish_push(cpu, s);

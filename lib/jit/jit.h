@@ -53,6 +53,7 @@ typedef struct jit_site {
     bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
     bool is_end;       /* the block ends with it */
     uint64_t target;   /* an indirect CALL inside a trace goes here */
+    bool is_quick;     /* a device may be asked without all the state in x86_cpu: see ask_device() */
 } jit_site;
 
 /* A direct edge: a jmp that goes to its stub until linked. */
@@ -212,9 +213,9 @@ typedef struct jit {
     uint64_t stops[JIT_STOPS];
     unsigned stop_count, stop_next; /* addresses that no block contains or is linked to */
     int64_t r15_start;              /* value r15 had when instructions were last counted */
-    uint64_t bounce_la;
-    bool bounce_active;
     int64_t slice;           /* instructions after which the run loop looks round */
+    uint64_t bounce_la, bounce_gpa;
+    bool bounce_active, bounce_is_device; /* ...known to be at bounce_gpa */
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
     bool must_step;     /* ...the instruction at rip, whoever wants attention */
     x86_stop hook_stop; /* a hook wants the run to end */
@@ -244,7 +245,7 @@ typedef struct jit {
         uint64_t rip;
         uint8_t count;
     } samples[256]; /* where slices ended: what is hot */
-    uint8_t bounce[64] __attribute__((aligned(64)));
+    uint64_t bounce[8] __attribute__((aligned(64)));
     /* thunks, executable view */
     uint8_t *enter[3];                                              /* by jit_level() */
     uint8_t *leave[3], *begin[3], *commit[3], *fallback[3], *after[3], *hook[3], *hook_left, *flags; /* writable view,
@@ -269,15 +270,15 @@ enum {
 enum {
     JIT_SLOT_SELF,
     JIT_SLOT_R15,
-    JIT_SLOT_FLAGS /* as in the frame */,
-    JIT_SLOT_LINK,
-    JIT_SLOT_TMP /* the frame's */,
-    JIT_SLOT_REASON,
-    JIT_SLOT_MXCSR,
-    JIT_SLOT_WINDOW_LIMIT = 8 /* offsets below it are inside, at any width */,
-    JIT_SLOT_WRITE_LIMIT,
+    JIT_SLOT_FLAGS /* these four as in the frame */,
     JIT_SLOT_FLAG_A,
     JIT_SLOT_FLAG_B,
+    JIT_SLOT_TMP,
+    JIT_SLOT_LINK,
+    JIT_SLOT_REASON,
+    JIT_SLOT_WINDOW_LIMIT /* offsets below it are inside, at any width */,
+    JIT_SLOT_WRITE_LIMIT,
+    JIT_SLOT_MXCSR,
     JIT_SLOT_LEAVE /* a callback asked for the run loop */,
     JIT_SLOT_X87_LAST /* site of the last x87 instruction not yet told to the image */,
     JIT_SLOT_X87_LAST_MEM /* the same, with a memory operand */,
@@ -395,6 +396,7 @@ void jit_hook_half_way(x86_cpu *cpu);
 /* jit.c, for hook.c */
 void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index);
 void jit_load_flags(x86_cpu *cpu);
+void jit_fetch_frame(x86_cpu *cpu); /* what the frame holds, to x86_cpu; the flags exact */
 void jit_store_flags(x86_cpu *cpu);
 jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at);
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s);

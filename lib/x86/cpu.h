@@ -476,6 +476,8 @@ void x86_check_port(x86_cpu *cpu, uint16_t port, unsigned n);
 uint64_t x86_port_in(x86_cpu *cpu, uint16_t port, unsigned n);
 void x86_port_out(x86_cpu *cpu, uint16_t port, unsigned n, uint64_t value);
 /* Call when an instruction (or one rep iteration) is final. */
+/* Nobody answered the access: leave with X86_STOP_IO. */
+_Noreturn void x86_io_leave(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value, unsigned access);
 static inline void x86_io_retire(x86_cpu *cpu) { cpu->io_count = cpu->io_pos = 0; }
 
 /* ---- hooks (hook.c) ----
@@ -518,6 +520,13 @@ void x86_tlb_protect_noted(x86_cpu *cpu);
 void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes);
 /* A translation for this access that the table holds though it has no tag for it: device memory, held-back writes. */
 bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);
+static inline bool x86_tlb_device(const x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa) {
+    const x86_tlb *t = &cpu->tlb[ctx];
+    unsigned i = X86_TLB_INDEX(la);
+    uint64_t page = (uintptr_t)t->e[i].host;
+    *gpa = (t->meta[i] & X86_PAGE_MASK) | (la & 0xfff);
+    return (t->meta[i] & X86_TLBM_IO) && !((page ^ la) & X86_PAGE_MASK) && (page & access) == access;
+}
 void x86_tlb_clear(x86_cpu *cpu);                                /* every entry of every context */
 void x86_tlb_clear_nonglobal(x86_cpu *cpu);
 /* x86_tlb_clear_nonglobal(), but what is dropped goes to `park`, as far as it fits; and back, where nothing newer is, unless

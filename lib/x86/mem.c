@@ -110,6 +110,13 @@ static void log_port(x86_cpu *cpu, const x86_io_access *a)
     }
 }
 
+void x86_io_leave(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64_t value, unsigned access)
+{
+    cpu->io = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_write = access == X86_WRITE,
+                               .is_fetch = access == X86_EXEC };
+    x86_leave(cpu, X86_STOP_IO);
+}
+
 static uint64_t io_read(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, unsigned access)
 {
     const x86_io_access *old = replay(cpu, gpa, false, false);
@@ -117,10 +124,8 @@ static uint64_t io_read(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uns
         return old->data;
     uint64_t value = 0;
     cpu->stat[X86_STAT_MMIO]++;
-    if (cpu->env->phys_read(cpu, gpa, la, n, access, &value) == X86_IO_EXIT) {
-        cpu->io = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_fetch = access == X86_EXEC };
-        x86_leave(cpu, X86_STOP_IO);
-    }
+    if (cpu->env->phys_read(cpu, gpa, la, n, access, &value) == X86_IO_EXIT)
+        x86_io_leave(cpu, gpa, la, n, value, access);
     log_done(cpu, gpa, la, n, value, false, access == X86_EXEC);
     return value;
 }
@@ -130,10 +135,8 @@ static void io_write(x86_cpu *cpu, uint64_t gpa, uint64_t la, unsigned n, uint64
     if (replay(cpu, gpa, false, true))
         return;
     cpu->stat[X86_STAT_MMIO]++;
-    if (cpu->env->phys_write(cpu, gpa, la, n, value) == X86_IO_EXIT) {
-        cpu->io = (x86_io_access){ .gpa = gpa, .gva = la, .width = (uint8_t)n, .data = value, .is_write = true };
-        x86_leave(cpu, X86_STOP_IO);
-    }
+    if (cpu->env->phys_write(cpu, gpa, la, n, value) == X86_IO_EXIT)
+        x86_io_leave(cpu, gpa, la, n, value, X86_WRITE);
     log_done(cpu, gpa, la, n, value, true, false);
 }
 

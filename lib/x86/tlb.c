@@ -133,13 +133,10 @@ bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uin
     unsigned i = X86_TLB_INDEX(la);
     const x86_tlb_entry *e = &cpu->tlb[ctx].e[i];
     uint64_t meta = cpu->tlb[ctx].meta[i], page = la & X86_PAGE_MASK;
-    bool is_known;
     if (meta & X86_TLBM_IO)
-        is_known = ((uintptr_t)e->host & X86_PAGE_MASK) == page && ((uintptr_t)e->host & access) == access;
-    else
-        is_known = access == X86_WRITE && (meta & X86_TLBM_MAY_W) && (e->tag_r == page || e->tag_x == page);
+        return x86_tlb_device(cpu, ctx, la, access, gpa);
     *gpa = (meta & X86_PAGE_MASK) | (la & 0xfff);
-    return is_known;
+    return access == X86_WRITE && (meta & X86_TLBM_MAY_W) && (e->tag_r == page || e->tag_x == page);
 }
 
 /* The linear address of an entry's page. */
