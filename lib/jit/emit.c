@@ -1314,24 +1314,17 @@ static void emit_block(emitter *e) {
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
 }
 
-static void *arena_take(jit *j, size_t bytes) {
-    void *p = j->arena + j->arena_used;
-    j->arena_used += (bytes + 15) & ~(size_t)15;
-    return p;
-}
 
 static void place_lists(emitter *e) {
     jit_block *b = e->block;
     unsigned leaders = 0;
     for (unsigned k = 0; k < e->u->nops; k++) leaders += e->u->ops[k].role == JIT_CHECK_LEADER;
     b->nlinks = (uint8_t)(e->u->sides + 2 + leaders);
-    b->links = arena_take(e->j, b->nlinks * sizeof *b->links);
+    b->links = jit_take(e->j, b->nlinks * sizeof *b->links);
     memset(b->links, 0, b->nlinks * sizeof *b->links);
-    b->nextents = (uint8_t)e->u->nextents;
-    b->extents = arena_take(e->j, b->nextents * sizeof *b->extents);
-    memcpy(b->extents, e->u->extents, b->nextents * sizeof *b->extents);
+    jit_place_extents(e->j, e->u, b, 0);
     b->nedges = (uint8_t)e->u->nedges;
-    b->edges = arena_take(e->j, b->nedges * sizeof *b->edges);
+    b->edges = jit_take(e->j, b->nedges * sizeof *b->edges);
     memcpy(b->edges, e->u->edges, b->nedges * sizeof *b->edges);
 }
 
@@ -1358,12 +1351,12 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
-        j->arena_bytes - j->arena_used < sizeof(jit_block) + 4096 + JIT_MAX_INSNS * sizeof(jit_edge) +
+        j->arena_bytes - j->arena_used < JIT_BLOCK_DATA + JIT_MAX_INSNS * sizeof(jit_edge) +
                                              JIT_MAX_SITES * (sizeof(jit_site) + 16) + 2 * JIT_MAX_INSNS * sizeof(jit_hook_site))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
-    jit_block *b = e.block = arena_take(j, sizeof *b);
+    jit_block *b = e.block = jit_take(j, sizeof *b);
     memset(b, 0, sizeof *b);
     b->rip = u->rip;
     b->gpa = u->gpa;

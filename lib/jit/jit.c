@@ -310,6 +310,18 @@ static void add_stop(jit *j, uint64_t rip) {
 
 /* ---- translation ---- */
 
+void *jit_take(jit *j, size_t bytes) {
+    void *p = j->arena + j->arena_used;
+    j->arena_used += (bytes + 15) & ~(size_t)15;
+    return p;
+}
+
+void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page) {
+    b->extents = jit_take(j, u->nextents * sizeof *b->extents);
+    for (unsigned k = 0; k < u->nextents; k++)
+        if (u->extents[k].page == page) b->extents[b->nextents++] = u->extents[k];
+}
+
 static void note_code_page(jit *j, uint64_t gpa);
 
 /* Guest-physical address of code at la; raises the fetch's faults. */
@@ -331,17 +343,32 @@ static uint64_t next_page_gpa(x86_cpu *cpu) {
     return fetch_gpa(cpu, cpu->code_size == 8 ? la : (uint32_t)la);
 }
 
-static void publish(jit *j, jit_block *b) {
-    unsigned h = hash_block(b->rip), p = hash_page(b->gpa);
+/* b is told when its bytes change. */
+static void watch(jit *j, jit_block *b) {
     b->all_next = j->all;
     j->all = b;
-    b->hash_next = j->hash[h];
-    j->hash[h] = b;
-    b->page_next = j->pages[p];
-    j->pages[p] = b;
+    b->page_next = j->pages[hash_page(b->gpa)];
+    j->pages[hash_page(b->gpa)] = b;
     b->line_next = j->lines[hash_page(b->rip)];
     j->lines[hash_page(b->rip)] = b;
+}
+
+static void publish(jit *j, jit_block *b) {
+    unsigned h = hash_block(b->rip);
+    watch(j, b);
+    b->hash_next = j->hash[h];
+    j->hash[h] = b;
     j->vcpu->x86.stat[X86_STAT_BLOCKS]++;
+}
+
+/* Another page that b was made from. */
+static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa) {
+    jit_block *twin = jit_take(j, sizeof *twin);
+    memset(twin, 0, sizeof *twin);
+    twin->gpa = gpa;
+    twin->twin = b->twin ? b->twin : b;
+    b->twin = twin;
+    return twin;
 }
 
 static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
@@ -418,15 +445,10 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     jit_block *main = translate_unit(j, cpu->rip, gpa, key, u->bytes);
     u->crosses = false;
     if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64) return NULL;
-    jit_block *twin = (jit_block *)(j->arena + j->arena_used);
-    j->arena_used += (sizeof *twin + sizeof(jit_extent) + 31) & ~(size_t)15;
-    memset(twin, 0, sizeof *twin);
-    twin->gpa = gpa2;
-    twin->extents = (jit_extent *)(twin + 1);
-    twin->extents[0] = (jit_extent){0, 15};
+    jit_block *twin = new_twin(j, main, gpa2);
+    twin->extents = jit_take(j, sizeof *twin->extents);
+    twin->extents[0] = (jit_extent){0, 15, 0};
     twin->nextents = 1;
-    twin->twin = main;
-    main->twin = twin;
     main->crosses = true;
     twin->page_next = j->pages[hash_page(gpa2)];
     j->pages[hash_page(gpa2)] = twin;
@@ -858,18 +880,51 @@ static bool is_sampled(jit *j, uint64_t rip) {
     return ++j->samples[h].count == wanted;
 }
 
+/* The pages of a path besides its first. Where linear addresses are physical, nothing but their bytes can change. */
+static void find_pages(jit *j, uint32_t key, const uint64_t *path, unsigned count) {
+    x86_cpu *cpu = &j->vcpu->x86;
+    jit_unit *u = j->unit;
+    u->nmore = 0;
+    if (!(key & JIT_KEY_WINDOW) || cpu->exec_varies) return;
+    for (unsigned i = 1; i < count && u->nmore < JIT_MORE_PAGES; i++) {
+        uint64_t la = path[i] & X86_PAGE_MASK;
+        unsigned k = 0, prot = 0;
+        while (k < u->nmore && u->more[k].la != la) k++;
+        if (la == (path[0] & X86_PAGE_MASK) || k < u->nmore) continue;
+        const uint8_t *host = cpu->env->page(cpu, la, &prot);
+        if (!host || !(prot & X86_EXEC)) continue;
+        cpu->env->code_page(cpu, la);
+        note_code_page(j, la);
+        u->more[u->nmore].la = la;
+        u->more[u->nmore++].host = host;
+    }
+}
+
 /* Make the block at path[0] again, along the path. */
 static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigned count) {
     x86_cpu *cpu = &j->vcpu->x86;
+    jit_unit *u = j->unit;
     unsigned prot = 0;
     const uint8_t *page = cpu->env->page(cpu, old->gpa & X86_PAGE_MASK, &prot);
     if (!page || !(prot & X86_EXEC)) return;
-    kill_block(j, old);
-    j->unit->path = path;
-    j->unit->path_count = count;
-    jit_block *b = translate_unit(j, old->rip, old->gpa, old->key, page);
-    if (b) b->is_traced = true;
-    j->unit->path = NULL;
+    find_pages(j, old->key, path, count);
+    if (!j->must_flush) {
+        kill_block(j, old);
+        u->path = path;
+        u->path_count = count;
+        jit_block *b = translate_unit(j, old->rip, old->gpa, old->key, page);
+        if (b) b->is_traced = true;
+        for (unsigned k = 0; b && k < u->nmore; k++) {
+            jit_block *twin = new_twin(j, b, u->more[k].la);
+            twin->rip = u->more[k].la;
+            twin->key = b->key;
+            jit_place_extents(j, u, twin, k + 1);
+            watch(j, twin);
+        }
+        u->path = NULL;
+    } else
+        j->samples[hash_block(old->rip) & 255].count = 0;
+    u->nmore = 0;
 }
 
 bool jit_has_no_guard(const jit *j, uint64_t rip) { return j->no_guard[hash_block(rip) & 1023]; }

@@ -15,6 +15,7 @@
 #define JIT_MAX_SITES   (JIT_MAX_INSNS * 2)
 #define JIT_MAX_SIDES   24 /* conditional exits from a block before its end */
 #define JIT_MAX_EXTENTS 64
+#define JIT_MORE_PAGES  3 /* of a trace, besides that it begins on */
 #define JIT_BLOCK_BYTES 32768 /* code one block may need, stubs included */
 #define JIT_HASH        65536
 #define JIT_PAGES       16384
@@ -68,8 +69,9 @@ typedef struct jit_link {
 } jit_link;
 
 typedef struct jit_extent {
-    uint16_t begin, end;
-} jit_extent; /* page offsets */
+    uint16_t begin, end; /* page offsets */
+    uint16_t page;       /* 0: the block's; 1 + index into jit_unit.more */
+} jit_extent;
 
 /* Coverage: the counter of a branch inside a block, followed by the next instruction of its trace. */
 typedef struct jit_edge {
@@ -88,7 +90,7 @@ struct jit_block {
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next, *line_next, *all_next;
-    jit_block *twin;
+    jit_block *twin; /* a ring: blocks without code that keep watch on the other pages it was made from */
     jit_link *in;
     uint8_t nlinks, nextents;
     uint8_t nedges;
@@ -176,6 +178,11 @@ typedef struct jit_unit { /* one block being translated */
     uint16_t hooked[JIT_MAX_INSNS]; /* X86_HOOK_BIT()s of what is called before each instruction */
     const uint64_t *path; /* a trace: where its instructions were and, last, where it went on; or NULL */
     unsigned path_count;  /* instructions on it */
+    unsigned nmore;
+    struct {
+        uint64_t la;
+        const uint8_t *host;
+    } more[JIT_MORE_PAGES]; /* pages that a trace may go to */
     bool crosses; /* page's bytes are a copy of one instruction from two pages */
 } jit_unit;
 
@@ -313,6 +320,10 @@ enum {
 static inline unsigned jit_level(uint32_t key) { return key & JIT_KEY_X87 ? 2 : key & JIT_KEY_VEC ? 1 : 0; }
 static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
 
+/* jit.c */
+void *jit_take(jit *j, size_t bytes); /* from the arena, which has room */
+void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page); /* b watches this page of the unit's */
+#define JIT_BLOCK_DATA ((1 + JIT_MORE_PAGES) * sizeof(jit_block) + 8192) /* of the arena, for lists */
 /* lift.c */
 bool jit_lift(jit_unit *u,
               unsigned max_insns); /* false: the first instruction cannot be handled here (cut off by the page) */

@@ -297,6 +297,34 @@ static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
     return true;
 }
 
+/* The bytes of the page that rip lies on, or NULL: not one of the unit's. *index as in jit_extent. */
+static const uint8_t *page_of(const jit_unit *u, uint64_t rip, unsigned *index) {
+    *index = 0;
+    if (!((rip ^ u->rip) & X86_PAGE_MASK)) return u->page;
+    for (unsigned k = 0; k < u->nmore; k++) {
+        *index = k + 1;
+        if (u->more[k].la == (rip & X86_PAGE_MASK)) return u->more[k].host;
+    }
+    return NULL;
+}
+
+/* Decode what lies at rip, on any of the unit's pages. */
+static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in) {
+    unsigned index, offset = rip & 0xfff, first = 4096 - offset;
+    const uint8_t *page = page_of(u, rip, &index), *next = first < 15 ? page_of(u, rip + first, &index) : NULL;
+    uint8_t bytes[15];
+    if (!u->nmore || !page) return page && decode_at(u, offset, in);
+    if (!next) {
+        if (x86_decode_again(u->j->memo, page + offset, first < 15 ? first : 15, u->key & JIT_KEY_64 ? 8 : 4, in)) return false;
+    } else {
+        memcpy(bytes, page + offset, first);
+        memcpy(bytes + first, next, 15 - first);
+        if (x86_decode(bytes, 15, u->key & JIT_KEY_64 ? 8 : 4, in)) return false;
+    }
+    x86_offer(u->cpu, in);
+    return true;
+}
+
 /* Does the instruction at rip, on the block's page, end on the next? */
 bool jit_crosses_page(const jit_unit *u, uint64_t rip) {
     x86_insn in;
@@ -319,7 +347,7 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
     jit_info info[LOOK_AHEAD];
     unsigned n = 0, offset = rip & 0xfff;
     uint16_t written = 0, host = X86_FL_ARITH, exact = X86_FL_ARITH;
-    extent->begin = extent->end = (uint16_t)offset;
+    *extent = (jit_extent){(uint16_t)offset, (uint16_t)offset, 0};
     if ((rip ^ u->rip) & X86_PAGE_MASK)
         return JIT_NEED_MEM;        /* such edges enter where the flags are loaded from memory */
     if (JIT_MAX_INSNS < LOOK_AHEAD) /* blocks may end before what is seen here */
@@ -573,26 +601,33 @@ static void lift_insn(jit_unit *u, unsigned i) {
 
 typedef struct trace {
     uint64_t rip;          /* next instruction */
-    unsigned piece;        /* first offset of the contiguous piece being read */
+    uint64_t piece;        /* where the contiguous piece being read begins */
     unsigned body, copies; /* instructions in one iteration, iterations so far */
     bool is_open, can_loop;
 } trace;
 
 enum { MAX_COPIES = 4, MAX_HOOKED_COPIES = 8 /* entering costs more */ };
-enum { MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 4 };
+enum { MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 8 };
 
-static void close_piece(jit_unit *u, const trace *t, unsigned end) {
+/* The block is made from [begin, end), on one page. */
+static void add_extent(jit_unit *u, uint64_t begin, uint64_t end) {
+    unsigned page;
+    page_of(u, begin, &page);
+    jit_extent x = {(uint16_t)(begin & 0xfff), (uint16_t)(((end - 1) & 0xfff) + 1), (uint16_t)page};
     for (unsigned k = 0; k < u->nextents; k++)
-        if (u->extents[k].begin <= t->piece && end <= u->extents[k].end) return;
-    if (u->nextents < JIT_MAX_EXTENTS && end > t->piece)
-        u->extents[u->nextents++] = (jit_extent){(uint16_t)t->piece, (uint16_t)end};
+        if (u->extents[k].page == x.page && u->extents[k].begin <= x.begin && x.end <= u->extents[k].end) return;
+    if (u->nextents < JIT_MAX_EXTENTS) u->extents[u->nextents++] = x;
 }
 
-/* Go on reading at target, on this page. */
-static void jump_to(jit_unit *u, trace *t, uint64_t target, unsigned end) {
+static void close_piece(jit_unit *u, const trace *t, uint64_t end) {
+    for (uint64_t at = t->piece; at < end; at = (at | 0xfff) + 1) add_extent(u, at, end - 1 > (at | 0xfff) ? (at | 0xfff) + 1 : end);
+}
+
+/* Go on reading at target. */
+static void jump_to(jit_unit *u, trace *t, uint64_t target, uint64_t end) {
     close_piece(u, t, end);
     t->rip = target;
-    t->piece = target & 0xfff;
+    t->piece = target;
 }
 
 /* Is there room for another copy of a loop that closes here? */
@@ -611,10 +646,11 @@ static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
 }
 
 /* The branch at i of a recorded path: true when the trace goes on where it went. */
-static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
+static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end) {
+    unsigned page;
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), direct = wrap(u, next + in->imm), target = u->path[i + 1];
     bool is_last = i + 1 == u->path_count, is_direct = class != C_RET && in->op[0].kind == X86_OP_REL;
-    if (((target ^ u->rip) & X86_PAGE_MASK) || u->sides == JIT_MAX_SIDES || u->nextents >= MAX_PATH_PIECES ||
+    if (!page_of(u, target, &page) || u->sides == JIT_MAX_SIDES || u->nextents >= MAX_PATH_PIECES ||
         (is_direct && target != direct && (class != C_JCC || target != next)) || (is_last && class == C_JCC) ||
         (class == C_CALL && jit_has_no_guard(u->j, u->insn_rip[i])))
         return false;
@@ -642,7 +678,7 @@ static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, u
 }
 
 /* A direct jump or branch: true when the trace goes on. */
-static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, unsigned end) {
+static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end) {
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
     if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides >= MAX_BRANCHES ||
@@ -655,7 +691,7 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
     }
     if (target <= u->insn_rip[i]) return false;
     if (class == C_JCC) {
-        if (end >= 4096) return false;
+        if ((end ^ u->rip) & X86_PAGE_MASK) return false;
         add_side(u, i, in->cc, target);
         t->rip = next;
         return true;
@@ -667,12 +703,12 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
 
 /* One instruction. False: it is not part of this block. */
 static bool lift_next(jit_unit *u, trace *t) {
-    unsigned i = u->count, offset = t->rip & 0xfff;
+    unsigned i = u->count;
     x86_insn *in = &u->insn[i];
-    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 12 > JIT_MAX_OPS || ((t->rip ^ u->rip) & X86_PAGE_MASK) ||
+    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 12 > JIT_MAX_OPS ||
         (u->path && (i == u->path_count || t->rip != u->path[i])))
         return false;
-    if (!decode_at(u, offset, in)) return false;
+    if (!decode_rip(u, t->rip, in)) return false;
     bool begins_block = !i || (in[-1].flags & (X86_IF_BRANCH | X86_IF_END));
     u->hooked[i] = (uint16_t)jit_hook_kinds(u, t->rip, in->length, begins_block);
     if (u->hooked[i] & X86_HOOK_BIT(X86_HOOK_BREAK)) {
@@ -701,7 +737,8 @@ static bool lift_next(jit_unit *u, trace *t) {
     if (u->hooked[i] && ++u->nhooked > JIT_MAX_HOOKED) return false;
     u->insn_rip[i] = t->rip;
     u->count++;
-    unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), end = offset + in->length;
+    unsigned class = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in);
+    uint64_t end = t->rip + in->length;
     t->can_loop &= class != C_FALLBACK;
     if (u->hooked[i]) add_op(u, IR_HOOK, i);
     if (u->path ? follow_path(u, t, i, in, class, end)
@@ -714,7 +751,7 @@ static bool lift_next(jit_unit *u, trace *t) {
 }
 
 bool jit_lift(jit_unit *u, unsigned max_insns) {
-    trace t = {.rip = u->rip, .piece = u->rip & 0xfff, .is_open = true, .can_loop = !(u->key & JIT_KEY_PLAIN)};
+    trace t = {.rip = u->rip, .piece = u->rip, .is_open = true, .can_loop = !(u->key & JIT_KEY_PLAIN)};
     u->count = u->nops = u->sides = u->nextents = u->nhooked = 0;
     while (t.is_open && u->count < max_insns && lift_next(u, &t))
         ;
@@ -725,6 +762,6 @@ bool jit_lift(jit_unit *u, unsigned max_insns) {
         o->goes_on = true;
     }
     uint64_t last = u->count ? u->insn_rip[u->count - 1] : u->rip;
-    close_piece(u, &t, (unsigned)(last & 0xfff) + (u->count ? u->insn[u->count - 1].length : u->insn[0].length));
+    close_piece(u, &t, last + (u->count ? u->insn[u->count - 1].length : u->insn[0].length));
     return true;
 }
