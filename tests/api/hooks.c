@@ -833,6 +833,126 @@ SOFTWARE(exception_stop_skip_retry_deliver)
     vm_destroy(r.m);
 }
 
+/* System events, stopped and skipped: the instruction at CODE is two bytes long; `after` tells what it does by itself, HLT
+ * everywhere around it. */
+static const struct system_event {
+    const char *name, *code;
+    int kind, number;                    /* number: what the event is about, -1: the instruction's address */
+    uint32_t flags;
+    vm_mode mode;
+    uint64_t done_rip, rax_after;        /* when it is executed: where HLT leaves it, RAX */
+} SYSTEM_EVENTS[] = {
+    { "cpuid", "\x0f\xa2", VM_HOOK_CPUID, 0x80000008, 0, VM_MODE_FLAT64, CODE + 3, 0 },
+    { "rdmsr", "\x0f\x32", VM_HOOK_MSR, 0x174, 0, VM_MODE_FLAT64, CODE + 3, 0x18 },
+    { "wrmsr", "\x0f\x30", VM_HOOK_MSR, 0x174, VM_EVENT_WRITE, VM_MODE_FLAT64, CODE + 3, 0x80000008 },
+    { "syscall", "\x0f\x05", VM_HOOK_SYSCALL, -1, 0, VM_MODE_FLAT64, 0x3001, 0x80000008 },
+    { "sysenter", "\x0f\x34", VM_HOOK_SYSCALL, -1, VM_EVENT_SYSENTER, VM_MODE_FLAT32, 0x3001, 0x80000008 },
+    { "int", "\xcd\x05", VM_HOOK_INTERRUPT, 5, VM_EVENT_SOFT, VM_MODE_REAL, 0x3001, 0x0008 },
+    { "int3", "\x90\xcc", VM_HOOK_INTERRUPT, 3, VM_EVENT_SOFT, VM_MODE_REAL, 0x3001, 0x0008 },
+    { "into", "\x90\xce", VM_HOOK_INTERRUPT, 4, VM_EVENT_SOFT, VM_MODE_REAL, 0x3001, 0x0008 },
+};
+
+static rig make_system(vm_backend backend, const struct system_event *s)
+{
+    rig r = make(backend, s->mode, "\xf4\xf4\xf4\xf4", 4);
+    for (uint16_t vector = 0; vector < 16; vector++)
+        OK(vm_write(r.m, vector * 4u, "\x00\x30\x00\x00", 4));
+    OK(vm_write(r.m, CODE, s->code, 2));
+    OK(vm_write(r.m, 0x3000, "\xf4", 1));
+    OK(vm_vcpu_set_msr(r.cpu, 0x174, 0x18));
+    OK(vm_vcpu_set_msr(r.cpu, 0x176, 0x3000));
+    OK(vm_vcpu_set_msr(r.cpu, 0xc0000082, 0x3000));
+    OK(vm_vcpu_set_msr(r.cpu, 0xc0000081, UINT64_C(8) << 32));
+    uint64_t efer = 0;
+    OK(vm_vcpu_get_msr(r.cpu, 0xc0000080, &efer));
+    OK(vm_vcpu_set_msr(r.cpu, 0xc0000080, efer | 1));
+    set(r.cpu, VM_REG_RAX, s->mode == VM_MODE_REAL ? 8 : 0x80000008);
+    set(r.cpu, VM_REG_RCX, 0x174);
+    set(r.cpu, VM_REG_RDX, 0);
+    set(r.cpu, VM_REG_RFLAGS, 2 | 0x800);
+    return r;
+}
+
+static void check_event(const struct system_event *s, const event_log *log)
+{
+    unsigned at = s->code[0] == '\x90' ? CODE + 1 : CODE;
+    CHECK_EQ(log->n, 1);
+    CHECK_EQ(log->at[0].e.kind, s->kind);
+    CHECK_EQ(log->at[0].e.flags, s->flags);
+    CHECK_EQ(log->at[0].rip, at);
+    if (s->kind == VM_HOOK_INTERRUPT) {
+        CHECK_EQ(log->at[0].e.value, s->number);
+        CHECK_EQ(log->at[0].e.address, at);
+    } else {
+        CHECK_EQ(log->at[0].e.address, s->number == -1 ? at : (uint32_t)s->number);
+    }
+}
+
+static vm_hook_result record_and_stop(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
+    record(user, cpu, e);
+    return VM_HOOK_STOP;
+}
+
+SOFTWARE(system_events_stop_and_skip)
+{
+    for (unsigned i = 0; i < sizeof SYSTEM_EVENTS / sizeof *SYSTEM_EVENTS; i++) {
+        const struct system_event *s = &SYSTEM_EVENTS[i];
+        for (unsigned skips = 0; skips < 2; skips++) {
+            event_log log = { 0 };
+            tagged t = { &log, 0 };
+            rig r = make_system(backend, s);
+            uint64_t rax = get(r.cpu, VM_REG_RAX), before = vm_vcpu_retired(r.cpu), msr = 0;
+            hook(&r, (vm_hook_kind)s->kind, 0, 0, skips ? record_and_skip : record_and_stop, &t);
+            vm_exit e = run(&r, NULL);
+            check_event(s, &log);
+            if (!skips) {                                /* before it; then it happens, and is not told again */
+                CHECK_EQ(e.reason, VM_EXIT_HOOK);
+                CHECK_EQ(e.rip, log.at[0].rip);
+                CHECK_EQ(get(r.cpu, VM_REG_RAX), rax);
+                e = run(&r, NULL);
+                CHECK_EQ(log.n, 1);
+            }
+            CHECK_EQ(e.reason, VM_EXIT_HALT);
+            CHECK_EQ(e.rip, skips ? CODE + 3 : s->done_rip);
+            CHECK_EQ(vm_vcpu_retired(r.cpu) - before, 2u + (s->code[0] == '\x90'));
+            if (skips || s->kind != VM_HOOK_CPUID)
+                CHECK_EQ(get(r.cpu, VM_REG_RAX), skips ? rax : s->rax_after);
+            OK(vm_vcpu_get_msr(r.cpu, 0x174, &msr));
+            CHECK_EQ(msr, !skips && s->flags == VM_EVENT_WRITE ? 0x80000008 : 0x18);
+            vm_destroy(r.m);
+        }
+    }
+}
+
+/* A vector from outside: stopped, it waits; skipped, it is lost; redirected, the guest goes elsewhere. */
+SOFTWARE(interrupts_stop_and_skip)
+{
+    static const struct system_event nothing = { "", "\x90\x90", VM_HOOK_INTERRUPT, 0x2f, 0, VM_MODE_REAL, 0, 0 };
+    for (unsigned way = 0; way < 2; way++) {
+        event_log log = { 0 };
+        tagged t = { &log, 0 };
+        rig r = make_system(backend, &nothing);
+        OK(vm_write(r.m, 0x2f * 4, "\x00\x30\x00\x00", 4));
+        hook(&r, VM_HOOK_INTERRUPT, 0x2f, 0x2f, way ? record_and_skip : record_and_stop, &t);
+        OK(vm_vcpu_inject(r.cpu, 0x2f, false, 0));
+        vm_exit e = run(&r, NULL);
+        CHECK_EQ(log.n, 1);
+        CHECK_EQ(log.at[0].e.value, 0x2f);
+        CHECK_EQ(log.at[0].e.address, CODE);
+        CHECK_EQ(log.at[0].e.flags, 0);
+        if (!way) {
+            CHECK_EQ(e.reason, VM_EXIT_HOOK);
+            CHECK_EQ(e.rip, CODE);
+            e = run(&r, NULL);
+            CHECK_EQ(log.n, 1);
+        }
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        CHECK_EQ(e.rip, way ? CODE + 3 : 0x3001);
+        vm_destroy(r.m);
+    }
+}
+
 EACH_BACKEND(breakpoints)
 {
     rig r = MAKE(COUNTING);
