@@ -447,24 +447,57 @@ SOFTWARE(insn_changes_its_instruction)
     vm_destroy(r.m);
 }
 
-static vm_hook_result run_nested(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+typedef struct hostile { unsigned n; vm_snapshot *s, *to_free; bool frees; } hostile;
+
+/* All that must wait until the vCPU rests is refused, in every kind of callback. */
+static vm_hook_result be_hostile(void *user, vm_vcpu *cpu, const vm_hook_event *e)
 {
+    hostile *h = user;
+    vm_machine *m = vm_vcpu_machine(cpu), *clone = NULL;
+    vm_snapshot *s = NULL;
+    vm_exit exit = VM_EXIT_INIT;
+    vm_value result;
     (void)e;
+    h->n++;
+    CHECK_EQ(vm_vcpu_run(cpu, NULL, &exit), VM_E_BUSY);
     CHECK_EQ(vm_vcpu_run(cpu, NULL, NULL), VM_E_BUSY);
-    ++*(unsigned *)user;
+    CHECK_EQ(vm_call(cpu, CODE, "u64()", NULL, 0, &result, NULL, &exit), VM_E_BUSY);
+    CHECK_EQ(vm_snapshot_take(m, &s), VM_E_BUSY);
+    CHECK(!s);
+    CHECK_EQ(vm_snapshot_restore(m, h->s), VM_E_BUSY);
+    CHECK_EQ(vm_fork(m, &clone), VM_E_BUSY);
+    CHECK(!clone);
+    vm_backend other = vm_machine_backend(m) == VM_BACKEND_JIT ? VM_BACKEND_INTERP : VM_BACKEND_JIT;
+    CHECK_EQ(vm_backend_select(m, other), VM_E_BUSY);
+    CHECK_EQ(vm_block_trace(cpu, NULL, 0, NULL), VM_E_BUSY);
+    vm_destroy(m);                                       /* does nothing, but say so */
+    CHECK(strstr(vm_errmsg(), "vm_destroy"));
+    if (h->frees && h->n == 2)
+        vm_snapshot_free(h->to_free);
     return VM_HOOK_CONTINUE;
 }
 
-SOFTWARE(nested_run_is_busy)
+SOFTWARE(callbacks_that_ask_too_much)
 {
-    rig r = MAKE(ACCESSES);
-    unsigned n = 0;
-    hook(&r, VM_HOOK_INSN, 0, 0, run_nested, &n);
-    hook(&r, VM_HOOK_BLOCK, 0, 0, run_nested, &n);
-    hook(&r, VM_HOOK_MEM_READ, 0, 0, run_nested, &n);
-    CHECK_EQ(run(&r, NULL).reason, VM_EXIT_HALT);
-    CHECK(n > 10);
-    vm_destroy(r.m);
+    for (unsigned frees = 0; frees < 2; frees++)
+        for (int kind = 1; kind < VM_HOOK_KINDS; kind++) {
+            bool is_system = kind >= VM_HOOK_EXCEPTION && kind != VM_HOOK_FETCH;
+            rig r = is_system ? MAKE(SYSTEM) : MAKE(ACCESSES);
+            vm_hook_result skip = VM_HOOK_SKIP;
+            hostile h = { .frees = frees };
+            OK(vm_snapshot_take(r.m, &h.s));
+            OK(vm_snapshot_take(r.m, &h.to_free));
+            hook(&r, VM_HOOK_EXCEPTION, 0, 0, answer, &skip);
+            hook(&r, (vm_hook_kind)kind, 0, 0, be_hostile, &h);
+            vm_exit e = run(&r, NULL);
+            while (e.reason == VM_EXIT_IO)
+                OK(vm_vcpu_run(r.cpu, NULL, &e));
+            CHECK_EQ(e.reason, VM_EXIT_HALT);
+            CHECK_EQ(h.n != 0, kind != VM_HOOK_SYSCALL && kind != VM_HOOK_INTERRUPT);
+            if (!is_system)
+                CHECK_EQ(get(r.cpu, VM_REG_RDX), 0x1122334455667788);
+            vm_destroy(r.m);
+        }
 }
 
 typedef struct unmapper { vm_region *r; unsigned n; } unmapper;
@@ -643,7 +676,7 @@ SOFTWARE(remove_the_next_in_line)
     CHECK_EQ(d[2].destroyed, 3);
 }
 
-/* What fuzzers count blocks with: a hook on each, which goes when it is called. Three pages of inc eax; jmp to the next. */
+/* What fuzzers count blocks with: a hook on each, which goes when it is called. Three pages of inc eax; jmp next. */
 SOFTWARE(one_shots)
 {
     enum { BLOCKS = 3 * 256, BEGIN = 0x2000 };
@@ -675,7 +708,7 @@ SOFTWARE(one_shots)
     vm_destroy(r.m);
 }
 
-/* More hooks at one place than lists on the stack hold, of every sort of range; some go, some come while they are called. */
+/* More hooks at one place than lists on the stack hold, of every sort of range; one goes while they are called. */
 SOFTWARE(dozens_at_one_place)
 {
     enum { HOOKS = 60 };
@@ -833,8 +866,7 @@ SOFTWARE(exception_stop_skip_retry_deliver)
     vm_destroy(r.m);
 }
 
-/* System events, stopped and skipped: the instruction at CODE is two bytes long; `after` tells what it does by itself, HLT
- * everywhere around it. */
+/* System events, stopped and skipped: two bytes of code at CODE, HLT all around. */
 static const struct system_event {
     const char *name, *code;
     int kind, number;                    /* number: what the event is about, -1: the instruction's address */

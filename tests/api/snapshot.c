@@ -1040,6 +1040,15 @@ static void damage(unsigned flags)
     }
     file[n] = 0;
     CHECK_EQ(load_bytes(m, file, n + 1), VM_E_FORMAT);   /* longer than it should be */
+    for (uint32_t version = 0; version < 4; version++) { /* after the magic number's 8 bytes */
+        uint32_t ours;
+        memcpy(&ours, file + 8, 4);
+        memcpy(file + 8, &version, 4);
+        status = load_bytes(m, file, n);
+        CHECK_EQ(status, version == ours ? VM_OK : VM_E_FORMAT);
+        CHECK(version == ours || strstr(vm_errmsg(), "version"));
+        memcpy(file + 8, &ours, 4);
+    }
     OK(load_bytes(m, file, n));
     CHECK_EQ(state_of(m, true), before);
     vm_destroy(m);
