@@ -72,6 +72,10 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
     if (count && more) {
         cpu->next_rip = cpu->rip;
         cpu->is_midway = true;
+        if ((cpu->rflags & X86_FL_TF) || (cpu->dr[7] & 0xff)) {
+            cpu->rflags |= X86_FL_RF;      /* a breakpoint on it is not met again (SDM vol. 3, 17.3.1.1) */
+            cpu->keep_rf = true;
+        }
         if (cpu->has_deadline && ++cpu->visits % 8 == 0)
             atomic_fetch_or(&cpu->attention, X86_ATT_REQUEST);
     }

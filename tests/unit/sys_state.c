@@ -370,6 +370,40 @@ TEST(breakpoints)
     RUNS(0x88, 0x03);
 }
 
+/* After any iteration but the last RF is set: what is pushed lets the rest pass its breakpoint (SDM vol. 3, 17.3.1.1). */
+TEST(breakpoint_on_repeat)
+{
+    protected_mode(0);
+    break_on(0, 0x100000, 0, 0);
+    cpu->gpr[X86_RDI] = 0x7000;
+    cpu->gpr[X86_RCX] = 3;
+    outcome o = INSN(0xf3, 0xaa);
+    CHECK_EQ(o.vector, X86_DB);
+    CHECK_EQ(cpu->gpr[X86_RCX], 3);
+    cpu->rflags |= X86_FL_RF;
+    for (unsigned left = 2; left; left--) {
+        RUNS(0xf3, 0xaa);
+        CHECK_EQ(cpu->gpr[X86_RCX], left);
+        CHECK_EQ(cpu->rip, 0x100000);
+        CHECK(cpu->rflags & X86_FL_RF);
+    }
+    RUNS(0xf3, 0xaa);
+    CHECK_EQ(cpu->rip, 0x100002);
+    CHECK(!(cpu->rflags & X86_FL_RF));
+
+    protected_mode(0);
+    cpu->rflags |= X86_FL_TF;
+    x86_mode_changed(cpu);
+    cpu->gpr[X86_RCX] = 2;
+    o = INSN(0xf3, 0xaa);
+    CHECK_EQ(o.dr6, 0x4000);
+    CHECK(cpu->rflags & X86_FL_RF);
+    o = INSN(0xf3, 0xaa);
+    CHECK_EQ(o.dr6, 0x4000);
+    CHECK_EQ(cpu->rip, 0x100002);
+    CHECK(!(cpu->rflags & X86_FL_RF));
+}
+
 TEST(single_step)
 {
     protected_mode(0);
