@@ -592,14 +592,14 @@ static void emit_tlb_index(emitter *e) {
 static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) {
     jit_writer *w = e->w;
     unsigned align = s->check->align;
-    if (s->check->window) {
-        emit_window_lookup(e, s);
-        return;
-    }
-    if (align > 1) {
+    if (align > 1) { /* a window begins with a page: an offset will do */
         e_rex(w, 1, 0, 0, T0);
         e8(w, 0xf6), e8(w, 0xc0 | (T0 & 7)), e8(w, align - 1u); /* test r14b, align - 1 */
         s->jump[1] = e_jcc(w, CC_NE);
+    }
+    if (s->check->window) {
+        emit_window_lookup(e, s);
+        return;
     }
     emit_tlb_index(e);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
@@ -738,11 +738,15 @@ static void emit_host_to_offset(emitter *e, const slow_stub *s) {
     e_alu_imm(w, 8, 5, T0, e->j->window_delta[s->check->window - 1]);
 }
 
+static void emit_offset_to_linear(emitter *e, const slow_stub *s) {
+    e_lea(e->w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
+}
+
 /* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A
  * group outside is given up: its members rely on the window. */
 static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
     jit_writer *w = e->w;
-    e_lea(w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
+    emit_offset_to_linear(e, s);
     emit_tlb_index(e);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
     if (s->check->role == JIT_CHECK_LEADER) return;
@@ -769,6 +773,11 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
     bool is_leader = s->check->role == JIT_CHECK_LEADER;
     unsigned access = is_leader ? s->check->span_access : s->check->access;
     bool is_write = access & X86_WRITE, is_read = access & X86_READ;
+    if (s->check->window && s->jump[1]) { /* misaligned: C raises that */
+        e_patch(s->jump[1], w->p);
+        emit_offset_to_linear(e, s);
+        s->jump[1] = e_jmp(w);
+    }
     e_patch(s->jump[0], w->p);
     if (s->check->window) emit_outside(e, s, is_write);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));

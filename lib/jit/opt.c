@@ -276,7 +276,7 @@ static unsigned window_of(const jit_unit *u, unsigned k) {
     const x86_insn *in = &u->insn[c->insn];
     bool is_leader = c->role == JIT_CHECK_LEADER;
     unsigned access = is_leader ? c->span_access : c->access, w = access & X86_WRITE ? 1 : 0;
-    if (jit_insn_is_x87(in) || c->align > 1 || (is_leader ? c->span : c->size) > 256 ||
+    if (jit_insn_is_x87(in) || (is_leader ? c->span : c->size) > 256 ||
         (w && !u->cpu->jit_scratch[JIT_SLOT_WRITE_LIMIT]))
         return 0;
     int64_t disp = (int64_t)((uint64_t)in->disp + (uint64_t)(int64_t)ea->adjust - u->j->window_gpa[w]);
