@@ -102,13 +102,18 @@ void jit_hooks_changed(vm_vcpu *cpu, unsigned seen) {
 
 /* ---- which ---- */
 
+/* Traces leave the page only where linear addresses are physical. */
+static uint64_t gpa_of(const jit_unit *u, uint64_t rip) {
+    return (rip ^ u->rip) & X86_PAGE_MASK ? rip : (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
+}
+
 unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block) {
     static const struct { uint8_t kind; bool at_block, is_long; } asked[] = {
         {X86_HOOK_BREAK, false, false}, {X86_HOOK_INSN, false, false}, {X86_HOOK_FETCH, false, true},
         {X86_HOOK_BLOCK, true, false},  {X86_HOOK_EDGE, true, false}};
     const x86_cpu *cpu = u->cpu;
     if (!(cpu->hook_mask & X86_HOOK_CODE)) return 0;
-    uint64_t la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip, gpa = (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
+    uint64_t la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip, gpa = gpa_of(u, rip);
     unsigned kinds = 0;
     for (unsigned i = 0; i < sizeof asked / sizeof *asked; i++)
         if (x86_hooked(cpu, asked[i].kind) && (begins_block || !asked[i].at_block) &&
@@ -165,7 +170,7 @@ void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i) {
     uint64_t rip = u->insn_rip[i], la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip;
     unsigned kinds = u->hooked[i];
     bool begins = i && (u->insn[i - 1].flags & (X86_IF_BRANCH | X86_IF_END));
-    h->gpa = (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
+    h->gpa = gpa_of(u, rip);
     h->state = !i ? JIT_HOOK_ENTRY : begins ? X86_BLOCK_EDGE : X86_BLOCK_MID;
     h->event = (vm_hook_event){.size = sizeof h->event, .address = la, .from = begins ? u->insn_rip[i - 1] : 0};
     h->hook = only_hook(u, kinds, la, in->length, h->gpa);

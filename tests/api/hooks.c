@@ -708,6 +708,43 @@ SOFTWARE(one_shots)
     vm_destroy(r.m);
 }
 
+static vm_hook_result tally(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
+    (void)cpu, (void)e;
+    ++*(unsigned *)user;
+    return VM_HOOK_CONTINUE;
+}
+
+/* A hot loop over three pages, looked at on one of them, by linear and by physical address, again and again: 1000: dec ecx;
+ * jmp 2ffe. 2ffe: nop; nop. 3000: jnz 1000; hlt. */
+SOFTWARE(hot_loop_over_pages)
+{
+    static const unsigned places[] = { 0x1000, 0x1002, 0x2ffe, 0x2fff, 0x3000 };
+    rig r = MAKE("\xff\xc9\xe9\xf7\x1f\x00\x00");
+    OK(vm_write(r.m, 0x2ffe, "\x90\x90\x0f\x85\xfa\xdf\xff\xff\xf4", 9));
+    for (unsigned i = 0; i < 40; i++) {
+        unsigned calls = 0, at = places[i / 2 % 5];
+        bool begins = at == 0x1000 || at == 0x2ffe;
+        vm_hook_desc d = VM_HOOK_INIT;
+        vm_hook *h;
+        d.kind = i % 3 == 0 && begins ? VM_HOOK_BLOCK : i % 3 == 1 && begins ? VM_HOOK_EDGE : VM_HOOK_INSN;
+        d.begin = d.end = at;
+        d.flags = i & 1 ? VM_HOOK_GPA : 0;
+        d.fn = tally;
+        d.user = &calls;
+        for (unsigned hooked = 0; hooked < 2; hooked++) {
+            if (hooked)
+                OK(vm_hook_add(r.m, &d, &h));
+            set(r.cpu, VM_REG_RIP, CODE);
+            set(r.cpu, VM_REG_RCX, 3000);
+            CHECK_EQ(run(&r, NULL).reason, VM_EXIT_HALT);
+            CHECK_EQ(calls, !hooked ? 0 : d.kind == VM_HOOK_EDGE && at == 0x1000 ? 2999 : 3000);
+        }
+        OK(vm_hook_remove(r.m, h));
+    }
+    vm_destroy(r.m);
+}
+
 /* More hooks at one place than lists on the stack hold, of every sort of range; one goes while they are called. */
 SOFTWARE(dozens_at_one_place)
 {
