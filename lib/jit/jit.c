@@ -11,6 +11,9 @@
  * (anywhere while paging is off) are linked; the rest go through a jump cache that is emptied whenever a linear address
  * may have come to mean something else. When the cache is full it is emptied whole.
  *
+ * Traces. Slices end at random, so where they end often is hot. There the interpreter notes the addresses of the next
+ * instructions, and the block is made again along them (lift.c). The path is a hint: each step of it is compared.
+ *
  * Time. R15 counts instructions down; each edge subtracts its block's count and leaves when it turns negative, so the
  * run loop's `attention` is looked at every SLICE instructions at the latest. A budget that must be exact runs all but
  * its last EXACT_TAIL instructions here and those in the interpreter.
