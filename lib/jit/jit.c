@@ -472,7 +472,7 @@ static jit_block *find_block(jit *j, uint32_t key) {
     for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
-    if (is_hot(j, gpa)) return NULL;
+    if ((j->on_hot_page = is_hot(j, gpa))) return NULL;
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }
@@ -809,6 +809,25 @@ static x86_stop interpret_one(jit *j) {
     return interp_step(j->vcpu);
 }
 
+/* The interpreter in the JIT's place for at most so many instructions. NONE: they are done. */
+static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t most) {
+    int64_t budget = cpu->budget, given = budget < most ? budget : most;
+    cpu->budget = given;
+    j->is_cold = true;
+    x86_stop stop = vm_backend_interp.run(j->vcpu);
+    j->is_cold = false;
+    cpu->budget += budget - given;
+    return stop == X86_STOP_SLICE && cpu->budget > 0 ? X86_STOP_NONE : stop;
+}
+
+/* What is not translated: one instruction that is odd, or a stretch where all of the code is. */
+static x86_stop interpret_here(jit *j, x86_cpu *cpu) {
+    enum { STRETCH = 256 };
+    bool is_long = j->on_hot_page || (cpu->code_size == 2 && !j->step_one);
+    j->on_hot_page = false;
+    return is_long ? interpret(j, cpu, STRETCH) : interpret_one(j);
+}
+
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
 static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0); /* at least 1 */
@@ -1068,7 +1087,7 @@ static x86_stop run_loop(jit *j) {
         }
         link = NULL;
         if (!code) {
-            x86_stop stop = interpret_one(j);
+            x86_stop stop = interpret_here(j, cpu);
             if (stop) return stop;
         } else {
             unsigned reason = enter(j, cpu, key, code);
@@ -1133,17 +1152,11 @@ enum { COLD_INSTRUCTIONS = 2000 };
  * now. LIBVM_JIT_COLD in the environment sets another number (tests of the JIT itself: 0), LIBVM_JIT_SLICE another slice
  * (tests of traces: a short one, after which every path is recorded). */
 static x86_stop run_cold(jit *j, x86_cpu *cpu) {
-    int64_t budget = cpu->budget, cold = j->cold - j->cold_done;
-    if (cold <= 0) return X86_STOP_NONE;
-    cpu->budget = budget < cold ? budget : cold;
-    int64_t given = cpu->budget;
-    j->is_cold = true;
-    x86_stop stop = vm_backend_interp.run(j->vcpu);
-    j->is_cold = false;
-    int64_t done = given - cpu->budget;
-    j->cold_done += done > 0 ? done : 1;
-    cpu->budget = budget - done;
-    return stop == X86_STOP_SLICE && cpu->budget > 0 ? X86_STOP_NONE : stop;
+    int64_t budget = cpu->budget;
+    if (j->cold_done >= j->cold) return X86_STOP_NONE;
+    x86_stop stop = interpret(j, cpu, j->cold - j->cold_done);
+    j->cold_done += budget > cpu->budget ? budget - cpu->budget : 1;
+    return stop;
 }
 
 static x86_stop jit_run(vm_vcpu *vcpu) {

@@ -228,6 +228,7 @@ typedef struct jit {
     x86_stop hook_stop; /* a hook wants the run to end */
     bool in_code;       /* emitted code executes */
     bool is_cold;      /* the interpreter runs instead */
+    bool on_hot_page;  /* find_block() left this code to the interpreter */
     bool step_one;     /* next instruction by the interpreter */
     bool has_vec;      /* guest code that runs now uses vector registers */
     bool has_x87;      /* and x87 registers */

@@ -444,12 +444,26 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
     return 0;
 }
 
+static uint64_t first_bytes(unsigned n) { return n >= 8 ? ~UINT64_C(0) : (UINT64_C(1) << 8 * n) - 1; }
+
+/* Do the first n of 15 bytes agree? */
+static bool same_bytes(const uint8_t *a, const uint8_t *b, unsigned n)
+{
+    uint64_t x[2], y[2];
+    memcpy(&x[0], a, 8), memcpy(&x[1], a + 7, 8);
+    memcpy(&y[0], b, 8), memcpy(&y[1], b + 7, 8);
+    return !(((x[0] ^ y[0]) & first_bytes(n)) | (n > 7 ? (x[1] ^ y[1]) & first_bytes(n - 7) : 0));
+}
+
 int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
 {
     x86_memo *m = &memos[(uintptr_t)bytes % X86_MEMOS];
     uint8_t once[15];                    /* another vCPU may be writing */
-    memcpy(once, bytes, avail);
-    if (m->at != bytes || m->in.mode != code_size || m->in.length > avail || memcmp(m->in.bytes, once, m->in.length)) {
+    if (avail == sizeof once)
+        memcpy(once, bytes, sizeof once);
+    else
+        memset(once, 0, sizeof once), memcpy(once, bytes, avail);
+    if (m->at != bytes || m->in.mode != code_size || m->in.length > avail || !same_bytes(m->in.bytes, once, m->in.length)) {
         m->at = NULL;
         if (x86_decode(once, avail, code_size, &m->in))
             return -1;
