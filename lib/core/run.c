@@ -426,6 +426,14 @@ int vm_run_check(vm_vcpu *cpu)
                        : VM_OK;
 }
 
+/* The library's memset, where compilers would make one of a known size a slow string instruction. */
+static void clear(vm_exit *exit)
+{
+    size_t bytes = sizeof *exit - offsetof(vm_exit, reason);
+    __asm__("" : "+r"(bytes));
+    memset((char *)exit + offsetof(vm_exit, reason), 0, bytes);
+}
+
 static int run_claimed(vm_vcpu *cpu, run *r)
 {
     vm_machine *m = cpu->machine;
@@ -434,7 +442,7 @@ static int run_claimed(vm_vcpu *cpu, run *r)
         vm_replay_begin(cpu, exit);
     if (cpu->has_pending && !(m->replay && m->replay->mode == VM_REPLAY_PLAYING))              /* then by the log */
         vm_exit_complete(cpu, exit);
-    memset((char *)exit + offsetof(vm_exit, reason), 0, sizeof *exit - offsetof(vm_exit, reason));
+    clear(exit);
     r->outer = cpu->round;
     begin(cpu, r);
     cpu->round = r;

@@ -848,7 +848,9 @@ static bool put_noted(vm_machine *m)
                 continue;
             uint8_t flags = put_bytes(note->region, note->page);
             if (i && stays(m, note, flags)) {
-                *left++ = *note;
+                if (left != note)      /* else whole again what was just changed in part: slow */
+                    *left = *note;
+                left++;
                 continue;
             }
             keep_page(m, note->region, note->page, flags);

@@ -39,6 +39,7 @@
 #include "mmu/mmu.h"
 #include "x86/access.h"
 #include "x86/cover.h"
+#include "x86/ops.h"
 #include "x86/simd.h"
 
 #define SLICE      16384
@@ -784,9 +785,22 @@ uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
     return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, rip);
 }
 
+/* HLT that does nothing but stop: what its semantic function does, without its long way out. */
+static bool halts(jit *j, x86_cpu *cpu, const jit_site *s) {
+    if (s->in.exec != x86_op_hlt || cpu->cpl || (cpu->rflags & X86_FL_TF) || cpu->hook_mask) return false;
+    cpu->halted = true;
+    cpu->inhibit = 0;
+    j->hook_stop = X86_STOP_HALT;
+    return true;
+}
+
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = jit_begin_helper(cpu, at);
+    if (halts(j, cpu, s)) {
+        jit_end_helper(j, cpu, s);
+        return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_HOOKED, cpu->next_rip);
+    }
     bool leaves = execute(j, cpu, s);
     jit_end_helper(j, cpu, s);
     return leaves || s->is_end ? leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : 0;
@@ -1168,8 +1182,8 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
         if (!jit_start(j)) return vm_backend_interp.run(vcpu);
     }
     if (cpu->has_until) add_stop(j, cpu->until);
-    const uint64_t host_gs = read_gs();
-    write_gs((uint64_t)(uintptr_t)cpu); /* C code on Linux has no use for GS: it stays for the whole run */
+    const uint64_t self = (uint64_t)(uintptr_t)cpu, host_gs = read_gs();
+    if (host_gs != self) write_gs(self); /* C code on Linux has no use for GS: it stays for the whole run */
     jmp_buf door, *saved = cpu->fault_jmp;
     volatile unsigned faults = 0;
     volatile uint64_t retired = cpu->retired;
@@ -1189,7 +1203,7 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
                 stop = X86_STOP_ATTENTION;
         }
     } while (stop == X86_STOP_NONE);
-    write_gs(host_gs);
+    if (host_gs && host_gs != self) write_gs(host_gs); /* whoever uses it gets it back; writing it is slow */
     cpu->fault_jmp = saved;
     cpu->io_pos = 0;
     return stop;

@@ -225,7 +225,7 @@ typedef struct jit {
     bool bounce_active, bounce_is_device; /* ...known to be at bounce_gpa */
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
     bool must_step;     /* ...the instruction at rip, whoever wants attention */
-    x86_stop hook_stop; /* a hook wants the run to end */
+    x86_stop hook_stop; /* JIT_LEAVE_HOOKED: why the run ends */
     bool in_code;       /* emitted code executes */
     bool is_cold;      /* the interpreter runs instead */
     bool on_hot_page;  /* find_block() left this code to the interpreter */
