@@ -115,5 +115,6 @@ endif
 bench: $(python_benches)
 bench-python: bindings/python/_libvm.la
 	with_python=$(have_python) PYTHON='$(PYTHON)' top_builddir=. $(srcdir)/bindings/python/tests/run --package-only
-	LD_LIBRARY_PATH=.libs PYTHONPATH=bindings/python/package $(PYTHON) $(srcdir)/bench/bench_python.py
+	LD_LIBRARY_PATH=.libs PYTHONPATH=bindings/python/package $(PYTHON) $(srcdir)/bench/bench_python.py python.json
+CLEANFILES += python.json
 .PHONY: bench-python

@@ -16,6 +16,7 @@ bindings_lua_libvm_la_SOURCES = $(lua_sources)
 bindings_lua_libvm_la_CPPFLAGS = -I$(top_srcdir)/include $(LUA_CFLAGS)
 bindings_lua_libvm_la_LDFLAGS = $(AM_LDFLAGS) -module -avoid-version -shared
 bindings_lua_libvm_la_LIBADD = libvm.la
+bench: bench-lua
 # The module in a host program.
 check_PROGRAMS += bindings/lua/lua_embed
 bindings_lua_lua_embed_SOURCES = bindings/lua/spec/embed.c
@@ -25,6 +26,7 @@ else
 EXTRA_DIST += $(lua_sources) bindings/lua/spec/embed.c
 endif
 bench-lua: bindings/lua/libvm.la
+	@$(MKDIR_P) bench
 	LUA_CPATH='bindings/lua/.libs/?.so' $(LUA) $(srcdir)/bench/bench_lua.lua bench/lua.json
 CLEANFILES += bench/lua.json
 lua-reference:
