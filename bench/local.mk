@@ -112,7 +112,7 @@ EXTRA_DIST += bench/bench_python.py
 if WITH_PYTHON
 python_benches = bench-python
 endif
-bench: $(python_benches)
+bench: $(python_benches) $(lua_benches)
 bench-python: bindings/python/_libvm.la
 	with_python=$(have_python) PYTHON='$(PYTHON)' top_builddir=. $(srcdir)/bindings/python/tests/run --package-only
 	LD_LIBRARY_PATH=.libs PYTHONPATH=bindings/python/package $(PYTHON) $(srcdir)/bench/bench_python.py python.json

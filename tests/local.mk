@@ -19,6 +19,11 @@ include $(srcdir)/tests/fuzz/local.mk
 check-local: $(check_PROGRAMS) $(check_LIBRARIES) $(noinst_PROGRAMS)
 	@top_srcdir='$(abs_top_srcdir)' top_builddir='$(abs_top_builddir)' PYTHON='$(PYTHON)' with_python='$(have_python)' CC='$(CC)' CXX='$(CXX)' \
 	  sh $(srcdir)/tests/run-all $(check_PROGRAMS) $(script_tests:%=$(srcdir)/%)
+# What was installed, used as a user would.
+EXTRA_DIST += tests/installed
+installcheck-local:
+	@libdir='$(libdir)' pyexecdir='$(pyexecdir)' luadir='$(luadir)' top_srcdir='$(abs_top_srcdir)' CC='$(CC)' PYTHON='$(PYTHON)' LUA='$(LUA)' \
+	  with_python='$(have_python)' with_lua='$(have_lua)' sh $(srcdir)/tests/installed
 coverage:
 	-$(MAKE) check
 	sh $(srcdir)/tests/coverage

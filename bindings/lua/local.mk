@@ -16,7 +16,7 @@ bindings_lua_libvm_la_SOURCES = $(lua_sources)
 bindings_lua_libvm_la_CPPFLAGS = -I$(top_srcdir)/include $(LUA_CFLAGS)
 bindings_lua_libvm_la_LDFLAGS = $(AM_LDFLAGS) -module -avoid-version -shared
 bindings_lua_libvm_la_LIBADD = libvm.la
-bench: bench-lua
+lua_benches = bench-lua
 # The module in a host program.
 check_PROGRAMS += bindings/lua/lua_embed
 bindings_lua_lua_embed_SOURCES = bindings/lua/spec/embed.c
