@@ -90,20 +90,19 @@ typedef struct emitter {
     int recipe;     /* instruction that can be done again, or -1 */
     int late;       /* the same, but only here: its registers will change */
     unsigned nslow, nleave, nside, nlink;
-    side_stub side[JIT_MAX_SIDES];
-    unsigned ndiv;
-    div_stub div[JIT_MAX_INSNS];
-    unsigned nhook;
-    hook_stub hook[2 * JIT_MAX_INSNS];
+    unsigned ndiv, nhook;
     int last_hook; /* instruction before which a hook was called directly and registers stored, or -1 */
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
-    slow_stub slow[JIT_MAX_SITES];
-    leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
     int failed;       /* instruction that could not be spelled, or -1 */
     unsigned tmp_reg; /* host register that holds the temporary, or RSP: it is in its slot */
     int t0_group;     /* slot of the group whose address T0 holds, or -1 */
     int32_t sp;       /* not yet added to the stack pointer: settle_sp() before anybody can look at it */
+    side_stub side[JIT_MAX_SIDES]; /* from here on not cleared for each block */
+    div_stub div[JIT_MAX_INSNS];
+    hook_stub hook[2 * JIT_MAX_INSNS];
+    slow_stub slow[JIT_MAX_SITES];
+    leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
 } emitter;
 
 /* ---- the frame: what blocks use most lies at [RSP + displacement], see the essay ---- */
@@ -1066,15 +1065,15 @@ static void emit_fallback(emitter *e, const jit_op *o) {
     e->recipe = e->late = -1;
 }
 
-/* DIV and IDIV by a register. What could raise #DE goes to the semantic function: DIV when the high half is not below
+/* DIV and IDIV, by a register or the temporary. What could raise #DE goes to the semantic function: DIV when the high half is not below
  * the divisor, IDIV unless the dividend is one half sign-extended and the divisor neither 0 nor -1. */
 static void emit_div(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     const x86_insn *in = &e->u->insn[o->insn];
-    unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = IN_MEMORY(reg) ? T0 : home[reg];
-    bool is_signed = jit_insn_is_idiv(in);
+    bool is_signed = jit_insn_is_idiv(in), is_loaded = in->flags & X86_IF_MEM;
+    unsigned size = in->op[0].size, reg = in->op[0].reg, divisor = is_loaded || IN_MEMORY(reg) ? T0 : home[reg];
     need_mem(e);
-    if (divisor == T0) frame_load(w, 8, T0, JIT_FRAME_REG(reg));
+    if (divisor == T0) frame_load(w, 8, T0, is_loaded ? JIT_FRAME_TMP : JIT_FRAME_REG(reg));
     div_stub *s = &e->div[e->ndiv++];
     *s = (div_stub){.insn = o->insn};
     if (is_signed) {
@@ -1357,7 +1356,12 @@ static void commit_ahead(jit *j) {
 jit_block *jit_emit(jit_unit *u, int *failed) {
     jit *j = u->j;
     commit_ahead(j);
-    emitter e = {.u = u, .j = j, .w = &j->w, .failed = -1};
+    emitter e;
+    memset(&e, 0, offsetof(emitter, side));
+    e.u = u;
+    e.j = j;
+    e.w = &j->w;
+    e.failed = -1;
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
         j->arena_bytes - j->arena_used < JIT_BLOCK_DATA + JIT_MAX_INSNS * sizeof(jit_edge) +

@@ -337,6 +337,7 @@ bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_is_mov(const x86_insn *in);
 bool jit_insn_pushes(const x86_insn *in); /* CALL */
 bool jit_insn_is_idiv(const x86_insn *in);
+bool jit_insn_divides(const x86_insn *in); /* DIV, IDIV */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in); /* X86_READ/X86_WRITE of the memory operand */

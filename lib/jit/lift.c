@@ -180,6 +180,7 @@ bool jit_insn_names_sp(const x86_insn *in) {
 bool jit_insn_is_mov(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_MOV; }
 bool jit_insn_pushes(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CALL; }
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
+bool jit_insn_divides(const x86_insn *in) { return classes[in->mnemonic] == C_DIV; }
 
 static bool is_x87_store(const x86_insn *in) {
     switch (in->mnemonic) {
@@ -232,10 +233,9 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
         return c;
     case C_JCC: return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
     case C_DIV:
-        return in->op[0].kind == X86_OP_GPR && in->op[0].size >= 4 && in->op[0].reg != X86_RAX &&
-                       in->op[0].reg != X86_RDX
-                   ? c
-                   : C_FALLBACK;
+        if (in->op[0].size < 4 || jit_access_hooked(u, X86_READ)) return C_FALLBACK; /* it may be done again: told twice */
+        if (in->flags & X86_IF_MEM) return address_form(u, in) ? c : C_FALLBACK;
+        return in->op[0].reg != X86_RAX && in->op[0].reg != X86_RDX ? c : C_FALLBACK;
     case C_LEA: return in->asz == 2 || in->osz == 2 ? C_FALLBACK : c;
     case C_NOP: return (in->flags & X86_IF_LOCK) ? C_FALLBACK : c;
     case C_MOVE:
@@ -575,7 +575,10 @@ static void lift_insn(jit_unit *u, unsigned i) {
     switch (c) {
     case C_FALLBACK: add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i); break;
     case C_LEA: add_op(u, IR_LEA, i); break;
-    case C_DIV: add_op(u, IR_DIV, i); break;
+    case C_DIV:
+        if (in->flags & X86_IF_MEM) lift_load_tmp(u, i, in->op[0].size);
+        add_op(u, IR_DIV, i);
+        break;
     case C_NOP: break;
     case C_PUSH: lift_push(u, i, in); break;
     case C_POP: lift_pop(u, i, in); break;

@@ -261,7 +261,11 @@ static void settle(group_pass *g, unsigned k) {
 }
 
 static void group_pass_run(jit_unit *u) {
-    group_pass g = {.u = u, .next_symbol = 1};
+    group_pass g;
+    g.u = u;
+    g.next_symbol = 1;
+    g.count = 0;
+    memset(g.group_of, 0, u->nops);
     for (unsigned r = 0; r < 16; r++) fresh(&g, r);
     for (unsigned k = 0; k < u->nops; k++) follow(&g, k);
     for (unsigned k = 0; k < u->nops; k++)
