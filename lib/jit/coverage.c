@@ -7,6 +7,8 @@
  * Both scratch registers are free at edges. The host's flags may be live there; then loads, LEA and stores do the
  * addition. A map that lies within 2 GiB of the x86_cpu is reached through GS like its fields.
  *
+ * Of a recorded path that routine comes first, and all that leaves it calls it (T1 and the flags change).
+ *
  * With a block trace there are no edges inside blocks: each writes its target in order.
  */
 #include "jit/jit.h"
@@ -144,8 +146,11 @@ void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, boo
     if (!cover_of(u)->is_on) return;
     bool is_own = is_counted(u, i);
     if (cover_of(u)->map) {
-        sum s;
-        sum_before(u, &s, i);
+        sum s = {.count = 0};
+        if (u->edge_code && !keep_flags)
+            jit_cover_leave(u, w, i);
+        else
+            sum_before(u, &s, i);
         if (is_own) add(&s, x86_cover_index(cover_of(u), u->insn_rip[i], target));
         emit_sum(u, w, &s, keep_flags);
     }
@@ -170,10 +175,10 @@ static void append_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned sp
 }
 
 /* The hash of `reg` is made in `spare`, which may be neither `reg` nor anything that is needed. */
-static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare, bool take_back) {
+static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare, bool take_back) {
     const x86_cover *c = cover_of(u);
     if (c->map) {
-        uint32_t from = vm_coverage_id(u->insn_rip[u->count - 1]) >> 1 & c->mask;
+        uint32_t from = vm_coverage_id(u->insn_rip[i]) >> 1 & c->mask;
         e_rex(w, 8, spare, 0, reg); /* imul spare, reg, constant */
         e8(w, 0x69), e8(w, 0xc0u | (spare & 7) << 3 | (reg & 7)), e32(w, 0x7f4a7c15);
         e_shift_imm(w, 8, 5, spare, 15);
@@ -186,19 +191,20 @@ static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spar
     if (c->ring && !take_back) append_dynamic(u, w, reg, spare);
 }
 
-void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned reg) {
+void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg) {
     if (!cover_of(u)->is_on) return;
     unsigned spare = reg == T0 ? T1 : T0;
-    for (unsigned k = 0; k < u->nedges; k++) {
+    if (u->edge_code) jit_cover_leave(u, w, i);
+    for (unsigned k = 0; !u->edge_code && k < u->nedges; k++) {
         e_mov_imm(w, spare, (uint64_t)(uintptr_t)(cover_of(u)->map + u->edges[k].index));
         e_rex(w, 4, 0, 0, spare);
         e8(w, 0x80), e8(w, 0x40u | (spare & 7)), e8(w, 0), e8(w, 1); /* add byte [spare], 1 */
     }
-    if (is_counted(u, u->count - 1)) emit_dynamic(u, w, reg, spare, false);
+    if (is_counted(u, i)) emit_dynamic(u, w, i, reg, spare, false);
 }
 
-void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare) {
-    if (cover_of(u)->is_on && is_counted(u, u->count - 1)) emit_dynamic(u, w, reg, spare, true);
+void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare) {
+    if (cover_of(u)->is_on && is_counted(u, i)) emit_dynamic(u, w, i, reg, spare, true);
 }
 
 /* One routine that counts all edges inside the block, the last one first: its end is what is due earlier. */

@@ -52,7 +52,7 @@ typedef struct leave_stub {
     uint8_t reason, index;
     bool rip_in_tmp, save, regen;
     uint8_t tmp_reg;
-    uint64_t branch_rip; /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
+    unsigned branch; /* rip_in_tmp: the branch itself and how it moved the stack, to take it back */
     int32_t sp_delta;
 } leave_stub;
 
@@ -821,9 +821,9 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
     e_rr(w, 8, 0x39, T0, T1);
     uint8_t *fine = e_jcc(w, CC_E);
     if (s->sp_delta) e_lea(w, 8, R12, R12, 0xff, 1, -s->sp_delta);
-    jit_cover_undo_indirect(e->u, w, T0, T1);
+    jit_cover_undo_indirect(e->u, w, s->branch, T0, T1);
     e_lea(w, 8, CNT, CNT, 0xff, 1, 1);
-    e_mov_imm(w, T0, s->branch_rip);
+    e_mov_imm(w, T0, e->u->insn_rip[s->branch]);
     e_mov_imm(w, T1, JIT_LEAVE_STEP);
     e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
     e_patch(fine, w->p);
@@ -925,7 +925,7 @@ static void new_indirect_leave(emitter *e, unsigned i, unsigned reason, unsigned
     leave_stub *s = new_leave(e, reason, e_jcc(e->w, cc));
     s->rip_in_tmp = true;
     s->tmp_reg = (uint8_t)e->tmp_reg;
-    s->branch_rip = e->u->insn_rip[i];
+    s->branch = i;
     s->sp_delta = sp_delta_of(e->u, i);
 }
 
@@ -937,7 +937,7 @@ static void emit_indirect(emitter *e, unsigned i) {
         frame_load(w, 8, T0, JIT_FRAME_TMP);
         e->tmp_reg = T0;
     }
-    jit_cover_indirect(e->u, w, e->tmp_reg);
+    jit_cover_indirect(e->u, w, i, e->tmp_reg);
     jit_hook_edge(e->u, w, i, false);
     emit_count(e, i + 1);
     new_indirect_leave(e, i, JIT_LEAVE_SLICE, CC_S);
@@ -1314,8 +1314,9 @@ static void emit_block(emitter *e) {
     e->image = false;
     e->recipe = e->late = e->t0_group = e->last_hook = -1;
     for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
+    if (u->path) jit_cover_stubs(u, e->w);
     for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
-    jit_cover_stubs(u, e->w);
+    if (!u->path) jit_cover_stubs(u, e->w);
     for (unsigned k = 0; k < e->nhook && e->failed < 0; k++) emit_hook_stub(e, &e->hook[k]);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);

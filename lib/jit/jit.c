@@ -894,7 +894,7 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
 
 static bool may_trace(const jit *j, const x86_cpu *cpu) {
-    return JIT_MAX_INSNS >= 8 && !cpu->hook_mask && !cpu->watch && !cpu->cover.is_on && !cpu->cover.ring &&
+    return JIT_MAX_INSNS >= 8 && !cpu->hook_mask && !cpu->watch && !cpu->cover.ring &&
            !j->must_flush && !j->window_stale && cpu->budget > EXACT_TAIL &&
            !atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }

@@ -359,8 +359,8 @@ void jit_emit_thunks(jit *j);
 void jit_cover_unit(jit_unit *u); /* a block begins */
 /* The block is left after instruction i for `target`: its edge and those before. Uses both scratch registers. */
 void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, bool keep_flags);
-void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned reg); /* for the address in reg; keeps reg */
-void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare); /* the last edge only */
+void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg); /* for the address in reg; keeps reg */
+void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare); /* the last edge only */
 void jit_cover_stubs(jit_unit *u, jit_writer *w); /* out of line, before the first stub that leaves in the middle */
 void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn); /* edges of instructions before `insn` */
 void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign); /* its edges before an instruction */
