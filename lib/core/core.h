@@ -125,6 +125,7 @@ struct vm_vcpu {
     struct vm_note *notes; size_t note_count;              /* pages written since the current snapshot (track.h) */
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
     unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
+    x86_walk *walk;                    /* where its result is wanted */
     void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
     vm_space space;                    /* whose translations the inline TLB holds; key 0: they are not worth keeping */
     struct vm_parks *parks;            /* those of others (lib/mmu/park.c) */
@@ -240,6 +241,7 @@ struct vm_machine {
     vm_region *ram;                    /* PC main memory (low part) */
     bool dirty_log;
     const struct vm_mmu_ops *mmu; void *mmu_state;
+    enum vm_mmu_kind { VM_MMU_TLB, VM_MMU_FLAT, VM_MMU_SHADOW, VM_MMU_EPT, VM_MMU_OTHER } mmu_kind;    /* of `mmu` */
     struct vm_clock *clock;            /* clock.c: virtual or host time, timers */
     struct vm_platform_pc *pc;         /* NULL on BARE */
     struct vm_bindings *bindings;      /* bind.c; NULL: none */

@@ -1,57 +1,132 @@
 /* fill.c - between the inline TLB and the machine's MMU strategy: misses, flushes, write protection.
  *
- * "tlb" and "flat", the built-in strategies, are recognised and called without the public vtable's copying.
+ * Built-in strategies are called without the public vtable's copying.
  */
 #include "core/track.h"
 #include "mmu/ept.h"
 
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
-/* Ask the strategy. On failure cpu->fault describes the page fault. */
-static bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
-{
-    x86_cpu *x = &cpu->x86;
-    const vm_mmu_ops *ops = cpu->machine->mmu;
-    if (ops == &vm_mmu_tlb || (ops == &vm_mmu_flat && !vm_mmu_is_flat(cpu)))
-        return vm_mmu_walk_ctx(cpu, la, access, ctx, w);
-    if (ops == &vm_mmu_shadow)
-        return vm_shadow_translate(cpu, la, access, ctx, w);
-    if (ops == &vm_mmu_ept)
-        return vm_ept_translate(cpu, la, access, ctx, w);
-    if (ops == &vm_mmu_flat) {
-        w->gpa = la;
-        w->page_bytes = 4096;
-        w->prot = VM_PROT_RWX;
-        w->global = false;
-        return true;
-    }
-    struct vm_mmu_result result;
-    memset(&result, 0, offsetof(struct vm_mmu_result, entry));         /* entry_count says how many of those there are */
-    result.size = sizeof result;
-    result.context = ctx;
-    cpu->walk_ctx = ctx;
-    int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &result);
-    if (status != VM_OK) {
-        w->fault = (x86_fault){ .vector = X86_PF, .has_error = true, .error = result.fault_error, .address = la };
-        return false;
-    }
-    bool is_size = result.page_bytes >= 4096 && !(result.page_bytes & (result.page_bytes - 1));
-    w->gpa = result.gpa & x->phys_mask;
-    w->page_bytes = is_size ? result.page_bytes : 4096;
-    w->prot = result.prot & VM_PROT_RWX;
-    w->global = result.global;
-    if (result.trap_writes)
-        vm_page_trap(cpu->machine, w->gpa & X86_PAGE_MASK, true);
-    return true;
-}
-
-bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+/* The guest's own walk, counted. */
+static inline bool walk(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
 {
     bool ok = x86_walk_page(&cpu->x86, la, access, ctx, true, w);
     cpu->x86.stat[X86_STAT_WALKS]++;
     cpu->x86.stat[X86_STAT_WALK_REFS] += w->refs;
     return ok;
+}
+
+bool vm_mmu_walk_ctx(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    return walk(cpu, la, access, ctx, w);
+}
+
+/* A walk is a result already, but for the fault. */
+#define SAME_PLACE(a, b) _Static_assert(offsetof(x86_walk, a) == offsetof(struct vm_mmu_result, b) && \
+                         sizeof ((x86_walk *)0)->a == sizeof ((struct vm_mmu_result *)0)->b, "x86_walk is laid out as a result")
+SAME_PLACE(size, size);
+SAME_PLACE(gpa, gpa);
+SAME_PLACE(page_bytes, page_bytes);
+SAME_PLACE(prot, prot);
+SAME_PLACE(global, global);
+SAME_PLACE(trap_writes, trap_writes);
+SAME_PLACE(fault_vector, fault_vector);
+SAME_PLACE(fault_error, fault_error);
+SAME_PLACE(count, entry_count);
+SAME_PLACE(at, entry);
+SAME_PLACE(context, context);
+typedef union wanted { x86_walk w; struct vm_mmu_result result; } wanted;
+
+static int set_fault(const x86_walk *w, struct vm_mmu_result *out)
+{
+    out->fault_vector = w->fault.vector;
+    out->fault_error = w->fault.error;
+    return VM_E_FAULT;
+}
+
+void vm_mmu_to_result(const x86_walk *w, bool ok, struct vm_mmu_result *out)
+{
+    out->entry_count = w->count;
+    for (unsigned i = 0; i < w->count; i++)
+        out->entry[i] = w->at[i];
+    if (!ok) {
+        (void)set_fault(w, out);
+        return;
+    }
+    out->gpa = w->gpa;
+    out->page_bytes = w->page_bytes;
+    out->prot = (vm_prot)w->prot;
+    out->global = w->global;
+}
+
+/* Not into the result that translate() was given, or misused. */
+static __attribute__((noinline)) int walk_apart(vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
+{
+    if (!cpu || !out || out->size < sizeof *out)
+        return vm_fail(VM_E_INVALID, "vm_mmu_walk: NULL or too small an argument");
+    if (access != VM_PROT_R && access != VM_PROT_W && access != VM_PROT_X)
+        return vm_fail(VM_E_INVALID, "vm_mmu_walk: access %d is not one of R, W, X", (int)access);
+    x86_walk w;
+    bool ok = walk(cpu, gva, access, cpu->walk_ctx, &w);
+    vm_mmu_to_result(&w, ok, out);
+    return ok ? VM_OK : VM_E_FAULT;
+}
+
+VM_API int vm_mmu_walk(vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
+{
+    bool is_one = access == VM_PROT_R || access == VM_PROT_W || access == VM_PROT_X;
+    if (__builtin_expect(!cpu || !out || (const void *)out != cpu->walk || !is_one, 0))
+        return walk_apart(cpu, gva, access, out);
+    return walk(cpu, gva, access, cpu->walk_ctx, cpu->walk) ? VM_OK : set_fault(cpu->walk, out);
+}
+
+/* A strategy of the program. */
+static bool ask(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted *u)
+{
+    const vm_mmu_ops *ops = cpu->machine->mmu;
+    x86_walk *w = &u->w;
+    memset(&u->result, 0, offsetof(struct vm_mmu_result, entry));      /* entry_count says how many of those there are */
+    u->result.size = sizeof u->result;
+    u->result.context = ctx;
+    cpu->walk_ctx = ctx;
+    cpu->walk = w;
+    int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &u->result);
+    cpu->walk = NULL;
+    if (__builtin_expect(status != VM_OK, 0)) {
+        w->fault = (x86_fault){ .vector = X86_PF, .has_error = true, .error = u->result.fault_error, .address = la };
+        return false;
+    }
+    bool is_size = w->page_bytes >= 4096 && !(w->page_bytes & (w->page_bytes - 1));
+    w->gpa &= cpu->x86.phys_mask;
+    w->page_bytes = is_size ? w->page_bytes : 4096;
+    w->prot &= VM_PROT_RWX;
+    if (__builtin_expect(w->trap_writes, 0))
+        vm_page_trap(cpu->machine, w->gpa & X86_PAGE_MASK, true);
+    return true;
+}
+
+static bool is_flat(uint64_t la, x86_walk *w)
+{
+    w->gpa = la;
+    w->page_bytes = 4096;
+    w->prot = VM_PROT_RWX;
+    w->global = false;
+    return true;
+}
+
+/* Ask the strategy. On failure w->fault is the page fault. */
+static inline bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted *u)
+{
+    x86_walk *w = &u->w;
+    switch (cpu->machine->mmu_kind) {
+    case VM_MMU_TLB: return walk(cpu, la, access, ctx, w);
+    case VM_MMU_SHADOW: return vm_shadow_translate(cpu, la, access, ctx, w);
+    case VM_MMU_EPT: return vm_ept_translate(cpu, la, access, ctx, w);
+    case VM_MMU_FLAT: return vm_mmu_is_flat(cpu) ? is_flat(la, w) : walk(cpu, la, access, ctx, w);
+    default: return ask(cpu, la, access, ctx, u);
+    }
 }
 
 /* Enter a page of RAM. SMP: it may become code while its write tag is made, and whoever marks it may not have seen
@@ -79,7 +154,8 @@ static bool is_device(vm_vcpu *cpu, uint64_t gpa)
 bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa)
 {
     vm_vcpu *cpu = vm_vcpu_of(x);
-    x86_walk w;
+    wanted u;
+    const x86_walk *w = &u.w;
     unsigned prot = 0;
     x->stat[X86_STAT_FILLS]++;
     if (access & X86_WRITE)
@@ -96,21 +172,21 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
         if (access != X86_WRITE || !x->env->page(x, *gpa & X86_PAGE_MASK, &prot) || !(prot & X86_WRITE))
             return true;
     }
-    if (!translate(cpu, la, access, ctx, &w)) {
-        x->fault = w.fault;
+    if (!translate(cpu, la, access, ctx, &u)) {
+        x->fault = w->fault;
         return false;
     }
-    *gpa = w.gpa;
-    if (cpu->machine->track && (access & X86_WRITE) && (w.prot & X86_WRITE))
-        vm_track_write(cpu, w.gpa & X86_PAGE_MASK);
-    uint8_t *host = x->env->page(x, w.gpa & X86_PAGE_MASK, &prot);
-    if (host && (prot & w.prot))
-        enter_ram(cpu, la, ctx, &w, host, prot);
-    else if (!host && is_device(cpu, w.gpa))
-        x86_tlb_set_io(x, ctx, la, w.gpa, w.prot, w.global, w.page_bytes);
+    *gpa = w->gpa;
+    if (cpu->machine->track && (access & X86_WRITE) && (w->prot & X86_WRITE))
+        vm_track_write(cpu, w->gpa & X86_PAGE_MASK);
+    uint8_t *host = x->env->page(x, w->gpa & X86_PAGE_MASK, &prot);
+    if (host && (prot & w->prot))
+        enter_ram(cpu, la, ctx, w, host, prot);
+    else if (!host && is_device(cpu, w->gpa))
+        x86_tlb_set_io(x, ctx, la, w->gpa, w->prot, w->global, w->page_bytes);
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMU)
         vm_trace_line(cpu->machine, VM_TRACE_MMU, "cpu%u gva 0x%llx access %u ctx %u gpa 0x%llx prot %u%s", cpu->index,
-                      (unsigned long long)la, access, ctx, (unsigned long long)w.gpa, w.prot, host ? "" : " (not RAM)");
+                      (unsigned long long)la, access, ctx, (unsigned long long)w->gpa, w->prot, host ? "" : " (not RAM)");
     return true;
 }
 

@@ -9,6 +9,7 @@
 
 #define REGISTRY_MAX 64u
 
+/* In the order of enum vm_mmu_kind. */
 static const vm_mmu_ops *const built_in[] = { &vm_mmu_tlb, &vm_mmu_flat, &vm_mmu_shadow, &vm_mmu_ept };
 #define BUILT_IN (sizeof built_in / sizeof *built_in)
 
@@ -71,6 +72,14 @@ bool vm_mmu_suits(const vm_mmu_ops *ops, vm_backend backend)
     return backend != VM_BACKEND_KVM || ops == &vm_mmu_tlb || ops == &vm_mmu_flat || ops == &vm_mmu_ept;
 }
 
+static enum vm_mmu_kind kind_of(const vm_mmu_ops *ops)
+{
+    unsigned i = 0;
+    while (i < BUILT_IN && built_in[i] != ops)
+        i++;
+    return (enum vm_mmu_kind)i;
+}
+
 int vm_mmu_attach(vm_machine *m, const char *name)
 {
     const vm_mmu_ops *ops = vm_mmu_find(name);
@@ -86,6 +95,7 @@ int vm_mmu_attach(vm_machine *m, const char *name)
     }
     vm_mmu_detach(m);
     m->mmu = ops;
+    m->mmu_kind = kind_of(ops);
     m->mmu_state = state;
     if (m->options.backend == VM_BACKEND_KVM)
         vm_memory_view_changed(m, 0, 0);

@@ -554,18 +554,18 @@ static bool look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x8
 
 /* ---- recording a walk ---- */
 
-/* The shadow page for a step, with the step's entry recorded as it is now; NULL: no memory, or it has changed. */
-static page *record_step(shadow *s, const root *r, const x86_step *step, uint8_t role)
+/* The shadow page for the table with the entry at `at`, which a walk has read; the entry recorded as it is now; NULL: no memory, or it has changed. */
+static page *record_step(shadow *s, const root *r, uint64_t at, uint64_t pte, uint8_t role)
 {
-    uint64_t gfn = step->gpa & X86_PAGE_MASK;
+    uint64_t gfn = at & X86_PAGE_MASK;
     bool is_narrow = role & MODE_NARROW;
-    unsigned i = (unsigned)(step->gpa & 0xfff) >> (is_narrow ? 2 : 3);
+    unsigned i = (unsigned)(at & 0xfff) >> (is_narrow ? 2 : 3);
     page *p = find_page(s, gfn, role);
     if (!p && !(p = new_page(s, gfn, role)))
         return NULL;
     p->roots |= UINT64_C(1) << r->index;
     p->is_used = p->is_live = true;
-    uint32_t packed = pack(step->pte, role);
+    uint32_t packed = pack(pte, role);
     if (!packed)
         return NULL;
     if (p->e[i] == packed)
@@ -592,14 +592,14 @@ static bool record(shadow *s, root *r, uint64_t la, const x86_walk *w)
     bool is_large = w->page_bytes > 4096;
     spot *d = spot_of(r, la);
     unsigned last = w->count - 1, i = 0;
-    if (!is_large && d->tag == tag_of(r, la) && d->leaf && d->leaf->gfn == (w->steps[last].gpa & X86_PAGE_MASK)) {
+    if (!is_large && d->tag == tag_of(r, la) && d->leaf && d->leaf->gfn == (w->at[last] & X86_PAGE_MASK)) {
         i = last;                      /* the levels above are recorded */
         rights = d->role & (RIGHT_RW | RIGHT_US | RIGHT_NX);
     }
     for (; i < w->count; i++) {
-        const x86_step *step = &w->steps[i];
+        uint64_t pte = w->pte[i];
         bool is_leaf = i == last && !is_large;
-        page *p = record_step(s, r, step, (uint8_t)(is_leaf ? role | rights | IS_LEAF : role));
+        page *p = record_step(s, r, w->at[i], pte, (uint8_t)(is_leaf ? role | rights | IS_LEAF : role));
         if (!p)
             return false;
         if (is_leaf) {
@@ -607,10 +607,10 @@ static bool record(shadow *s, root *r, uint64_t la, const x86_walk *w)
                          .role = (uint8_t)(rights | (role & MODE_NARROW)) };
             return true;
         }
-        rights = (uint8_t)((rights & step->pte & (RIGHT_RW | RIGHT_US)) | (rights & RIGHT_NX) |
-                           (!(role & MODE_NARROW) && (step->pte & X86_PTE_NX) ? RIGHT_NX : 0));
+        rights = (uint8_t)((rights & pte & (RIGHT_RW | RIGHT_US)) | (rights & RIGHT_NX) |
+                           (!(role & MODE_NARROW) && (pte & X86_PTE_NX) ? RIGHT_NX : 0));
     }
-    *d = (spot){ .tag = tag_of(r, la), .entry = pack(w->steps[last].pte, role), .gpa = w->gpa & ~(w->page_bytes - 1),
+    *d = (spot){ .tag = tag_of(r, la), .entry = pack(w->pte[last], role), .gpa = w->gpa & ~(w->page_bytes - 1),
                  .page_bytes = w->page_bytes, .role = rights };
     return true;
 }

@@ -546,15 +546,21 @@ static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool i
 }
 
 /* ---- the guest page walk (walk.c), used by MMU strategies ---- */
-typedef struct x86_step { uint64_t gpa, pte; } x86_step;
+/* What a walk finds. Up to `context` laid out as the public struct vm_mmu_result, which vm_mmu_walk() can so fill in place. */
 typedef struct x86_walk {
+    uint32_t size;
     uint64_t gpa;            /* of la itself */
     uint64_t page_bytes;     /* 4096, 2 MiB, 4 MiB, 1 GiB */
     unsigned prot;           /* what this context may do right now; W only if the dirty bit is set */
     bool global;
+    bool trap_writes;        /* for strategies; not set here, nor are the others that are not explained */
+    uint8_t fault_vector;
+    uint32_t fault_error;
+    uint32_t count;          /* entries on the path, root first; 0 without paging; also of a walk that failed */
+    uint64_t at[5];          /* where they are */
+    uint32_t context;
     unsigned refs;           /* page-table references made */
-    unsigned count;          /* entries on the path, root first; 0 without paging; also of a walk that failed */
-    x86_step steps[4];       /* pte: with the A and D bits that the walk has set */
+    uint64_t pte[4];         /* the entries, with the A and D bits that the walk has set */
     x86_fault fault;         /* if it failed */
 } x86_walk;
 #define X86_PTE_P 1u

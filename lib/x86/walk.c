@@ -18,44 +18,46 @@
 enum { ERR_P = 1, ERR_W = 2, ERR_U = 4, ERR_RSVD = 8, ERR_I = 16 };
 #define MAX_RESTARTS 64
 
-/* What a walk has found so far. `rights` is the AND of RW and US over the levels, `nx` the OR of NX. */
+/* What a walk has found so far. `rights` is the AND of RW, US and A over the levels, `nx` the OR of NX. */
 typedef struct walk_path {
-    x86_walk *w;                       /* steps, count, gpa, page_bytes: where they are wanted */
-    unsigned entry_bytes;
+    x86_walk *w;                       /* at, pte, gpa, page_bytes: where they are wanted */
+    unsigned entry_bytes, count;
     uint64_t rights, nx;
     bool is_reserved;
 } walk_path;
 
-static uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
+/* NULL: not in RAM. */
+static const uint8_t *find_entry(x86_cpu *cpu, uint64_t gpa)
 {
     unsigned prot;
-    const uint8_t *page;
-    if (gpa - cpu->ram_gpa < cpu->ram_bytes) {
-        page = cpu->ram_host + (gpa - cpu->ram_gpa);
-    } else {
-        page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
-        if (!page)
-            return ~UINT64_C(0);
-        page += gpa & 0xfff;
-    }
-    return bytes == 8 ? __atomic_load_n((const uint64_t *)page, __ATOMIC_ACQUIRE)
-                      : __atomic_load_n((const uint32_t *)page, __ATOMIC_ACQUIRE);
+    const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
+    return page ? page + (gpa & 0xfff) : NULL;
 }
 
-static uint64_t take_entry(x86_cpu *cpu, walk_path *p, uint64_t gpa)
+static inline uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
 {
-    uint64_t pte = read_entry(cpu, gpa, p->entry_bytes);
-    p->w->steps[p->w->count++] = (x86_step){ gpa, pte };
+    const uint8_t *at = cpu->ram_host + (gpa - cpu->ram_gpa);
+    if (__builtin_expect(gpa - cpu->ram_gpa >= cpu->ram_bytes, 0) && !(at = find_entry(cpu, gpa)))
+        return ~UINT64_C(0);
+    return bytes == 8 ? __atomic_load_n((const uint64_t *)at, __ATOMIC_ACQUIRE)
+                      : __atomic_load_n((const uint32_t *)at, __ATOMIC_ACQUIRE);
+}
+
+static inline uint64_t take_entry(x86_cpu *cpu, walk_path *p, uint64_t gpa, unsigned bytes)
+{
+    uint64_t pte = read_entry(cpu, gpa, bytes);
+    p->w->at[p->count] = gpa;
+    p->w->pte[p->count++] = pte;
     p->rights &= pte;
     return pte;
 }
 
 /* 4-level paging from `level` 3 (PML4), or PAE from level 1 (page directory). False: not present or reserved bits. */
-static bool walk_wide(x86_cpu *cpu, uint64_t la, uint64_t table, int level, uint64_t reserved, walk_path *p)
+static inline __attribute__((always_inline)) bool walk_wide(x86_cpu *cpu, uint64_t la, uint64_t table, int level, uint64_t reserved, walk_path *p)
 {
     for (;; level--) {
         unsigned shift = 12 + 9 * level;
-        uint64_t pte = take_entry(cpu, p, table + (la >> shift & 511) * 8), bad = reserved;
+        uint64_t pte = take_entry(cpu, p, table + (la >> shift & 511) * 8, 8), bad = reserved;
         if (!(pte & PTE_P))
             return false;
         bool is_leaf = level == 0 || (level < 3 && (pte & PTE_PS));
@@ -82,7 +84,7 @@ static bool walk_wide(x86_cpu *cpu, uint64_t la, uint64_t table, int level, uint
 static bool walk_narrow(x86_cpu *cpu, uint64_t la, walk_path *p)
 {
     p->entry_bytes = 4;
-    uint64_t pde = take_entry(cpu, p, (cpu->cr3 & 0xfffff000) + (la >> 22 & 1023) * 4);
+    uint64_t pde = take_entry(cpu, p, (cpu->cr3 & 0xfffff000) + (la >> 22 & 1023) * 4, 4);
     if (!(pde & PTE_P))
         return false;
     if ((pde & PTE_PS) && (cpu->cr4 & X86_CR4_PSE)) { /* PSE-36: bits 20..13 are address bits 39..32 */
@@ -91,17 +93,16 @@ static bool walk_narrow(x86_cpu *cpu, uint64_t la, walk_path *p)
         p->is_reserved = (pde & 0x200000) || (p->w->gpa & ~cpu->phys_mask);
         return !p->is_reserved;
     }
-    uint64_t pte = take_entry(cpu, p, (pde & 0xfffff000) + (la >> 12 & 1023) * 4);
+    uint64_t pte = take_entry(cpu, p, (pde & 0xfffff000) + (la >> 12 & 1023) * 4, 4);
     p->w->gpa = (pte & 0xfffff000) | (la & 0xfff);
     p->w->page_bytes = 0x1000;
     return pte & PTE_P;
 }
 
-static bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p, x86_walk *w)
+static inline bool walk_tables(x86_cpu *cpu, uint64_t la, walk_path *p, x86_walk *w)
 {
     uint64_t reserved = ~cpu->phys_mask & UINT64_C(0x000fffffffffffff);
-    *p = (walk_path){ .w = w, .rights = PTE_RW | PTE_US, .entry_bytes = 8 };
-    w->count = 0;
+    *p = (walk_path){ .w = w, .rights = PTE_RW | PTE_US | PTE_A, .entry_bytes = 8 };
     if (!(cpu->efer & X86_EFER_NXE))
         reserved |= PTE_NX;
     if (x86_lma(cpu))
@@ -138,14 +139,14 @@ unsigned x86_walk_prot(const x86_cpu *cpu, uint64_t rights, bool nx, unsigned ct
 static bool set_accessed_dirty(x86_cpu *cpu, x86_walk *w, unsigned entry_bytes, bool is_write)
 {
     for (unsigned i = 0; i < w->count; i++) {
-        uint64_t pte = w->steps[i].pte, want = pte | PTE_A;
+        uint64_t pte = w->pte[i], want = pte | PTE_A;
         if (i == w->count - 1 && is_write)
             want |= PTE_D;
         if (pte == want)
             continue;
-        if (!x86_cmpxchg_phys(cpu, w->steps[i].gpa, entry_bytes, pte, want))
+        if (!x86_cmpxchg_phys(cpu, w->at[i], entry_bytes, pte, want))
             return false;
-        w->steps[i].pte = want;
+        w->pte[i] = want;
     }
     return true;
 }
@@ -183,14 +184,16 @@ bool x86_walk_page(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, boo
 
     for (unsigned restarts = 0;; restarts++) {
         bool is_mapped = walk_tables(cpu, la, &p, w);
-        w->refs += w->count;
+        w->count = p.count;
+        w->refs += p.count;
         if (!is_mapped)
             return page_fault(cpu, la, access, ctx, p.is_reserved ? ERR_P | ERR_RSVD : 0, w);
         unsigned prot = x86_walk_prot(cpu, p.rights, p.nx, ctx);
         if ((prot & access) != access)
             return page_fault(cpu, la, access, ctx, ERR_P, w);
-        uint64_t leaf = w->steps[w->count - 1].pte;
-        if (set_ad && !set_accessed_dirty(cpu, w, p.entry_bytes, access & X86_WRITE) && restarts < MAX_RESTARTS)
+        uint64_t leaf = w->pte[p.count - 1];
+        bool is_noted = (p.rights & PTE_A) && (!(access & X86_WRITE) || (leaf & PTE_D));
+        if (set_ad && !is_noted && !set_accessed_dirty(cpu, w, p.entry_bytes, access & X86_WRITE) && restarts < MAX_RESTARTS)
             continue;                  /* tables in ROM never take the bits: the walk ends all the same */
         if (!(leaf & PTE_D) && !(set_ad && (access & X86_WRITE)))
             prot &= ~(unsigned)X86_WRITE;
