@@ -162,6 +162,129 @@ EACH_BACKEND(selected_between_runs)
     CHECK_EQ(seen.destroyed, 2);
 }
 
+/* ---- PCIDs (SDM vol. 3, 4.10): who loses translations, and who keeps them ---- */
+
+enum { ROOT1 = 0x10000, ROOT2 = 0x14000, LEAF = 0x3000, DATA_PAGE = 0x180000, SNIPPET = 0x1000, ARGUMENT = 0x2000 };
+#define PAGE_LA UINT64_C(0x200000)
+#define KEEP (UINT64_C(1) << 63)
+enum { ONE = ROOT1 | 1, TWO = ROOT2 | 2 };       /* what CR3 is loaded with */
+typedef enum pcid_op { NOTHING, LOAD_CR3, LOAD_CR4, INVLPG, INVPCID, FLUSH } pcid_op;
+
+/* la 0x200000 is page 'A' under root 1 and 'C' under root 2; the first 2 MiB are themselves. */
+static vm_machine *pcid_machine(vm_backend backend, const char *mmu)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_sregs s = VM_SREGS_INIT;
+    o.backend = backend;
+    o.mmu = mmu;
+    OK(vm_create(&o, &m));
+    OK(vm_map_ram(m, 0, 0x400000, VM_PROT_RWX, NULL));
+    for (unsigned i = 0; i < 2; i++) {
+        uint64_t root = i ? ROOT2 : ROOT1, up = (root + 0x1000) | 3, pd = (root + 0x2000) | 3, large = 0x83, leaf = (root + LEAF) | 3;
+        uint64_t page = (DATA_PAGE + (i ? 0x2000 : 0)) | 3;
+        OK(vm_write(m, root, &up, 8));
+        OK(vm_write(m, root + 0x1000, &pd, 8));
+        OK(vm_write(m, root + 0x2000, &large, 8));
+        OK(vm_write(m, root + 0x2008, &leaf, 8));
+        OK(vm_write(m, root + LEAF, &page, 8));
+    }
+    for (unsigned i = 0; i < 3; i++)
+        OK(vm_write(m, DATA_PAGE + i * 0x1000, &"ABC"[i], 1));
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_vcpu_set_mode(cpu, VM_MODE_FLAT64));
+    OK(vm_vcpu_get_sregs(cpu, &s));
+    s.cr3 = ROOT1;
+    s.cr4 |= 0x20080;                  /* PCIDE, PGE */
+    OK(vm_vcpu_set_sregs(cpu, &s));
+    return m;
+}
+
+/* Execute one instruction with RAX and RDI; RAX afterwards. */
+static uint64_t execute(vm_machine *m, const char *bytes, unsigned count, uint64_t rax, uint64_t rdi)
+{
+    vm_exit e = VM_EXIT_INIT;
+    vm_regs r = VM_REGS_INIT;
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_write(m, SNIPPET, bytes, count));
+    OK(vm_write(m, SNIPPET + count, "\xf4", 1));
+    OK(vm_invalidate(m, SNIPPET, 16));
+    OK(vm_vcpu_get_regs(cpu, &r));
+    r.rip = SNIPPET, r.rax = rax, r.rdi = rdi;
+    OK(vm_vcpu_set_regs(cpu, &r));
+    OK(vm_vcpu_run(cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    OK(vm_vcpu_get_regs(cpu, &r));
+    return r.rax;
+}
+
+static char look(vm_machine *m) { return (char)execute(m, "\x0f\xb6\x07", 3, 0, PAGE_LA); }
+
+static void perform(vm_machine *m, pcid_op op, uint64_t a, uint64_t b)
+{
+    uint64_t descriptor[2] = { b, PAGE_LA };
+    switch (op) {
+    case NOTHING: break;
+    case LOAD_CR3: (void)execute(m, "\x0f\x22\xd8", 3, a, 0); break;
+    case LOAD_CR4: (void)execute(m, "\x0f\x22\xe0", 3, a, 0); break;
+    case INVLPG: (void)execute(m, "\x0f\x01\x3f", 3, 0, PAGE_LA); break;
+    case FLUSH: OK(vm_mmu_flush(vm_vcpu_get(m, 0), PAGE_LA, 4096)); break;
+    case INVPCID:
+        OK(vm_write(m, ARGUMENT, descriptor, sizeof descriptor));
+        (void)execute(m, "\x66\x0f\x38\x82\x07", 5, a, ARGUMENT);
+        break;
+    }
+}
+
+/* PCID 1 has seen A; while the guest is in PCID 2 the entry changes to B and this happens; then PCID 1 is entered with bit 63 of CR3
+ * set. Sees: A if it has kept its translation. */
+static const struct { pcid_op op[2]; uint64_t a[2], b[2]; char sees; } pcid_cases[] = {
+    { { NOTHING }, { 0 }, { 0 }, 'A' },
+    { { INVLPG }, { 0 }, { 0 }, 'A' },
+    { { INVPCID }, { 0 }, { 1 }, 'B' },                  /* one address */
+    { { INVPCID }, { 0 }, { 2 }, 'A' },
+    { { INVPCID }, { 1 }, { 1 }, 'B' },                  /* one PCID */
+    { { INVPCID }, { 1 }, { 2 }, 'A' },
+    { { INVPCID }, { 2 }, { 0 }, 'B' },                  /* everything */
+    { { INVPCID }, { 3 }, { 0 }, 'B' },                  /* all PCIDs, not what is global */
+    { { LOAD_CR3, LOAD_CR3 }, { ONE, TWO | KEEP }, { 0 }, 'B' },
+    { { LOAD_CR3, LOAD_CR3 }, { ROOT2 | 3, TWO | KEEP }, { 0 }, 'A' },
+    { { LOAD_CR4, LOAD_CR4 }, { 0x20020, 0x200a0 }, { 0 }, 'B' },          /* PGE changes */
+    { { FLUSH }, { 0 }, { 0 }, 'B' },
+};
+
+static void pcid_case(vm_backend backend, const char *mmu, unsigned i)
+{
+    vm_machine *m = pcid_machine(backend, mmu);
+    uint64_t other = (DATA_PAGE + 0x1000) | 3;
+    perform(m, LOAD_CR3, ONE, 0);
+    CHECK_EQ(look(m), 'A');
+    perform(m, LOAD_CR3, TWO, 0);
+    CHECK_EQ(look(m), 'C');
+    OK(vm_write(m, ROOT1 + LEAF, &other, 8));
+    for (unsigned k = 0; k < 2; k++)
+        perform(m, pcid_cases[i].op[k], pcid_cases[i].a[k], pcid_cases[i].b[k]);
+    perform(m, LOAD_CR3, ONE | KEEP, 0);
+    char seen_now = look(m);
+    bool may_be_new = !strcmp(mmu, "shadow");            /* compares at each load of CR3 */
+    if (seen_now != pcid_cases[i].sees && !(may_be_new && seen_now == 'B'))
+        FAIL("case %u under %s: sees %c", i, mmu, seen_now);
+    perform(m, LOAD_CR3, ONE, 0);
+    CHECK_EQ(look(m), 'B');
+    vm_destroy(m);
+}
+
+EACH_BACKEND(pcids)
+{
+    static const char *const names[] = { "tlb", "flat", "ept", "own", "shadow" };
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    OK(vm_mmu_register(&own));
+    for (unsigned n = 0; n < sizeof names / sizeof *names; n++)
+        for (unsigned i = 0; i < sizeof pcid_cases / sizeof *pcid_cases; i++)
+            pcid_case(backend, names[n], i);
+}
+
 TEST(strategies_by_number)
 {
     CHECK(!strcmp(vm_mmu_name(0), "tlb"));
