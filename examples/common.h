@@ -28,6 +28,14 @@ static inline vm_machine *machine_with(const vm_options *options, const void *co
     return m;
 }
 
+/* The same on the interpreter: what watches a guest works there and on the JIT, while KVM's guests run by themselves. */
+static inline vm_machine *software_machine_with(const void *code, size_t bytes)
+{
+    vm_options options = VM_OPTIONS_INIT;
+    options.backend = VM_BACKEND_INTERP;
+    return machine_with(&options, code, bytes);
+}
+
 static inline uint64_t get(vm_vcpu *cpu, vm_reg_id reg)
 {
     uint64_t value;

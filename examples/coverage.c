@@ -10,7 +10,7 @@ int main(void)
     static vm_compare compares[64];
     uint64_t blocks_head = 0, compares_head = 0, shown = 0;
     vm_exit exit = VM_EXIT_INIT;
-    vm_machine *m = machine_with(NULL, code, sizeof code);
+    vm_machine *m = software_machine_with(code, sizeof code);
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
     MUST(vm_coverage(m, map, sizeof map));
     MUST(vm_block_trace(cpu, blocks, 64, &blocks_head));

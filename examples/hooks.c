@@ -31,7 +31,7 @@ int main(void)
                                     0x0f, 0x0b,                                 /* ud2 */
                                     0xff, 0xc9, 0x75, 0xf3, 0xf4 };             /* dec ecx; jnz the mov; hlt */
     vm_exit exit = VM_EXIT_INIT;
-    vm_machine *m = machine_with(NULL, code, sizeof code);
+    vm_machine *m = software_machine_with(code, sizeof code);
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
     vm_hook *blocks = hook(m, VM_HOOK_BLOCK, CODE, CODE + 0xfff, on_block);
     vm_hook *writes = hook(m, VM_HOOK_MEM_WRITE, 0, 0, on_write);

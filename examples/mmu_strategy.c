@@ -23,7 +23,7 @@ int main(void)
                                     0x8a, 0x04, 0x25, 0x00, 0x30, 0, 0,         /* mov al, [0x3000] */
                                     0xc6, 0x04, 0x25, 0x00, 0x80, 0x01, 0, 1,   /* mov byte [0x18000], 1 */
                                     0xf4 };
-    vm_options options = { .size = sizeof options, .mmu = "mirror" };
+    vm_options options = { .size = sizeof options, .backend = VM_BACKEND_INTERP, .mmu = "mirror" };  /* with KVM the hardware translates */
     vm_run_options run = { .size = sizeof run, .exception_exits = 1 << 14 };
     vm_exit exit = VM_EXIT_INIT;
     uint64_t fills;

@@ -14,7 +14,7 @@ int main(void)
     vm_snapshot *state;
     vm_run_options options = VM_RUN_OPTIONS_INIT;
     vm_exit exit = VM_EXIT_INIT;
-    vm_machine *m = machine_with(NULL, code, sizeof code);
+    vm_machine *m = software_machine_with(code, sizeof code);
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
     set(cpu, VM_REG_RIP, CODE);
     set(cpu, VM_REG_RDI, INPUT);

@@ -2,24 +2,21 @@
 
 import libvm
 
+HOST_SQUARE = 0x5000000                         # where the guest has nothing
+
 with libvm.Machine() as m:
     m.map_ram(0, "64K")
-    m.cpu.set_mode("flat64")
-    m.cpu.rsp = 0x10000
+    # u64 twice_plus(u64 x, u64 (*fn)(u64)): sub rsp, 8; call rsi; lea rax, [rax + rax + 1]; add rsp, 8; ret
+    m.write(0x1000, bytes.fromhex("4883ec08 ffd6 488d440001 4883c408 c3"))
+    cpu = m.cpu
+    cpu.set_mode("flat64")
+    cpu.rsp = 0x8000
 
-    @m.hostcall(0x8000, "u64(u64,str)")
-    def log(number, text):
-        print(f"the guest says {text!r} with {number}")
-        return number * 10
+    @m.hostcall(HOST_SQUARE, "u64(u64)")
+    def square(x):
+        print(f"host: square({x})")
+        return x * x
 
-    m.write(0x4000, b"hello from inside\0")
-    # sum(a, b): rdi += rsi; rsi = "hello..."; rax = log(rdi, rsi); return rax + 1
-    m.write(0x1000, bytes.fromhex("4801f7 be00400000 b800800000 ffd0 48ffc0 c3"))
-    total = m.cpu.function(0x1000, "u64(u64,u64)")
-    print("sum:", total(2, 40))
-
-    # fill(buffer, length, byte): rep stosb
-    m.write(0x2000, bytes.fromhex("4889f1 89d0 f3aa c3"))
-    buffer = bytearray(8)
-    m.cpu.call(0x2000, "void(buf,u64,u8)", buffer, len(buffer), ord("x"))
-    print("filled:", bytes(buffer))
+    print("guest: twice_plus(12, square) =", cpu.call(0x1000, "u64(u64, ptr)", 12, HOST_SQUARE))
+    twice_plus = cpu.function(0x1000, "u64(u64, ptr)")                  # the same as a Python function
+    print("guest: twice_plus(5, square) =", twice_plus(5, HOST_SQUARE))

@@ -26,4 +26,5 @@ with libvm.Machine() as m:
     m.write(0x1000, bytes.fromhex("c7042500000800 28000000 8b042500000800 8b042500000800 e6e9 f4"))
     m.cpu.set_mode("flat64")
     m.cpu.rip = 0x1000
-    print(m.cpu.run(), "rax =", m.cpu.rax)
+    print(m.cpu.run())
+    print("rax =", m.cpu.rax)

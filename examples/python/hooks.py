@@ -5,7 +5,7 @@ import libvm
 # mov ecx, 3; mov [0x3000], ecx; ud2; dec ecx; jnz -13; hlt
 CODE = bytes.fromhex("b903000000 890c2500300000 0f0b ffc9 75f3 f4")
 
-with libvm.Machine() as m:
+with libvm.Machine(backend="interp") as m:           # or "jit": KVM's guests run by themselves
     m.map_ram(0, "64K")
     m.write(0x1000, CODE)
 

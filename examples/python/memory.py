@@ -18,10 +18,11 @@ with libvm.Machine() as m:
     m.protect(0x5000, 0x1000, "rw")
     print(cpu.run())                                                    # now it is
 
-    print("written:", [hex(page) for page in m.dirty_fetch(0, "64K")])
+    for page in m.dirty_fetch(0, "64K"):
+        print(f"written: {page:#x}")
     with ram.view() as view:
         print("bytes:", view[0x3000], view[0x5000])
     try:
         m.read(0x10000, 1)
     except libvm.GuestMemoryError as error:
-        print(f"{error} ({error.address:#x})")
+        print(error)                                                    # error.address is where

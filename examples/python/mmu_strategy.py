@@ -18,7 +18,7 @@ class Mirror:
 
 
 libvm.mmu_register("mirror", Mirror)
-with libvm.Machine(mmu="mirror") as m:
+with libvm.Machine(backend="interp", mmu="mirror") as m:                # or "jit": with KVM the hardware translates
     m.map_ram(0, "64K")
     # mov byte [0x53000], 7; mov al, [0x3000]; mov byte [0x18000], 1; hlt
     m.write(0x1000, bytes.fromhex("c6042500300500 07 8a042500300000 c6042500800100 01 f4"))
@@ -26,5 +26,5 @@ with libvm.Machine(mmu="mirror") as m:
     cpu.set_mode("flat64")
     cpu.rip = 0x1000
     exit = cpu.run(exception_exits=[14])
-    print(f"al = {cpu.rax}; {exit}")
-    print("fills:", m.stats("fills"), "strategies:", libvm.mmu_names())
+    print(exit)
+    print(f"al = {cpu.rax}, {m.stats('fills')} fills")

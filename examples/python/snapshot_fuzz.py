@@ -15,7 +15,7 @@ def crashes(cpu, state, data):
     return cpu.run(max_instructions=10000, exception_exits=[6]).reason == libvm.ExitReason.EXCEPTION
 
 
-with libvm.Machine() as m:
+with libvm.Machine(backend="interp") as m:           # or "jit": KVM's guests run by themselves
     m.map_ram(0, "64K")
     m.write(0x1000, CODE)
     cpu = m.cpu
