@@ -15,7 +15,8 @@
 --- * A Lua state and its coroutines belong to one thread of the host; several states in several threads are independent.
 ---   `Machine:run()` of a machine with several vCPUs uses threads of its own; Lua code still runs one piece at a time, and
 ---   callbacks of a vCPU other than 0 run on a coroutine of that vCPU.
---- * A run without limits looks every 0.2 s whether a debug hook was set meanwhile, so that Ctrl-C in `lua` works.
+--- * A run looks every 0.1 s whether a debug hook was set meanwhile, so that Ctrl-C in `lua` works.
+--- * Machines do not survive a `fork()` of the process into the child: there using them raises, and they are left alone.
 ---@class libvm
 ---@field status table<string, integer> `OK`, `E_INVALID`, ... of error.def
 ---@field exit table<string, integer> `HALT`, `IO`, ... of exit.def: numbers for `Exit.reason_code`
