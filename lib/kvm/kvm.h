@@ -50,7 +50,7 @@ typedef struct kvm_machine {
     size_t run_bytes; /* of a vCPU's shared page */
     size_t xsave_bytes;
     unsigned max_slots;
-    bool can_sync, can_read_only, can_debug, has_xcrs, has_shadow, has_user_msr, has_gigabyte_pages;
+    bool can_sync, can_read_only, can_debug, has_xcrs, has_user_msr, has_gigabyte_pages;
     _Atomic bool is_probed;
     bool lacks_legacy_paging, lacks_v86;           /* kvm_limits.c: probe() */
     bool emulates_ring0;                           /* !kvm_is_hardware_ring0() */
@@ -99,6 +99,7 @@ typedef struct kvm_vcpu {
     bool has_synced_sregs;   /* the shared page holds the system registers of this exit */
     bool has_synced_events;  /* ... and the events */
     struct kvm_sregs seen;   /* what x86's system registers were last made from, */
+    uint64_t seen_flags;     /* and what of RFLAGS belongs to the mode, */
     bool has_seen;           /* unless somebody has changed them since */
     bool is_tlb_stale;       /* the guest ran since x86's inline TLB was last emptied */
     bool is_reported;        /* the open exit went to the caller as X86_STOP_IO */
@@ -119,7 +120,7 @@ typedef struct kvm_vcpu {
     unsigned sregs_wanted, events_wanted; /* how many more exits bring system registers, events along */
     bool makes_kernel;     /* the guest wrote EFER or a target of SYSCALL: kvm_limits.c */
     bool is_flat;          /* VM_MODE_FLAT64 is in force and CR3 points at our tables */
-    bool has_cpuid;
+    bool has_cpuid, is_loaded; /* KVM has been given the one; a whole state */
     bool has_soft;                /* interpreter data exists */
     bool is_soft_io;              /* the interpreter's last instruction waits for the caller's answer */
     uint64_t soft_entries;        /* km->entries when the interpreter's caches were last emptied */

@@ -38,7 +38,7 @@ static void mark_dirty(vm_machine *m, uint64_t gpa) {
 void kvm_dirty_choose(kvm_machine *km) {
     const uint64_t bytes = RING_ENTRIES * sizeof(struct kvm_dirty_gfn);
     static const uint32_t kinds[] = {KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING};
-    for (unsigned i = 0; i < 2 && !km->ring_entries && kvm_is_hardware_ring0(); i++) {
+    for (unsigned i = 0; i < 2 && !km->ring_entries && !km->emulates_ring0; i++) {
         struct kvm_enable_cap cap = {.cap = kinds[i], .args = {bytes}};
         int most = kvm_ioctl(km->vm_fd, KVM_CHECK_EXTENSION, (void *)(uintptr_t)kinds[i]);
         if (most > 0 && (uint64_t)most >= bytes && kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap) == 0)

@@ -85,12 +85,14 @@ static int open_kvm(int *out) {
 
 /* Some hosts (guests themselves, without nested virtualisation) run only guest ring 3 on the CPU and emulate ring 0, at
  * about a million instructions a second: right, but slower than the JIT for anything with a kernel. Their CPUs show
- * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs nothing; timing a guest would cost
- * every vm_create. */
+ * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs microseconds where it is itself virtual; timing a guest
+ * would cost every vm_create more. */
 __attribute__((weak)) bool kvm_is_hardware_ring0(void) { /* weak: tests pretend */
     unsigned a, b, c, d;
-    return (__get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 5)) ||
-           (__get_cpuid(0x80000001, &a, &b, &c, &d) && (c & 1u << 2));
+    __cpuid(1, a, b, c, d); /* every x86-64 has both leaves */
+    if (c & 1u << 5) return true;
+    __cpuid(0x80000001, a, b, c, d);
+    return c & 1u << 2;
 }
 
 /* Whether the hardware walks the host's second level of tables; otherwise KVM keeps shadow page tables. */
@@ -509,7 +511,6 @@ static void filter_msrs(kvm_machine *km) {
                    {.flags = both, .nmsrs = 1, .base = 0x6e0, .bitmap = (uint8_t *)(uintptr_t)none},
                    {.flags = both, .nmsrs = 16, .base = 0x4b564d00, .bitmap = (uint8_t *)(uintptr_t)none},
                    {.flags = KVM_MSR_FILTER_WRITE, .nmsrs = 4, .base = 0xc0000080, .bitmap = (uint8_t *)(uintptr_t)none}}};
-    km->emulates_ring0 = !kvm_is_hardware_ring0();
     if (!km->emulates_ring0) filter.ranges[3].nmsrs = 0;
     km->has_user_msr = check(km->vm_fd, KVM_CAP_X86_USER_SPACE_MSR) &&
                        kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap) == 0 &&
@@ -543,7 +544,6 @@ static void read_capabilities(kvm_machine *km) {
     km->can_read_only = check(fd, KVM_CAP_READONLY_MEM);
     km->can_debug = check(fd, KVM_CAP_SET_GUEST_DEBUG);
     km->has_xcrs = check(fd, KVM_CAP_XCRS);
-    km->has_shadow = check(fd, KVM_CAP_INTR_SHADOW);
     km->xsave_bytes = xsave > (int)sizeof(struct kvm_xsave) ? (size_t)xsave : sizeof(struct kvm_xsave);
     int page = check(fd, KVM_CAP_COALESCED_MMIO);
     km->coalesced_page = page > 0 && ((size_t)page + 1) * 4096 <= km->run_bytes ? (size_t)page * 4096 : 0;
@@ -641,6 +641,7 @@ int kvm_machine_create(vm_machine *m) {
         goto fail;
     }
     km->run_bytes = (size_t)bytes;
+    km->emulates_ring0 = !kvm_is_hardware_ring0();
     read_capabilities(km);
     rc = kvm_cpuid_read(km);
     if (rc) goto fail;
@@ -717,6 +718,8 @@ int kvm_vcpu_create(vm_vcpu *cpu) {
     cpu->backend_data = kv;
     if (cpu->machine->own_model) {
         cpu->x86.model = cpu->machine->own_model;
+        memset(cpu->x86.host_features, 0xff, sizeof cpu->x86.host_features); /* what KVM shows the host's CPU has: */
+        cpu->x86.host_known = true;                                          /* asking it again is slow where it is virtual */
         cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
     }
     kvm_set_tsc_offset(kv, 0);

@@ -96,7 +96,7 @@ static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old) {
         kv->has_foreign = false;
         syscall(SYS_tgkill, getpid(), (int)syscall(SYS_gettid), KVM_KICK_SIGNAL);
     }
-    if (!kv->cpu->has_signal_blocked) pthread_sigmask(SIG_SETMASK, old, NULL);
+    if (!kv->cpu->has_signal_blocked && !sigismember(old, KVM_KICK_SIGNAL)) pthread_sigmask(SIG_SETMASK, old, NULL);
 }
 
 /* ---- deadlines ---- */
@@ -151,7 +151,7 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     if (kv->cpu->x86.attention) run->immediate_exit = 1;
     int rc = ioctl(kv->fd, KVM_RUN, 0);
     int error = errno;
-    kv->is_inside = 0;
+    atomic_store_explicit(&kv->is_inside, 0, memory_order_release);
     kv->exits++;
     kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;
     if (kv->cpu->machine->vcpu_count == 1)

@@ -163,18 +163,25 @@ static void fpu_from(kvm_vcpu *kv) {
     if (present & XFEATURE_AVX) memcpy(to + 576, from + 576, 256);
 }
 
+static bool is_zero(const uint8_t *at, size_t bytes) { return at[0] == 0 && !memcmp(at, at + 1, bytes - 1); }
+
+/* Components that are not as after a reset; the hardware saves and restores no others, at every entry and exit. */
+static uint64_t features_in_use(const x86_cpu *x, const uint8_t *image) {
+    bool has_x87 = X86_FPU_FCW(x) != 0x37f || !is_zero(image + 2, 22) || !is_zero(image + 32, 128);
+    bool has_sse = X86_FPU_MXCSR(x) != 0x1f80 || !is_zero(image + 160, 256);
+    return (has_x87 ? XFEATURE_X87 : 0) | (has_sse ? XFEATURE_SSE : 0) | (!is_zero(image + 576, 256) ? XFEATURE_AVX : 0);
+}
+
 static void fpu_to(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     uint8_t *to = (uint8_t *)kv->xsave;
+    uint64_t can = kvm_supported(kv->km, 0xd, 0, 0) & XFEATURE_AVX, in_use = features_in_use(x, x->fpu.image);
     memset(to, 0, kv->km->xsave_bytes);
     memcpy(to, x->fpu.image, 416);
     memset(to + 28, 0, 4); /* MXCSR_MASK is not ours to set */
     *(uint32_t *)(to + 24) &= 0xffff;
-    *xsave_features(to) = XFEATURE_X87 | XFEATURE_SSE;
-    if (kvm_supported(kv->km, 0xd, 0, 0) & XFEATURE_AVX) {
-        memcpy(to + 576, x->fpu.image + 576, 256);
-        *xsave_features(to) |= XFEATURE_AVX;
-    }
+    if (can) memcpy(to + 576, x->fpu.image + 576, 256);
+    *xsave_features(to) = in_use & (XFEATURE_X87 | XFEATURE_SSE | can);
 }
 
 static int read_fpu(kvm_vcpu *kv) {
@@ -190,15 +197,18 @@ static int read_fpu(kvm_vcpu *kv) {
     return VM_OK;
 }
 
+/* A new vCPU is as KVM makes one, until something else was loaded: FPU initialised, XCR0 1. */
 static int write_fpu(kvm_vcpu *kv) {
-    fpu_to(kv);
-    if (kvm_ioctl(kv->fd, KVM_SET_XSAVE, kv->xsave) < 0) return vm_fail_errno(VM_E_HOST, "KVM_SET_XSAVE");
     struct kvm_xcrs xcrs;
+    bool is_new = !kv->is_loaded;
+    fpu_to(kv);
+    if (!(is_new && *xsave_features(kv->xsave) == 0) && kvm_ioctl(kv->fd, KVM_SET_XSAVE, kv->xsave) < 0)
+        return vm_fail_errno(VM_E_HOST, "KVM_SET_XSAVE");
+    if (!kv->km->has_xcrs || (is_new && kv->cpu->x86.xcr0 == 1)) return VM_OK;
     memset(&xcrs, 0, sizeof xcrs);
     xcrs.nr_xcrs = 1;
     xcrs.xcrs[0].value = kv->cpu->x86.xcr0;
-    if (kv->km->has_xcrs && kvm_ioctl(kv->fd, KVM_SET_XCRS, &xcrs) < 0) return vm_fail_errno(VM_E_HOST, "KVM_SET_XCRS");
-    return VM_OK;
+    return kvm_ioctl(kv->fd, KVM_SET_XCRS, &xcrs) < 0 ? vm_fail_errno(VM_E_HOST, "KVM_SET_XCRS") : VM_OK;
 }
 
 /* ---- general registers ---- */
@@ -274,7 +284,7 @@ static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e) {
 static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e) {
     const x86_cpu *x = &kv->cpu->x86;
     if (!kv->has_events) memset(e, 0, sizeof *e);
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | (kv->km->has_shadow ? KVM_VCPUEVENT_VALID_SHADOW : 0);
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
     e->interrupt.shadow = x->inhibit & 2 ? KVM_X86_SHADOW_INT_MOV_SS : x->inhibit & 1 ? KVM_X86_SHADOW_INT_STI : 0;
     e->nmi.masked = x->nmi_blocked;
     e->nmi.pending = x->nmi_pending;
@@ -336,6 +346,9 @@ static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
 
 #define LOOKS_AGAIN 32u /* whoever looks once looks again: that many exits bring it along */
 
+/* RFLAGS beyond these does not change what x86_mode_changed() finds. */
+#define MODE_FLAGS (X86_FL_TF | X86_FL_IF | X86_FL_RF | X86_FL_VM | X86_FL_AC)
+
 static int read_mode(kvm_vcpu *kv) {
     struct kvm_sync_regs *sync = &kv->run->s.regs;
     if (!kv->has_synced_sregs) {
@@ -343,10 +356,16 @@ static int read_mode(kvm_vcpu *kv) {
         kv->has_synced_sregs = true;
     }
     kv->sregs_wanted = LOOKS_AGAIN;
-    if (kv->has_seen && !memcmp(&kv->seen, &sync->sregs, sizeof kv->seen)) return VM_OK;
-    kv->seen = sync->sregs;
-    kv->has_seen = true;
-    sregs_copy_from(kv, &sync->sregs);
+    bool is_same = kv->has_seen && !memcmp(&kv->seen, &sync->sregs, sizeof kv->seen);
+    uint64_t flags = kv->cpu->x86.rflags & MODE_FLAGS;
+    if (is_same && flags == kv->seen_flags) return VM_OK;
+    if (!is_same) {
+        kv->seen = sync->sregs;
+        kv->has_seen = true;
+        sregs_copy_from(kv, &sync->sregs);
+    }
+    kv->seen_flags = flags;
+    x86_mode_changed(&kv->cpu->x86);
     return VM_OK;
 }
 
@@ -366,8 +385,8 @@ static int read_events(kvm_vcpu *kv) {
 void kvm_get_mode(kvm_vcpu *kv) {
     if (kv->valid & (KVM_PART_MODE | VM_STATE_SREGS)) return;
     if (read_mode(kv) == VM_OK) kv->valid |= KVM_PART_MODE;
-    x86_mode_changed(&kv->cpu->x86); /* RFLAGS is part of it */
-    if (kv->is_tlb_stale) kvm_flush_tlb(kv);
+    const uint32_t *touched = kv->cpu->x86.tlb_touched;
+    if (kv->is_tlb_stale && (touched[0] | touched[1] | touched[2])) kvm_flush_tlb(kv);
 }
 
 /* Reading the events puts a page fault's address that KVM still holds with the exception into CR2: they come first, and
@@ -399,6 +418,8 @@ static int read_debug(kvm_vcpu *kv) {
 static int write_debug(kvm_vcpu *kv) {
     struct kvm_debugregs d;
     x86_cpu *x = &kv->cpu->x86;
+    bool is_reset = !(x->dr[0] | x->dr[1] | x->dr[2] | x->dr[3]) && x->dr[6] == X86_DR6_INIT && x->dr[7] == X86_DR7_INIT;
+    if (is_reset && !kv->is_loaded) return VM_OK; /* as write_fpu() */
     memset(&d, 0, sizeof d);
     memcpy(d.db, x->dr, sizeof d.db);
     d.dr6 = (uint32_t)x->dr[6];
@@ -479,5 +500,6 @@ int kvm_load(kvm_vcpu *kv) {
         if (rc) return rc;
     }
     kv->dirty = 0;
+    kv->is_loaded = true;
     return VM_OK;
 }
