@@ -1,6 +1,7 @@
 /* clock.c - guest time and timers.
  *
- * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine fires timers under the device lock.
+ * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine fires timers under the device lock, as
+ * long as some vCPU runs: hundreds of clones that wait for their turn cost nothing. Time goes on meanwhile.
  * BARE machines: time is vCPU 0's retired instructions, one nanosecond each, plus what vm_clock_advance() added; timers
  * fire from vCPU 0's run loop, which cuts its slices at the next deadline.
  *
@@ -30,6 +31,7 @@ struct vm_clock {
     vm_timer *timers;                  /* unsorted: a machine has a dozen */
     pthread_t thread;
     bool has_thread, is_ending;
+    _Atomic bool is_parked;            /* the thread waits for a vCPU to run */
     bool is_virtual;                   /* counts instructions: BARE, and a PC that records or replays */
     uint64_t tsc_base, tsc_time;       /* is_virtual and tsc_is_host: the TSC at a guest time */
 };
@@ -162,12 +164,44 @@ void vm_clock_fire(vm_machine *m)
     fire_due(m);
 }
 
+static bool is_any_running(const vm_machine *m)
+{
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (vm_vcpu_is_running(m->vcpus[i]))
+            return true;
+    return false;
+}
+
+/* Until a vCPU runs, or something changes. clock->lock held, so that vm_clock_resume() comes before the question or after
+ * the wait has begun. */
+static void park(const vm_machine *m, struct vm_clock *c)
+{
+    atomic_store(&c->is_parked, true);
+    if (!is_any_running(m))
+        pthread_cond_wait(&c->changed, &c->lock);
+    atomic_store(&c->is_parked, false);
+}
+
+void vm_clock_resume(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (!atomic_load(&c->is_parked))
+        return;
+    pthread_mutex_lock(&c->lock);
+    pthread_cond_signal(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+}
+
 static void *clock_thread(void *arg)
 {
     vm_machine *m = arg;
     struct vm_clock *c = m->clock;
     pthread_mutex_lock(&c->lock);
     while (!c->is_ending) {
+        if (!is_any_running(m)) {
+            park(m, c);
+            continue;
+        }
         uint64_t next = next_deadline(c), now = vm_clock_now(m);
         if (next == UINT64_MAX) {
             pthread_cond_wait(&c->changed, &c->lock);

@@ -333,6 +333,7 @@ void vm_clock_destroy(vm_machine *m);
 void vm_clock_advance(vm_machine *m, uint64_t ns);
 /* BARE: fire due timers; guest time of the next one, UINT64_MAX: none. Run loop only. */
 uint64_t vm_clock_poll(vm_machine *m);
+void vm_clock_resume(vm_machine *m); /* a PC: a vCPU has begun to run */
 /* PC: from host time to virtual time, which goes on from the same moment and counts as on BARE machines, or back. While it is
  * virtual nobody fires timers but vm_clock_fire(). The vCPU must not run. */
 int  vm_clock_virtual(vm_machine *m, bool on);

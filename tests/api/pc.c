@@ -2,6 +2,7 @@
 #include "../backends.h"
 
 #include <pthread.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
     __asm__(".pushsection .rodata\n.code16\n" #name ":\n" text "\n" #name "_end:\n.code64\n.popsection"); \
     extern const char name[], name##_end[]
 
+PROGRAM(ticking, "mov $0x34, %al\n out %al, $0x43\n mov $0xa9, %al\n out %al, $0x40\n mov $4, %al\n out %al, $0x40\n1: jmp 1b");
 PROGRAM(sleep_for_ever, "sti\n1: hlt\n jmp 1b");
 PROGRAM(dead_end, "cli\n1: hlt\n jmp 1b");
 PROGRAM(exit_with_42, "mov $42, %al\n out %al, $0xf4\n1: jmp 1b");
@@ -69,6 +71,21 @@ EACH_BACKEND(halt_sleeps_until_the_deadline)
     CHECK_EQ(run_for(m, 0, 200000000).reason, VM_EXIT_DEADLINE);
     CHECK(now() - start >= 190000000);
     CHECK(cpu_time() - used < 100000000);                /* asleep, not spinning */
+    vm_destroy(m);
+}
+
+/* A timer that ticks a thousand times a second, and a machine that nobody runs: its thread sleeps. */
+EACH_BACKEND(ticks_cost_nothing_while_nothing_runs)
+{
+    vm_machine *m = PC(1, ticking);
+    struct rusage before, after;
+    CHECK_EQ(run_for(m, 0, 20000000).reason, VM_EXIT_DEADLINE);
+    usleep(20000);
+    getrusage(RUSAGE_SELF, &before);
+    usleep(300000);
+    getrusage(RUSAGE_SELF, &after);
+    CHECK(after.ru_nvcsw - before.ru_nvcsw < 30);
+    CHECK_EQ(run_for(m, 0, 20000000).reason, VM_EXIT_DEADLINE);
     vm_destroy(m);
 }
 
