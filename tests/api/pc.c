@@ -10,7 +10,8 @@
     __asm__(".pushsection .rodata\n.code16\n" #name ":\n" text "\n" #name "_end:\n.code64\n.popsection"); \
     extern const char name[], name##_end[]
 
-PROGRAM(ticking, "mov $0x34, %al\n out %al, $0x43\n mov $0xa9, %al\n out %al, $0x40\n mov $4, %al\n out %al, $0x40\n1: jmp 1b");
+PROGRAM(ticking,
+        "mov $0x34, %al\n out %al, $0x43\n mov $0xa9, %al\n out %al, $0x40\n mov $4, %al\n out %al, $0x40\n1: jmp 1b");
 PROGRAM(sleep_for_ever, "sti\n1: hlt\n jmp 1b");
 PROGRAM(dead_end, "cli\n1: hlt\n jmp 1b");
 PROGRAM(exit_with_42, "mov $42, %al\n out %al, $0xf4\n1: jmp 1b");
