@@ -84,6 +84,22 @@ seabios() {
     echo "ok $name"
 }
 
+# until_text NAME FILE PATTERN OPTIONS...: a guest that does not end by itself is stopped when PATTERN is on its console.
+until_text() {
+    name=$backend/$1 image=$guests/$2 pattern=$3
+    shift 3
+    if [ ! -e "$image" ]; then
+        echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
+        return
+    fi
+    "$vmrun" --backend "$backend" --timeout "$limit" --memory 128M "$@" "$image" >"$work/out" 2>&1 </dev/null &
+    pid=$!
+    while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$work/out"; do sleep 0.2; done
+    kill $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    expect "$name" "$work/out" "$pattern" && echo "ok $name"
+}
+
 if ! "$vmrun" --help >/dev/null; then
     echo "FAIL $backend/vmrun: it does not start"
     exit 0
