@@ -1,7 +1,10 @@
 /* mmu_linux.c - one booted Linux, the loads of mmu_guest.c, the MMU strategy changed at every round: what each strategy costs
  * on the same guest, with the counters that say why. CPU time of the vCPU's thread; the best of several rounds each, in turn.
  *
- * usage: mmu_linux KERNEL INITRDS [--json FILE] [--rounds N] [--backend jit|interp] [--only LOAD]
+ * The guest does without PCIDs, so that each switch of address spaces ends its translations, unless --pcid 1: with them every strategy
+ * keeps those.
+ *
+ * usage: mmu_linux KERNEL INITRDS [--json FILE] [--rounds N] [--backend jit|interp] [--only LOAD] [--pcid 0|1]
  * INITRDS, as for vm_boot_linux(), have mmu_guest in their root.
  */
 #include <libvm/libvm.h>
@@ -160,6 +163,7 @@ static void write_json(const char *path)
 int main(int argc, char **argv)
 {
     const char *json = NULL, *only = NULL;
+    bool has_pcid = false;
     unsigned rounds = 4;
     char cmdline[200];
     vm_options o = VM_OPTIONS_INIT;
@@ -174,16 +178,18 @@ int main(int argc, char **argv)
             rounds = (unsigned)atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--only"))
             only = argv[i + 1];
+        else if (!strcmp(argv[i], "--pcid"))
+            has_pcid = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--backend"))
             o.backend = strcmp(argv[i + 1], "interp") ? VM_BACKEND_JIT : VM_BACKEND_INTERP;
     }
     if (argc < 3) {
-        fprintf(stderr, "usage: mmu_linux KERNEL INITRDS [--json FILE] [--rounds N] [--backend jit|interp] [--only LOAD]\n");
+        fprintf(stderr, "usage: mmu_linux KERNEL INITRDS [--json FILE] [--rounds N] [--backend jit|interp] [--only LOAD] [--pcid 0|1]\n");
         return 2;
     }
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = UINT64_C(512) << 20;
-    snprintf(cmdline, sizeof cmdline, "console=ttyS0 quiet nopcid run=\"/mmu_guest %u %s\"", rounds * STRATEGIES, only ? only : "");
+    snprintf(cmdline, sizeof cmdline, "console=ttyS0 quiet %s run=\"/mmu_guest %u %s\"", has_pcid ? "" : "nopcid", rounds * STRATEGIES, only ? only : "");
     boot.kernel = argv[1];
     boot.initrd = argv[2];
     boot.cmdline = cmdline;
