@@ -97,7 +97,9 @@ until_text() {
     while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$work/out"; do sleep 0.2; done
     kill $pid 2>/dev/null
     wait $pid 2>/dev/null
-    expect "$name" "$work/out" "$pattern" && echo "ok $name"
+    if grep -aqE "$pattern" "$work/out"; then echo "ok $name"
+    else echo "FAIL $name: no '$pattern' on the console; it ended: $(tail -c 400 "$work/out" | tr '\r\n\033' '  ?')"
+    fi
 }
 
 if ! "$vmrun" --help >/dev/null; then
