@@ -3,7 +3,7 @@
 # A test program is a line in check_PROGRAMS with its sources, linked with $(TEST_LIBS): the harness (tests/test.h), whose main()
 # it uses, and the library, statically, so that hidden symbols can be reached too. Scripts that print the same lines go into
 # script_tests.
-EXTRA_DIST += tests/run-all tests/coverage
+EXTRA_DIST += tests/run-all tests/coverage tests/tiny
 check_LIBRARIES = tests/libtest.a
 tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
 TEST_LIBS = tests/libtest.a libvm.la
@@ -28,6 +28,10 @@ coverage:
 	-$(MAKE) check
 	sh $(srcdir)/tests/coverage
 .PHONY: coverage
+# The suite with the smallest limits: builds of its own, minutes. TINY="blocks tlb cache" by default.
+check-tiny:
+	@MAKE='$(MAKE)' sh $(srcdir)/tests/tiny $(abs_top_srcdir) $(TINY)
+.PHONY: check-tiny
 clean-local:
 	rm -rf tests/logs
 .PHONY: clean-local

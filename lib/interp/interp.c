@@ -363,10 +363,11 @@ uint64_t interp_retired_cpu(const x86_cpu *cpu)
  * counts too). */
 static void settle(x86_cpu *cpu, block_cache *c)
 {
-    const bool has_retired = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL;
+    const bool has_left = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL,
+               has_retired = has_left || (cpu->stop == X86_STOP_NONE && cpu->fault.is_after);
     retire(cpu, c->running ? count_before(cpu, c) : has_retired);
     c->running = NULL;
-    if (has_retired)
+    if (has_left)
         x86_hook_left(cpu);
     if (cpu->stop == X86_STOP_SKIP) {
         x86_hook_skipped(cpu);

@@ -1145,12 +1145,13 @@ static x86_stop caught(jit *j, x86_cpu *cpu) {
     if (j->in_code) jit_hook_half_way(cpu);
     j->in_code = false;
     cpu->hook_site = 0;
-    if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
-    if (cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL) { /* rip is after it already */
+    const bool has_left = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL; /* rip is after it already */
+    if (has_left || (cpu->stop == X86_STOP_NONE && cpu->fault.is_after)) {
         cpu->retired++;
         cpu->budget--;
-        x86_hook_left(cpu);
     }
+    if (cpu->stop == X86_STOP_NONE) return x86_deliver_fault(cpu);
+    if (has_left) x86_hook_left(cpu);
     if (cpu->stop == X86_STOP_SKIP) {
         x86_hook_skipped(cpu);
         cpu->stop = X86_STOP_NONE;

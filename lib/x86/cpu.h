@@ -190,6 +190,7 @@ typedef struct x86_fault {
     uint8_t vector;
     bool has_error, is_soft;   /* soft: INT n, INT3, INTO (rip already past it when delivered) */
     bool is_external;          /* hardware interrupt or NMI: EXT bit for nested errors */
+    bool is_after;             /* a trap that an instruction raises itself, done and with rip behind it */
     uint32_t error;
     uint64_t address;          /* #PF: linear address */
     uint64_t dr6;              /* #DB: bits to merge into DR6 */

@@ -622,7 +622,7 @@ static void trap_by_new_tf(x86_cpu *cpu)
     if (!(cpu->rflags & X86_FL_TF))
         return;
     cpu->rip = cpu->next_rip;
-    x86_fault trap = { .vector = X86_DB, .dr6 = 0x4000 };
+    x86_fault trap = { .vector = X86_DB, .dr6 = 0x4000, .is_after = true };
     x86_raise_fault(cpu, &trap);
 }
 

@@ -544,6 +544,10 @@ static const char *compare(guest *g, const sequence *s, const native_result *n, 
 #define DIFFERS(...) return snprintf(text, sizeof text, __VA_ARGS__), text
     if (vector == 14 && e->exception.address >> 12 == N_CONTEXT >> 12)
         return NULL;                                        /* the child's own page, which the guest has not got */
+    uint32_t silicon_mxcsr;
+    memcpy(&silicon_mxcsr, x + 24, 4);
+    if (silicon_mxcsr >> 16)
+        return NULL;                                        /* LDMXCSR of an AMD bit (MM) that the guest's CPU has not got */
     bool is_either = is_cmps(&s->c, n->out.rip) && vector >= 12 && vector <= 14 && n->vector >= 12 && n->vector <= 14;
     if (is_either && vector != n->vector)
         return NULL;
