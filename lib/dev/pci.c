@@ -129,6 +129,7 @@ static void functions(vm_pci *pci) {
     f = function(pci, PM, 0x7113, 0x0001, 0x0280, 0x0680);
     f->config[0x08] = 0x03;
     put16(f->config + 0x40, VM_ACPI_PM_BASE | 1);
+    f->config[0x5b] = 2;                   /* device activity B, APMC_EN: firmware sees that nobody waits for its SMI handler */
     f->config[0x80] = 1;                   /* the ports are decoded */
     f->mask[0x3c] = 0xff;
 }

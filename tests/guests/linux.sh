@@ -53,6 +53,18 @@ linux() {
     if [ $status -ne 0 ]; then echo "FAIL $name: exit status $status, not 0"; else echo "ok $name"; fi
 }
 
+# run_until PATTERN FILE OPTIONS...: a guest that never ends by itself runs until FILE shows the pattern, for 200 seconds at most.
+run_until() {
+    pattern=$1 file=$2
+    shift 2
+    : >"$file"
+    "$vmrun" --backend "$backend" --timeout 200 "$@" >"$work/out" 2>&1 </dev/null &
+    pid=$!
+    while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$file"; do sleep 1; done
+    kill $pid 2>/dev/null
+    wait $pid
+}
+
 # memtest NAME IMAGE: over 16 MiB it must get to its third test without an error. It never ends by itself, and starts with
 # some seconds in which it waits for a key: it is stopped when it has got that far.
 memtest() {
@@ -61,11 +73,7 @@ memtest() {
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
         return
     fi
-    "$vmrun" --backend "$backend" --timeout 200 --memory 16M --kernel "$image" --append console=ttyS0,115200 >"$work/out" 2>&1 </dev/null &
-    pid=$!
-    while kill -0 $pid 2>/dev/null && ! grep -aqE '#[3456789]' "$work/out"; do sleep 1; done
-    kill $pid 2>/dev/null
-    wait $pid
+    run_until '#[3456789]' "$work/out" --memory 16M --kernel "$image" --append console=ttyS0,115200
     expect "$name" "$work/out" 'Memtest86\+' '#[3456789]' 'Errors: 0' || return
     if grep -aqE 'Errors: *[1-9]' "$work/out"; then echo "FAIL $name: it found errors in memory"; else echo "ok $name"; fi
 }
@@ -78,7 +86,7 @@ seabios() {
         return
     fi
     for image in bios.bin bios-256k.bin; do
-        timeout 60 "$vmrun" --backend "$backend" --timeout 8 --bios "$guests/$image" --debugcon "$work/debug" >"$work/out" 2>&1 </dev/null
+        run_until 'enter handle_18' "$work/debug" --bios "$guests/$image" --debugcon "$work/debug"
         expect "$name" "$work/debug" 'SeaBIOS \(version' 'e820 map has' 'All threads complete' 'enter handle_18' || return
     done
     echo "ok $name"
