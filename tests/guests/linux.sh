@@ -53,16 +53,16 @@ linux() {
     if [ $status -ne 0 ]; then echo "FAIL $name: exit status $status, not 0"; else echo "ok $name"; fi
 }
 
-# run_until PATTERN FILE OPTIONS...: a guest that never ends by itself runs until FILE shows the pattern, for 200 seconds at most.
+# run_until PATTERN FILE OPTIONS...: a guest that never ends by itself runs until FILE shows the pattern.
 run_until() {
     pattern=$1 file=$2
     shift 2
     : >"$file"
-    "$vmrun" --backend "$backend" --timeout 200 "$@" >"$work/out" 2>&1 </dev/null &
+    "$vmrun" --backend "$backend" --timeout "$limit" "$@" >"$work/out" 2>&1 </dev/null &
     pid=$!
-    while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$file"; do sleep 1; done
+    while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$file"; do sleep 0.2; done
     kill $pid 2>/dev/null
-    wait $pid
+    wait $pid 2>/dev/null
 }
 
 # memtest NAME IMAGE: over 16 MiB it must get to its third test without an error. It never ends by itself, and starts with
@@ -100,11 +100,7 @@ until_text() {
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
         return
     fi
-    "$vmrun" --backend "$backend" --timeout "$limit" --memory 128M "$@" "$image" >"$work/out" 2>&1 </dev/null &
-    pid=$!
-    while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$work/out"; do sleep 0.2; done
-    kill $pid 2>/dev/null
-    wait $pid 2>/dev/null
+    run_until "$pattern" "$work/out" --memory 128M "$@" "$image"
     if grep -aqE "$pattern" "$work/out"; then echo "ok $name"
     else echo "FAIL $name: no '$pattern' on the console; it ended: $(tail -c 400 "$work/out" | tr '\r\n\033' '  ?')"
     fi
