@@ -818,7 +818,7 @@ static vm_habit *habit_of(struct vm_track *t, const vm_note *note)
 /* For how many restores a page that has been noted stays on its list: the longer it has been noted each time, the more. */
 static unsigned life_of(struct vm_track *t, const vm_note *note)
 {
-    enum { LONGEST = 64 };
+    enum { LONGEST = 128 };
     vm_habit *h = habit_of(t, note);
     bool goes_on = h->region == note->region && h->page == note->page && h->round + 1 == t->round;
     unsigned life = !goes_on ? 0 : h->life == 0 ? 2 : h->life < LONGEST ? 2 * h->life : LONGEST;
