@@ -2,8 +2,8 @@
  * the raw ioctls, ring-3 computing against native, and the system calls of reading registers after an exit.
  *
  * usage: bench_kvm [--json FILE]
- * Each pair is measured alternately in short rounds, and the best round of a side counts: other work on the machine only
- * makes rounds longer. Exits are counted by the thread's CPU time, everything else by the clock.
+ * Each pair is measured alternately in short rounds, and the best round of a side counts: other work on the machine
+ * only makes rounds longer. Exits are counted by the thread's CPU time, everything else by the clock.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
@@ -20,7 +20,16 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ROUNDS = 15, EXIT_ROUNDS = 200, EXITS = 300, LIVES = 300, RAM = 2 << 20, CODE = 0x1000, TABLES = 0x100000, STACK = 0x80000 };
+enum {
+    ROUNDS = 15,
+    EXIT_ROUNDS = 200,
+    EXITS = 300,
+    LIVES = 300,
+    RAM = 2 << 20,
+    CODE = 0x1000,
+    TABLES = 0x100000,
+    STACK = 0x80000
+};
 
 static _Noreturn void die(const char *what) {
     fprintf(stderr, "bench_kvm: %s (%s)\n", what, vm_errmsg());

@@ -1,10 +1,10 @@
 /* kvm_limits.c - guests that this host's KVM cannot run.
  *
- * Hosts without hardware virtualisation for their guests have KVMs that run guest ring 3 on the CPU and emulate the rest,
- * and not all of it. Without a word they take legacy paging or virtual-8086 mode and then run something else; SYSCALL in
- * ring 3 goes to LSTAR and stays in ring 3, and INT n there is #UD (tests/kvm/moves.c meets both). Nothing exits when
- * that happens, so such guests must not get there: what is beyond KVM is interpreted for as long as it is so, which is
- * a hundred times faster than the emulation anyway.
+ * Hosts without hardware virtualisation for their guests have KVMs that run guest ring 3 on the CPU and emulate the
+ * rest, and not all of it. Without a word they take legacy paging or virtual-8086 mode and then run something else;
+ * SYSCALL in ring 3 goes to LSTAR and stays in ring 3, and INT n there is #UD (tests/kvm/moves.c meets both). Nothing
+ * exits when that happens, so such guests must not get there: what is beyond KVM is interpreted for as long as it is
+ * so, which is a hundred times faster than the emulation anyway.
  *
  * Whether the host is of this kind is asked once: set a state with legacy paging, see whether it is still there. On all
  * others nothing here is ever beyond.
@@ -53,11 +53,12 @@ bool kvm_is_limited(kvm_vcpu *kv) {
     return kv->km->lacks_legacy_paging;
 }
 
-/* EFER, STAR, LSTAR, CSTAR: a guest that writes them has ring 3 in mind. Such hosts' machines see it (kvm_machine.c). */
+/* EFER, STAR, LSTAR, CSTAR: a guest that writes them has ring 3 in mind. Such hosts' machines see it (kvm_machine.c).
+ */
 bool kvm_is_kernel_msr(uint32_t msr) { return msr >= 0xc0000080 && msr <= 0xc0000083; }
 
-/* Long mode with a kernel that ring 3 calls, or will: page tables of its own, and a target of SYSCALL or a task segment,
- * without which no interrupt leaves ring 3. */
+/* Long mode with a kernel that ring 3 calls, or will: page tables of its own, and a target of SYSCALL or a task
+ * segment, without which no interrupt leaves ring 3. */
 static bool has_kernel(kvm_vcpu *kv) {
     const x86_cpu *x = &kv->cpu->x86;
     if (!(kv->dirty & (VM_STATE_SREGS | VM_STATE_MSRS))) return false;

@@ -85,8 +85,8 @@ static int open_kvm(int *out) {
 
 /* Some hosts (guests themselves, without nested virtualisation) run only guest ring 3 on the CPU and emulate ring 0, at
  * about a million instructions a second: right, but slower than the JIT for anything with a kernel. Their CPUs show
- * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs microseconds where it is itself virtual; timing a guest
- * would cost every vm_create more. */
+ * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs microseconds where it is itself
+ * virtual; timing a guest would cost every vm_create more. */
 __attribute__((weak)) bool kvm_is_hardware_ring0(void) { /* weak: tests pretend */
     unsigned a, b, c, d;
     __cpuid(1, a, b, c, d); /* every x86-64 has both leaves */
@@ -136,9 +136,8 @@ static int query_open(const char *capability, uint64_t *value) {
 }
 
 int kvm_query(const char *capability, uint64_t *value) {
-    static const char *const open_names[] = {"available", "auto",      "hardware-ring0",
-                                             "max-vcpus", "max-slots", "dirty-ring",
-                                             "nested-paging"};
+    static const char *const open_names[] = {"available", "auto",       "hardware-ring0", "max-vcpus",
+                                             "max-slots", "dirty-ring", "nested-paging"};
     for (unsigned i = 0; i < sizeof open_names / sizeof open_names[0]; i++)
         if (!strcmp(capability, open_names[i])) return query_open(capability, value);
     if (!strcmp(capability, "exact-budget") || !strcmp(capability, "exception-exits") || !strcmp(capability, "until")) {
@@ -507,10 +506,11 @@ static void filter_msrs(kvm_machine *km) {
     const uint32_t both = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE;
     struct kvm_msr_filter filter = {
         .flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
-        .ranges = {{.flags = both, .nmsrs = 1, .base = 0x1b, .bitmap = (uint8_t *)(uintptr_t)none},
-                   {.flags = both, .nmsrs = 1, .base = 0x6e0, .bitmap = (uint8_t *)(uintptr_t)none},
-                   {.flags = both, .nmsrs = 16, .base = 0x4b564d00, .bitmap = (uint8_t *)(uintptr_t)none},
-                   {.flags = KVM_MSR_FILTER_WRITE, .nmsrs = 4, .base = 0xc0000080, .bitmap = (uint8_t *)(uintptr_t)none}}};
+        .ranges = {
+            {.flags = both, .nmsrs = 1, .base = 0x1b, .bitmap = (uint8_t *)(uintptr_t)none},
+            {.flags = both, .nmsrs = 1, .base = 0x6e0, .bitmap = (uint8_t *)(uintptr_t)none},
+            {.flags = both, .nmsrs = 16, .base = 0x4b564d00, .bitmap = (uint8_t *)(uintptr_t)none},
+            {.flags = KVM_MSR_FILTER_WRITE, .nmsrs = 4, .base = 0xc0000080, .bitmap = (uint8_t *)(uintptr_t)none}}};
     if (!km->emulates_ring0) filter.ranges[3].nmsrs = 0;
     km->has_user_msr = check(km->vm_fd, KVM_CAP_X86_USER_SPACE_MSR) &&
                        kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap) == 0 &&
@@ -530,8 +530,8 @@ static void ask_for_failures(kvm_machine *km) {
 #define KVM_X86_QUIRK_FIX_HYPERCALL_INSN (1 << 5)
 #endif
 
-/* KVM shall not write over a VMCALL or VMMCALL that is not the host's own: no CPU rewrites programs, the dirty log would
- * not see it, and there are hosts on which it never ends. The guest gets #UD. */
+/* KVM shall not write over a VMCALL or VMMCALL that is not the host's own: no CPU rewrites programs, the dirty log
+ * would not see it, and there are hosts on which it never ends. The guest gets #UD. */
 static void leave_hypercalls(kvm_machine *km) {
     struct kvm_enable_cap cap = {.cap = KVM_CAP_DISABLE_QUIRKS2, .args = {KVM_X86_QUIRK_FIX_HYPERCALL_INSN}};
     if (check(km->vm_fd, KVM_CAP_DISABLE_QUIRKS2) & KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
@@ -719,7 +719,7 @@ int kvm_vcpu_create(vm_vcpu *cpu) {
     if (cpu->machine->own_model) {
         cpu->x86.model = cpu->machine->own_model;
         memset(cpu->x86.host_features, 0xff, sizeof cpu->x86.host_features); /* what KVM shows the host's CPU has: */
-        cpu->x86.host_known = true;                                          /* asking it again is slow where it is virtual */
+        cpu->x86.host_known = true; /* asking it again is slow where it is virtual */
         cpu->x86.tsc_khz = (uint32_t)(cpu->machine->tsc_hz / 1000);
     }
     kvm_set_tsc_offset(kv, 0);

@@ -9,13 +9,13 @@
  * callback changed needs an instruction boundary first: then KVM is entered with immediate_exit, which completes and
  * comes back. Changes are merged: what a callback left as it was shown comes from KVM, what it changed wins.
  *
- * The interpreter in KVM's place. What KVM cannot do is done by lib/interp on the vCPU's state, with the same results: an
- * exact instruction budget, exceptions reported instead of delivered, breakpoints, watchpoints and single steps (at any
- * number and exact; KVM_SET_GUEST_DEBUG has four addresses, and some hosts take it and do nothing), and instructions
- * that KVM's own emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the time on hosts that emulate
- * guest ring 0; where failures follow each other closely the interpreter keeps going for a growing number of
- * instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself. What this host's KVM
- * cannot run at all (kvm_limits.c) is interpreted until the guest is something else.
+ * The interpreter in KVM's place. What KVM cannot do is done by lib/interp on the vCPU's state, with the same results:
+ * an exact instruction budget, exceptions reported instead of delivered, breakpoints, watchpoints and single steps (at
+ * any number and exact; KVM_SET_GUEST_DEBUG has four addresses, and some hosts take it and do nothing), and
+ * instructions that KVM's own emulator does not know (KVM_EXIT_INTERNAL_ERROR, suberror 1). The last happens all the
+ * time on hosts that emulate guest ring 0; where failures follow each other closely the interpreter keeps going for a
+ * growing number of instructions. `until` is a hardware breakpoint, unless the guest uses the debug registers itself.
+ * What this host's KVM cannot run at all (kvm_limits.c) is interpreted until the guest is something else.
  */
 #include "kvm/kvm.h"
 
@@ -29,8 +29,8 @@
 #include "platform/pc.h"
 #include "x86/system.h"
 
-#define MAX_BATCH   4096u /* instructions interpreted in a row after emulation failures */
-#define CLOSE_EXITS 64u   /* failures with fewer exits between them are close */
+#define MAX_BATCH    4096u /* instructions interpreted in a row after emulation failures */
+#define CLOSE_EXITS  64u   /* failures with fewer exits between them are close */
 #define BEYOND_SLICE 32768
 
 x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
@@ -140,8 +140,8 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     bool wants_sregs = kv->sregs_wanted > 0, wants_events = kv->events_wanted > 0;
     run->immediate_exit = only_complete;
     if (kv->km->can_sync)
-        run->kvm_valid_regs = KVM_SYNC_X86_REGS | (wants_sregs ? KVM_SYNC_X86_SREGS : 0) |
-                              (wants_events ? KVM_SYNC_X86_EVENTS : 0);
+        run->kvm_valid_regs =
+            KVM_SYNC_X86_REGS | (wants_sregs ? KVM_SYNC_X86_SREGS : 0) | (wants_events ? KVM_SYNC_X86_EVENTS : 0);
     if (kv->is_nmi_given) { /* KVM has it now */
         kv->is_nmi_given = false;
         kv->cpu->x86.nmi_pending = false;
@@ -506,7 +506,8 @@ static x86_stop run_guest(kvm_vcpu *kv) {
         }
         if (kv->open == KVM_OPEN_NONE) {
             if (kv->is_shown) absorb(kv);
-            if (kv->dirty && kvm_is_beyond(kv)) return kvm_interpret(kv, BEYOND_SLICE); /* the run loop looks at the clock */
+            if (kv->dirty && kvm_is_beyond(kv))
+                return kvm_interpret(kv, BEYOND_SLICE); /* the run loop looks at the clock */
             stop = before_entry(kv);
         }
         if (stop != X86_STOP_NONE) return stop;

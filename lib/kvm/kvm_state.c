@@ -169,7 +169,8 @@ static bool is_zero(const uint8_t *at, size_t bytes) { return at[0] == 0 && !mem
 static uint64_t features_in_use(const x86_cpu *x, const uint8_t *image) {
     bool has_x87 = X86_FPU_FCW(x) != 0x37f || !is_zero(image + 2, 22) || !is_zero(image + 32, 128);
     bool has_sse = X86_FPU_MXCSR(x) != 0x1f80 || !is_zero(image + 160, 256);
-    return (has_x87 ? XFEATURE_X87 : 0) | (has_sse ? XFEATURE_SSE : 0) | (!is_zero(image + 576, 256) ? XFEATURE_AVX : 0);
+    return (has_x87 ? XFEATURE_X87 : 0) | (has_sse ? XFEATURE_SSE : 0) |
+           (!is_zero(image + 576, 256) ? XFEATURE_AVX : 0);
 }
 
 static void fpu_to(kvm_vcpu *kv) {
@@ -418,7 +419,8 @@ static int read_debug(kvm_vcpu *kv) {
 static int write_debug(kvm_vcpu *kv) {
     struct kvm_debugregs d;
     x86_cpu *x = &kv->cpu->x86;
-    bool is_reset = !(x->dr[0] | x->dr[1] | x->dr[2] | x->dr[3]) && x->dr[6] == X86_DR6_INIT && x->dr[7] == X86_DR7_INIT;
+    bool is_reset =
+        !(x->dr[0] | x->dr[1] | x->dr[2] | x->dr[3]) && x->dr[6] == X86_DR6_INIT && x->dr[7] == X86_DR7_INIT;
     if (is_reset && !kv->is_loaded) return VM_OK; /* as write_fpu() */
     memset(&d, 0, sizeof d);
     memcpy(d.db, x->dr, sizeof d.db);

@@ -1,8 +1,8 @@
 /* boot.c - a Linux kernel and KVM: the machine is moved between backends while it boots, and (make check-kvm-boot)
  * boots on KVM alone. Guests come from tests/guests/fetch; without them the tests are skipped.
  *
- * Where guest ring 0 is emulated KVM runs a kernel a hundred times slower than the interpreter, and not at all once it has
- * a ring 3 to serve (lib/kvm/kvm_limits.c): there the interpreter takes over, within the same backend. */
+ * Where guest ring 0 is emulated KVM runs a kernel a hundred times slower than the interpreter, and not at all once it
+ * has a ring 3 to serve (lib/kvm/kvm_limits.c): there the interpreter takes over, within the same backend. */
 #include <libvm/libvm.h>
 #include "../test.h"
 

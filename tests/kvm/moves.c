@@ -1,10 +1,10 @@
 /* moves.c - a guest that is taken out of KVM at any moment.
  *
- * A program calls its kernel (by SYSCALL or INT, from ring 3 or ring 0), touches pages that the kernel takes away again,
- * and computes; the kernel checks what it finds: privilege levels, address and error code of page faults, both GS bases.
- * Deadlines and budgets cut the run at random moments, and it goes on in KVM, in the interpreter or in the JIT. Whatever
- * part of the state is old, missing or moved twice shows within a few turns: the guest ends at a port that names the
- * check. TEST_SEED and TEST_COUNT choose moments and length.
+ * A program calls its kernel (by SYSCALL or INT, from ring 3 or ring 0), touches pages that the kernel takes away
+ * again, and computes; the kernel checks what it finds: privilege levels, address and error code of page faults, both
+ * GS bases. Deadlines and budgets cut the run at random moments, and it goes on in KVM, in the interpreter or in the
+ * JIT. Whatever part of the state is old, missing or moved twice shows within a few turns: the guest ends at a port
+ * that names the check. TEST_SEED and TEST_COUNT choose moments and length.
  */
 #include <libvm/libvm.h>
 #include "../test.h"
@@ -141,7 +141,8 @@ static uint64_t at(const uint8_t *label) { return CODE + (uint64_t)(label - move
 static void put(vm_machine *m, uint64_t gpa, uint64_t value) { OK(vm_write(m, gpa, &value, 8)); }
 
 static void put_gate(vm_machine *m, unsigned vector, uint64_t to, unsigned dpl) {
-    put(m, IDT + vector * 16, (to & 0xffff) | 0x10 << 16 | (UINT64_C(0x8e00) | dpl << 13) << 32 | (to >> 16 & 0xffff) << 48);
+    put(m, IDT + vector * 16,
+        (to & 0xffff) | 0x10 << 16 | (UINT64_C(0x8e00) | dpl << 13) << 32 | (to >> 16 & 0xffff) << 48);
     put(m, IDT + vector * 16 + 8, to >> 32);
 }
 
@@ -153,11 +154,20 @@ static void lay_out(vm_machine *m, bool has_syscall) {
     put(m, TABLES + 0x1008, (TABLES + 0x3000) | 7);
     put(m, TABLES + 0x2000, 0xe7);
     put(m, TABLES + 0x3000, PAGES_PT | 7);
-    static const uint64_t gdt[] = {0, 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0, 0x00cff3000000ffff, 0x00affb000000ffff,
-                                   0, (uint64_t)TSS << 16 | UINT64_C(0x0000890000000067), 0};
+    static const uint64_t gdt[] = {0,
+                                   0,
+                                   0x00af9b000000ffff,
+                                   0x00cf93000000ffff,
+                                   0,
+                                   0x00cff3000000ffff,
+                                   0x00affb000000ffff,
+                                   0,
+                                   (uint64_t)TSS << 16 | UINT64_C(0x0000890000000067),
+                                   0};
     OK(vm_write(m, GDT, gdt, sizeof gdt));
     put(m, TSS + 4, KERNEL_STACK);
-    for (unsigned v = 0; v < 32; v++) put_gate(m, v, v == 14 ? at(moves_fault) : (at(moves_bad) + 15) / 16 * 16 + v * 16, 0);
+    for (unsigned v = 0; v < 32; v++)
+        put_gate(m, v, v == 14 ? at(moves_fault) : (at(moves_bad) + 15) / 16 * 16 + v * 16, 0);
     put_gate(m, 0x80, at(moves_int), 3);
     put_gate(m, 0x81, at(moves_call), 3);
     put(m, PERCPU + 8, KERNEL_STACK - 0x1000);
