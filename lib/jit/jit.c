@@ -525,10 +525,14 @@ static uint64_t *frame_of(const x86_cpu *cpu) { return (uint64_t *)(uintptr_t)cp
 
 enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8 };
 
-void jit_fetch_frame(x86_cpu *cpu) {
+static void copy_frame(x86_cpu *cpu) {
     const uint64_t *frame = frame_of(cpu);
     memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], FRAME_REGS);
     memcpy(&cpu->jit_scratch[JIT_SLOT_FLAGS], &frame[JIT_FRAME_FLAGS], FRAME_FLAGS);
+}
+
+void jit_fetch_frame(x86_cpu *cpu) {
+    copy_frame(cpu);
     jit_load_flags(cpu);
 }
 
@@ -786,21 +790,22 @@ uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
 }
 
 /* HLT that does nothing but stop: what its semantic function does, without its long way out. */
-static bool halts(jit *j, x86_cpu *cpu, const jit_site *s) {
-    if (s->in.exec != x86_op_hlt || cpu->cpl || (cpu->rflags & X86_FL_TF) || cpu->hook_mask) return false;
+static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s) {
+    copy_frame(cpu);
+    place_rip(cpu, s);
+    cpu->hook_site = 0;
     cpu->halted = true;
     cpu->inhibit = 0;
+    x86_io_retire(cpu);
     j->hook_stop = X86_STOP_HALT;
-    return true;
+    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_HOOKED, cpu->next_rip);
 }
 
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
-    jit_site *s = jit_begin_helper(cpu, at);
-    if (halts(j, cpu, s)) {
-        jit_end_helper(j, cpu, s);
-        return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_HOOKED, cpu->next_rip);
-    }
+    jit_site *s = (jit_site *)(j->arena + at);
+    if (s->in.exec == x86_op_hlt && !cpu->cpl && !(cpu->rflags & X86_FL_TF) && !cpu->hook_mask) return halt(j, cpu, s);
+    jit_begin_helper(cpu, at);
     bool leaves = execute(j, cpu, s);
     jit_end_helper(j, cpu, s);
     return leaves || s->is_end ? leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : 0;
