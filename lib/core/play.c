@@ -76,6 +76,12 @@ int vm_replay_may_return(vm_machine *m, const vm_replay_place *place)
     return is_here ? VM_OK : vm_replay_forbids(m, "vm_snapshot_restore to before it");
 }
 
+void vm_replay_depart(vm_machine *m)
+{
+    for (unsigned i = 0; m->is_pc && i < VM_PC_UARTS; i++)
+        vm_pc_set_waiting(m, i, NULL, 0);
+}
+
 void vm_replay_return(vm_machine *m, const vm_replay_place *place)
 {
     struct vm_replay *rp = m->replay;

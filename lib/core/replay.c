@@ -403,8 +403,7 @@ static int begin_play(vm_machine *m)
     uint64_t now = vm_clock_now(m), tsc = vm_clock_tsc(m);
     vm_clock_virtual(m, true);
     vm_clock_set(m, h->time_ns, h->tsc);
-    for (unsigned i = 0; i < VM_PC_UARTS; i++)
-        vm_pc_set_waiting(m, i, NULL, 0);
+    vm_replay_depart(m);
     status = put_platform(m, &rp->log);
     if (status) {
         vm_clock_set(m, now, tsc);

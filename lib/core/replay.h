@@ -72,6 +72,7 @@ void vm_replay_answered(vm_vcpu *cpu, vm_log_type type, uint64_t value, int stat
  * or replays something else. */
 void vm_replay_mark(vm_machine *m, vm_replay_place *place);
 int vm_replay_may_return(vm_machine *m, const vm_replay_place *place);
+void vm_replay_depart(vm_machine *m);                            /* what waits at the ports must not fill receivers put back */
 void vm_replay_return(vm_machine *m, const vm_replay_place *place);
 
 /* lib/api */

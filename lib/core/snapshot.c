@@ -1153,6 +1153,8 @@ int vm_snap_restore(vm_machine *m, vm_snapshot *s)
         status = vm_snap_begin(m, "vm_snapshot_restore");
     if (status != VM_OK)
         return status;
+    if (m->replay)
+        vm_replay_depart(m);
     status = restore(m, s);
     if (status == VM_OK)
         vm_replay_return(m, &s->replay);

@@ -285,7 +285,10 @@ static int uart_restore(void *user, const void *buffer, size_t bytes) {
     u->s.fifo_head %= FIFO;
     if (u->s.fifo_count > capacity(u))
         u->s.fifo_count = (uint8_t)capacity(u);
-    restart_timeout(u);                    /* what waits on the host's side moves in with the next input or read */
+    if (u->s.timeout)                      /* it has come: a new one would take its interrupt back */
+        vm_timer_set(u->timer, UINT64_MAX);
+    else
+        restart_timeout(u);                /* what waits on the host's side moves in with the next input or read */
     return VM_OK;
 }
 

@@ -82,6 +82,8 @@ TEST(uart_fifo_trigger_and_timeout)
     pass(&r, 60000);
     CHECK(r.level[4]);
     CHECK_EQ(inb(&r, COM + 2), 0xcc);            /* character timeout */
+    rig_save_restore(&r, &r.m->ports, COM);
+    CHECK_EQ(inb(&r, COM + 2), 0xcc);
     CHECK_EQ(inb(&r, COM), '1');
     CHECK(!r.level[4]);
     CHECK_EQ(give(&r, u, "89"), 2);
