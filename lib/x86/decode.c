@@ -6,6 +6,7 @@
  */
 #include <Zydis/Zydis.h>
 #include <string.h>
+#include "x86/access.h"
 #include "x86/ops.h"
 
 typedef struct row { x86_exec_fn exec; uint16_t flags; } row;
@@ -455,14 +456,23 @@ static bool same_bytes(const uint8_t *a, const uint8_t *b, unsigned n)
     return !(((x[0] ^ y[0]) & first_bytes(n)) | (n > 7 ? (x[1] ^ y[1]) & first_bytes(n - 7) : 0));
 }
 
+/* The guest's next bytes, taken once: another vCPU may be writing them. Zeros follow the last of them. */
+static void take_code(uint8_t once[15], const uint8_t *bytes, unsigned avail)
+{
+    if (avail == 15) {
+        uint64_t low = x86_load_host(bytes, 8), high = x86_load_host(bytes + 7, 8);
+        memcpy(once, &low, 8), memcpy(once + 7, &high, 8);
+    } else {
+        for (unsigned i = 0; i < 15; i++)
+            once[i] = i < avail ? (uint8_t)x86_load_host(bytes + i, 1) : 0;
+    }
+}
+
 int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
 {
     x86_memo *m = &memos[(uintptr_t)bytes % X86_MEMOS];
-    uint8_t once[15];                    /* another vCPU may be writing */
-    if (avail == sizeof once)
-        memcpy(once, bytes, sizeof once);
-    else
-        memset(once, 0, sizeof once), memcpy(once, bytes, avail);
+    uint8_t once[15];
+    take_code(once, bytes, avail);
     if (m->at != bytes || m->in.mode != code_size || m->in.length > avail || !same_bytes(m->in.bytes, once, m->in.length)) {
         m->at = NULL;
         if (x86_decode(once, avail, code_size, &m->in))
