@@ -76,6 +76,11 @@ describe("wrong arguments", function()
                    "translate", "offset", "private", "kernel", "initrd", "cmdline", "fd", "address", "width", "match", "preserve", "stack",
                    "rax", "cr0", "cs", "mxcsr", "ymm", "on_exit", "runs_alone", "skip_idle", 1, 2, 3 }
 
+  local words = { "x", "rwx", "jit", "pc", "64K", "block", "u64(u64)", "rax" }
+  after_each(function()                           -- some of it is taken for the name of a file
+    for _, word in ipairs(words) do os.remove(word) end
+  end)
+
   for _, backend in ipairs(support.software) do
     it("are refused on " .. backend, function()
       math.randomseed(seed)
@@ -92,10 +97,11 @@ describe("wrong arguments", function()
           blocks = blocks + 1
           return blocks % 200 == 0 and "stop" or nil
         end)
-        pool = { true, false, -1, 0, 1, 7, 4096, 0x1000, 0x40000, 1 << 53, math.mininteger, math.maxinteger, 1.5, 0 / 0, 1 / 0, "", "x", "rwx",
-                 "jit", "pc", "64K", "block", "u64(u64)", "rax", "/nonexistent/file", "%", ("long"):rep(2000), "a\0b", {}, { 1, 2, 3 }, setmetatable({}, { __index = function() all.machine:close() end }), print,
+        pool = { true, false, -1, 0, 1, 7, 4096, 0x1000, 0x40000, 1 << 53, math.mininteger, math.maxinteger, 1.5, 0 / 0, 1 / 0, "", "/nonexistent/file",
+                 "%", ("long"):rep(2000), "a\0b", {}, { 1, 2, 3 }, setmetatable({}, { __index = function() all.machine:close() end }), print,
                  function() end, function() error "on purpose" end, function() return "nonsense" end, function() return -1 end,
                  coroutine.create(print), scratch, libvm.buffer(64), gone.machine, gone.cpu, gone.region, gone.hook, gone.snapshot }
+        for _, word in ipairs(words) do table.insert(pool, word) end
         for _, object in pairs(all) do table.insert(pool, object) end
       end
 

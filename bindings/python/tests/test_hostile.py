@@ -138,7 +138,8 @@ def attack(chance, name, thing, pool):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wrong_arguments(backend, monkeypatch):
+def test_wrong_arguments(backend, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)                          # some of it is taken for the name of a file
     seed, count = int(os.environ.get("TEST_SEED", "1")), int(os.environ.get("TEST_COUNT", "6000"))
     chance = random.Random(seed)
     unraisable = []
