@@ -1,4 +1,7 @@
 /* backing.c - the host memory behind RAM: given back, advised about, shared between machines. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
 #include "../backends.h"
 
 #include <sys/mman.h>
