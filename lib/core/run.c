@@ -217,7 +217,7 @@ static bool has_events(const vm_vcpu *cpu)
 static int halted(vm_vcpu *cpu)
 {
     cpu->x86.stat[X86_STAT_HALTS]++;
-    cpu->x86.halted = cpu->machine->is_pc;
+    cpu->x86.halted = cpu->irq_look = cpu->machine->is_pc;      /* a vector that KVM could not take before the HLT may wait */
     return cpu->machine->is_pc ? 0 : VM_EXIT_HALT;
 }
 
