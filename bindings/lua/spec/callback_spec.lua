@@ -1,18 +1,7 @@
 -- What runs inside of a run: devices, hooks, traces, calls; errors in them; coroutines; coverage; snapshots; strategies.
 local support = require "support"
 local libvm = support.libvm
-
-local function raises(fragment, f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  assert.truthy(tostring(message):find(fragment, 1, true), "the message is: " .. tostring(message))
-end
-
-local function refused(code, value, message, got)
-  assert.is_nil(value)
-  assert.equal("string", type(message))
-  assert.equal(code, got)
-end
+local raises, refused = support.raises, support.refused
 
 local LOAD = "8b 04 25 08 00 10 00 f4"           -- mov eax, [0x100008]; hlt
 local STORE = "c7 04 25 08 00 10 00 2a 00 00 00 f4"

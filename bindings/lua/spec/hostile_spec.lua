@@ -2,12 +2,7 @@
 -- with machines alive, many cycles. TEST_SEED and TEST_COUNT: other wrong arguments, and how many calls.
 local support = require "support"
 local libvm = support.libvm
-
-local function raises(fragment, f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  assert.truthy(tostring(message):find(fragment, 1, true), "the message is: " .. tostring(message))
-end
+local raises = support.raises
 
 -- The methods of an object, by name.
 local function methods(object)

@@ -1,20 +1,7 @@
 -- Machines: making, closing, misuse, errors, the memory map, registers, runs.
 local support = require "support"
 local libvm = support.libvm
-
-local function raises(fragment, f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  assert.truthy(tostring(message):find(fragment, 1, true), "the message is: " .. tostring(message))
-end
-
--- nil, message, code
-local function refused(code, value, message, got)
-  assert.is_nil(value)
-  assert.equal("string", type(message))
-  assert.truthy(#message > 0)
-  assert.equal(code, got)
-end
+local raises, refused = support.raises, support.refused
 
 describe("module", function()
   it("names its version", function()

@@ -1,12 +1,7 @@
 -- PCs: consoles, several vCPUs, booting; the debugger's stub; record and replay.
 local support = require "support"
 local libvm = support.libvm
-
-local function refused(code, value, message, got)
-  assert.is_nil(value)
-  assert.equal("string", type(message))
-  assert.equal(code, got)
-end
+local refused = support.refused
 
 -- A PC that will execute `code` in 64-bit mode at 0x1000.
 local function pc(code, options)

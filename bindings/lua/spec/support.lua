@@ -1,5 +1,6 @@
 -- support.lua - what the specs share: machines that are ready to run, backends, guests.
 local libvm = require "libvm"
+local luassert = require "luassert"
 local support = { libvm = libvm }
 
 -- The backends of this host that may be used now.
@@ -55,6 +56,21 @@ function support.guest(name)
     file:close()
     return path
   end
+end
+
+-- f(...) raises an error whose message contains `fragment`.
+function support.raises(fragment, f, ...)
+  local ok, message = pcall(f, ...)
+  luassert.is_false(ok)
+  luassert.truthy(tostring(message):find(fragment, 1, true), "the message is: " .. tostring(message))
+end
+
+-- What a call returned is nil, a message and the code of the status.
+function support.refused(code, value, message, got)
+  luassert.is_nil(value)
+  luassert.equal("string", type(message))
+  luassert.truthy(#message > 0)
+  luassert.equal(code, got)
 end
 
 return support
