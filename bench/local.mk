@@ -3,7 +3,6 @@
 # Unicorn is a peer of the kernels' benchmark when its header is there.
 EXTRA_DIST += bench/boot bench/guest bench/guest_main.c bench/kernels.c bench/kernels.ld
 EXTRA_PROGRAMS += bench/bench_kernels
-bench_bench_kernels_SOURCES = bench/bench_kernels.c
 bench_bench_kernels_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_kernels_LDADD = libvm.la $(UNICORN_LIBS) -lm
 bench/kernels.elf: bench/kernels.c bench/kernels.ld
@@ -21,9 +20,7 @@ bench/guest32: bench/guest_main.c bench/kernels.c
 	  { rm -f $@; echo "no 32-bit compiler (gcc-multilib): 32-bit kernels left out"; }
 
 EXTRA_PROGRAMS += bench/bench_calls bench/cputime
-bench_cputime_SOURCES = bench/cputime.c
 bench_cputime_LDADD =
-bench_bench_calls_SOURCES = bench/bench_calls.c
 bench_bench_calls_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_calls_LDADD = libvm.la $(UNICORN_LIBS)
 CLEANFILES += bench/kernels.elf bench/guest64 bench/guest32 bench/kernels.json bench/calls.json guest.json boot.json
@@ -43,9 +40,7 @@ bench-boot: examples/vmrun
 # MMU strategies side by side; PLOT=FILE draws them.
 EXTRA_DIST += bench/mmu bench/mmu_guest.c
 EXTRA_PROGRAMS += bench/bench_mmu bench/mmu_linux
-bench_bench_mmu_SOURCES = bench/bench_mmu.c
 bench_bench_mmu_LDADD = libvm.la
-bench_mmu_linux_SOURCES = bench/mmu_linux.c
 bench_mmu_linux_LDADD = libvm.la
 CLEANFILES += bench/mmu_guest mmu.json mmu-linux.json
 bench/mmu_guest: bench/mmu_guest.c
@@ -58,7 +53,6 @@ bench-mmu: bench/bench_mmu bench/mmu_linux bench/mmu_guest
 # KVM: exits, creation, ring 3, against raw ioctls. Says so and ends where there is no usable KVM.
 if BUILD_KVM
 EXTRA_PROGRAMS += bench/bench_kvm
-bench_bench_kvm_SOURCES = bench/bench_kvm.c
 bench_bench_kvm_LDADD = libvm.la
 CLEANFILES += bench/kvm.json
 bench_kvm_target = bench-kvm
@@ -68,7 +62,6 @@ bench-kvm: bench/bench_kvm
 
 # Coverage, block traces and the comparison log: slowdown of the kernels.
 EXTRA_PROGRAMS += bench/bench_coverage
-bench_bench_coverage_SOURCES = bench/bench_coverage.c
 bench_bench_coverage_LDADD = libvm.la -lm
 CLEANFILES += bench/coverage.json
 bench: bench-coverage
@@ -77,7 +70,6 @@ bench-coverage: bench/bench_coverage bench/kernels.elf
 .PHONY: bench-coverage
 
 EXTRA_PROGRAMS += bench/bench_snapshot
-bench_bench_snapshot_SOURCES = bench/bench_snapshot.c
 bench_bench_snapshot_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_snapshot_LDADD = libvm.la $(UNICORN_LIBS)
 CLEANFILES += bench/snapshot.json
@@ -88,7 +80,6 @@ bench-snapshot: bench/bench_snapshot
 
 # Hooks and registers: calls a second, beside Unicorn.
 EXTRA_PROGRAMS += bench/bench_hooks
-bench_bench_hooks_SOURCES = bench/bench_hooks.c
 bench_bench_hooks_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_hooks_LDADD = libvm.la $(UNICORN_LIBS)
 CLEANFILES += bench/hooks.json
@@ -98,7 +89,6 @@ bench-hooks: bench/bench_hooks
 # afl-fuzz on a small parser, from a snapshot and with a fork for each test case. Left out where afl-fuzz is missing.
 EXTRA_DIST += bench/afl
 EXTRA_PROGRAMS += bench/afl_unicorn
-bench_afl_unicorn_SOURCES = bench/afl_unicorn.c
 bench_afl_unicorn_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_afl_unicorn_LDADD = $(UNICORN_LIBS)
 CLEANFILES += afl.json

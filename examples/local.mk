@@ -1,10 +1,8 @@
 # examples: programs that use the public interface only.
 noinst_PROGRAMS += examples/hello
 bin_PROGRAMS = examples/vmrun
-examples_hello_SOURCES = examples/hello.c
 examples_hello_LDADD = libvm.la
 EXTRA_DIST += docs/calls.md
-examples_vmrun_SOURCES = examples/vmrun.c
 examples_vmrun_LDADD = libvm.la -lpthread
 
 # Fuzzing: fuzz_target is the program fuzzed, for no operating system; see examples/target.h.
@@ -52,21 +50,12 @@ noinst_PROGRAMS += $(small_examples)
 noinst_HEADERS += examples/common.h
 script_tests += examples/check
 EXTRA_DIST += examples/check examples/expected
-examples_boot_linux_SOURCES = examples/boot_linux.c
 examples_boot_linux_LDADD = libvm.la
-examples_call_SOURCES = examples/call.c
 examples_call_LDADD = libvm.la
-examples_coverage_SOURCES = examples/coverage.c
 examples_coverage_LDADD = libvm.la
-examples_device_SOURCES = examples/device.c
 examples_device_LDADD = libvm.la
-examples_hooks_SOURCES = examples/hooks.c
 examples_hooks_LDADD = libvm.la
-examples_many_vms_SOURCES = examples/many_vms.c
 examples_many_vms_LDADD = libvm.la -lpthread
-examples_memory_SOURCES = examples/memory.c
 examples_memory_LDADD = libvm.la
-examples_mmu_strategy_SOURCES = examples/mmu_strategy.c
 examples_mmu_strategy_LDADD = libvm.la
-examples_snapshot_fuzz_SOURCES = examples/snapshot_fuzz.c
 examples_snapshot_fuzz_LDADD = libvm.la

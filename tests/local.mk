@@ -1,12 +1,13 @@
 # tests: `make check` runs tests/run-all over every test program; its last line is "N passed, N failed, N skipped".
 #
-# A test program is a line in check_PROGRAMS with its sources, linked with $(TEST_LIBS): the harness (tests/test.h), whose main()
-# it uses, and the library, statically, so that hidden symbols can be reached too. Scripts that print the same lines go into
-# script_tests.
+# A test program is a name in check_PROGRAMS, with its sources where they are not just NAME.c. Unless it says otherwise it is
+# linked with $(TEST_LIBS): the harness (tests/test.h), whose main() it uses, and the library (statically with LDFLAGS = -static,
+# so that hidden symbols can be reached too). Scripts that print the same lines go into script_tests.
 EXTRA_DIST += tests/run-all tests/coverage tests/tiny
 check_LIBRARIES = tests/libtest.a
 tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
 TEST_LIBS = tests/libtest.a libvm.la
+LDADD = $(TEST_LIBS)
 
 include $(srcdir)/tests/unit/local.mk
 include $(srcdir)/tests/insn/local.mk

@@ -1,56 +1,39 @@
 # tests/api: the public interface, used and misused.
 check_PROGRAMS += tests/api/api_machine tests/api/api_memory tests/api/api_run
 tests_api_api_machine_SOURCES = tests/api/machine.c
-tests_api_api_machine_LDADD = $(TEST_LIBS)
 tests_api_api_memory_SOURCES = tests/api/memory.c
-tests_api_api_memory_LDADD = $(TEST_LIBS)
 tests_api_api_run_SOURCES = tests/api/run.c
-tests_api_api_run_LDADD = $(TEST_LIBS)
 script_tests += tests/api/headers tests/api/symbols
 EXTRA_DIST += tests/api/headers tests/api/symbols
 check_PROGRAMS += tests/api/api_smp
 tests_api_api_smp_SOURCES = tests/api/smp.c
-tests_api_api_smp_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_callbacks
 tests_api_api_callbacks_SOURCES = tests/api/callbacks.c
-tests_api_api_callbacks_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_nomem
 tests_api_api_nomem_SOURCES = tests/api/nomem.c
-tests_api_api_nomem_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_mmu
 tests_api_api_mmu_SOURCES = tests/api/mmu.c
-tests_api_api_mmu_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_pc
 tests_api_api_pc_SOURCES = tests/api/pc.c
-tests_api_api_pc_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_hostile
 tests_api_api_hostile_SOURCES = tests/api/hostile.c
-tests_api_api_hostile_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_determinism
 tests_api_api_determinism_SOURCES = tests/api/determinism.c
-tests_api_api_determinism_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_doorbell
 tests_api_api_doorbell_SOURCES = tests/api/doorbell.c
-tests_api_api_doorbell_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_ept
 tests_api_api_ept_SOURCES = tests/api/ept.c
-tests_api_api_ept_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_hooks
 tests_api_api_hooks_SOURCES = tests/api/hooks.c
-tests_api_api_hooks_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_accesses
 tests_api_api_accesses_SOURCES = tests/api/accesses.c tests/api/accesses.def
-tests_api_api_accesses_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_coverage
 tests_api_api_coverage_SOURCES = tests/api/coverage.c
-tests_api_api_coverage_LDADD = $(TEST_LIBS)
 check-local: bench/kernels.elf
 check_PROGRAMS += tests/api/api_backing
 tests_api_api_backing_SOURCES = tests/api/backing.c
-tests_api_api_backing_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_snapshot
 tests_api_api_snapshot_SOURCES = tests/api/snapshot.c
-tests_api_api_snapshot_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_call
 tests_api_api_call_SOURCES = tests/api/call.c
 tests_api_api_call_LDADD = $(TEST_LIBS) -lm
@@ -65,7 +48,6 @@ tests/api/call_guest32.bin: tests/api/call_guest.c tests/api/call_guest.ld
 CLEANFILES += tests/api/call_guest64.bin tests/api/call_guest32.bin
 check_PROGRAMS += tests/api/api_replay
 tests_api_api_replay_SOURCES = tests/api/replay.c
-tests_api_api_replay_LDADD = $(TEST_LIBS)
 EXTRA_DIST += tests/api/replay_guest.c
 tests/api/replay.$(OBJEXT): tests/api/replay_guest.bin
 tests/api/replay_guest.bin: tests/api/replay_guest.c tests/api/call_guest.ld
@@ -73,16 +55,12 @@ tests/api/replay_guest.bin: tests/api/replay_guest.c tests/api/call_guest.ld
 CLEANFILES += tests/api/replay_guest.bin
 check_PROGRAMS += tests/api/api_snapshot_linux
 tests_api_api_snapshot_linux_SOURCES = tests/api/snapshot_linux.c
-tests_api_api_snapshot_linux_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_replay_linux
 tests_api_api_replay_linux_SOURCES = tests/api/replay_linux.c
-tests_api_api_replay_linux_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_sandbox
 tests_api_api_sandbox_SOURCES = tests/api/sandbox.c
-tests_api_api_sandbox_LDADD = $(TEST_LIBS)
 check_PROGRAMS += tests/api/api_hygiene
 tests_api_api_hygiene_SOURCES = tests/api/hygiene.c
-tests_api_api_hygiene_LDADD = $(TEST_LIBS)
 script_tests += tests/api/hardening
 EXTRA_DIST += tests/api/hardening
 # A hundred thousand machines on each backend, minutes.
@@ -91,6 +69,5 @@ check-cycles: tests/api/api_hygiene
 .PHONY: check-cycles
 check_PROGRAMS += tests/api/api_gdb
 tests_api_api_gdb_SOURCES = tests/api/gdb.c
-tests_api_api_gdb_LDADD = $(TEST_LIBS)
 script_tests += tests/api/strategies
 EXTRA_DIST += tests/api/strategies

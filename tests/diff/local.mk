@@ -1,19 +1,12 @@
 # tests/diff
 check_PROGRAMS += tests/diff/simd
-tests_diff_simd_SOURCES = tests/diff/simd.c
-tests_diff_simd_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_diff_simd_LDFLAGS = -static
 check_PROGRAMS += tests/diff/integer
-tests_diff_integer_SOURCES = tests/diff/integer.c tests/unit/x86_bare.c tests/unit/x86_bare.h
-tests_diff_integer_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
+tests_diff_integer_SOURCES = tests/diff/integer.c tests/unit/x86_bare.c
 tests_diff_integer_LDFLAGS = -static
 check_PROGRAMS += tests/diff/system
-tests_diff_system_SOURCES = tests/diff/system.c
-tests_diff_system_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_diff_system_LDFLAGS = -static
 check_PROGRAMS += tests/diff/programs
-tests_diff_programs_SOURCES = tests/diff/programs.c
-tests_diff_programs_LDADD = $(TEST_LIBS) $(ZYDIS_LIBS)
 tests_diff_programs_LDFLAGS = -static
 check_PROGRAMS += tests/diff/diff
 tests_diff_diff_SOURCES = tests/diff/backends.c tests/diff/native.c tests/diff/native.h
@@ -29,5 +22,3 @@ diff: tests/diff/diff
 	CASES=$(CASES) SEED=$(SEED) tests/diff/diff
 .PHONY: diff
 check_PROGRAMS += tests/diff/paging
-tests_diff_paging_SOURCES = tests/diff/paging.c
-tests_diff_paging_LDADD = $(TEST_LIBS)

@@ -57,7 +57,6 @@ EXTRA_DIST += tests/fuzz/examples
 script_tests += tests/fuzz/examples
 
 check_PROGRAMS += tests/fuzz/gdb
-tests_fuzz_gdb_SOURCES = tests/fuzz/gdb.c
 tests_fuzz_gdb_LDADD = libvm.la $(ZYDIS_LIBS)
 tests_fuzz_gdb_LDFLAGS = -static
 EXTRA_PROGRAMS += fuzz-gdb

@@ -9,5 +9,3 @@ if HAVE_PYTHON3
 script_tests += tests/guests/console
 endif
 check_PROGRAMS += tests/guests/strategies
-tests_guests_strategies_SOURCES = tests/guests/strategies.c
-tests_guests_strategies_LDADD = $(TEST_LIBS)

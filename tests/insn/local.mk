@@ -2,30 +2,25 @@
 check_PROGRAMS += tests/insn/insn
 tests_insn_insn_SOURCES = tests/insn/insn.c tests/insn/world.c tests/insn/world.h tests/insn/world.def tests/insn/cases.h \
   tests/insn/cases.S
-tests_insn_insn_LDADD = $(TEST_LIBS)
 EXTRA_DIST += tests/insn/every.inc tests/insn/legacy.inc tests/insn/bits16.inc tests/insn/bits32.inc tests/insn/bits64.inc
 tests/insn/cases.$(OBJEXT): tests/insn/every.inc tests/insn/legacy.inc tests/insn/bits16.inc tests/insn/bits32.inc \
   tests/insn/bits64.inc tests/insn/cases.h tests/insn/world.def
 # 80286 captures (MIT licence, see vectors286.c).
 check_PROGRAMS += tests/insn/vectors286
-tests_insn_vectors286_SOURCES = tests/insn/vectors286.c tests/unit/x86_bare.c tests/unit/x86_bare.h
+tests_insn_vectors286_SOURCES = tests/insn/vectors286.c tests/unit/x86_bare.c
 tests_insn_vectors286_CPPFLAGS = $(AM_CPPFLAGS) -DVECTORS_SRCDIR='"$(top_srcdir)"'
-tests_insn_vectors286_LDADD = $(TEST_LIBS)
 tests_insn_vectors286_LDFLAGS = -static
 EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcodes.json
 check_PROGRAMS += tests/insn/scenes
 tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/world.h tests/insn/world.def
-tests_insn_scenes_LDADD = $(TEST_LIBS)
 # The same cases under hooks, single steps and random budgets.
 check_PROGRAMS += tests/insn/insn_hooked
 tests_insn_insn_hooked_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/hooked.inc tests/insn/warm.inc
 tests_insn_insn_hooked_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_HOOKED
-tests_insn_insn_hooked_LDADD = $(TEST_LIBS)
 # And with snapshots taken and restored on the way.
 check_PROGRAMS += tests/insn/insn_snapshots
 tests_insn_insn_snapshots_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/snapshots.inc tests/insn/warm.inc
 tests_insn_insn_snapshots_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_SNAPSHOTS
-tests_insn_insn_snapshots_LDADD = $(TEST_LIBS)
 
 # The instruction tests under every MMU strategy: make check-mmu.
 check-mmu: tests/insn/insn tests/diff/paging

@@ -2,13 +2,8 @@
 if BUILD_KVM
 check_PROGRAMS += tests/kvm/kvm tests/kvm/moves
 EXTRA_PROGRAMS += tests/kvm/kvm_boot
-tests_kvm_kvm_SOURCES = tests/kvm/kvm.c
-tests_kvm_kvm_LDADD = $(TEST_LIBS)
 tests_kvm_kvm_LDFLAGS = -static
-tests_kvm_moves_SOURCES = tests/kvm/moves.c
-tests_kvm_moves_LDADD = $(TEST_LIBS)
 tests_kvm_kvm_boot_SOURCES = tests/kvm/boot.c
-tests_kvm_kvm_boot_LDADD = $(TEST_LIBS)
 
 # Whole kernels, moved between backends while they boot, and on KVM alone. Seconds on hardware; where guest ring 0 is emulated
 # the kernel's own decompressor takes minutes: by hand only.
