@@ -366,9 +366,7 @@ static int binding_unbind(lua_State *L)
     x->o.handle = NULL;
     lvm_enter(L, b, 1, &call);
     status = vm_unbind(b->m, handle);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int get_active(lua_State *L)

@@ -224,9 +224,7 @@ static int machine_record(lua_State *L)
     lua_setfield(L, -2, "log");          /* kept from the collector */
     lvm_enter(L, b, 1, &call);
     status = vm_record(b->m, fd, &options);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int call_machine(lua_State *L, int (*fn)(vm_machine *))
@@ -236,9 +234,7 @@ static int call_machine(lua_State *L, int (*fn)(vm_machine *))
     int status;
     lvm_enter(L, b, 1, &call);
     status = fn(b->m);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_record_stop(lua_State *L) { return call_machine(L, vm_record_stop); }
@@ -251,9 +247,7 @@ static int machine_replay(lua_State *L)
     lvm_call call;
     lvm_enter(L, b, 1, &call);
     status = vm_replay(b->m, fd);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_replay_info(lua_State *L)

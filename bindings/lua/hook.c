@@ -192,9 +192,7 @@ static int hook_remove(lua_State *L)
     h->o.handle = NULL;
     lvm_enter(L, b, 1, &call);
     status = vm_hook_remove(b->m, hook);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_unhook(lua_State *L)
@@ -265,9 +263,7 @@ static int machine_watchpoint(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_watchpoint(b->m, gva, bytes, (vm_prot)access, on);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 const luaL_Reg lvm_hook_methods[] = {

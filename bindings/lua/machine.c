@@ -175,9 +175,7 @@ static int machine_reset(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_reset(b->m);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_select_backend(lua_State *L)
@@ -187,9 +185,7 @@ static int machine_select_backend(lua_State *L)
     lvm_call call;
     lvm_enter(L, b, 1, &call);
     status = vm_backend_select(b->m, (vm_backend)backend);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_stats(lua_State *L)
@@ -263,9 +259,7 @@ static int machine_boot(lua_State *L)
     options.linux_entry = (uint32_t)lvm_field_range(L, 2, "linux_entry", 0, UINT32_MAX);
     lvm_enter(L, b, 1, &call);
     status = vm_boot_image(b->m, &options);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_boot_linux(lua_State *L)
@@ -282,9 +276,7 @@ static int machine_boot_linux(lua_State *L)
     boot.cmdline = lvm_field_string(L, 2, "cmdline");
     lvm_enter(L, b, 1, &call);
     status = vm_boot_linux(b->m, &boot);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_load_elf(lua_State *L)
@@ -313,9 +305,7 @@ static int machine_load_raw(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_load_raw(b->m, path, gpa);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* ---- getters ---- */

@@ -693,9 +693,7 @@ static int machine_protect(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_protect(b->m, gpa, bytes, (vm_prot)prot);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_invalidate(lua_State *L)
@@ -706,9 +704,7 @@ static int machine_invalidate(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_invalidate(b->m, gpa, bytes);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_read(lua_State *L)
@@ -740,9 +736,7 @@ static int machine_write(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_write(b->m, gpa, text, bytes);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_dirty_log(lua_State *L)
@@ -755,9 +749,7 @@ static int machine_dirty_log(lua_State *L)
     on = lua_toboolean(L, 2);
     lvm_enter(L, b, 1, &call);
     status = vm_dirty_log(b->m, on);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* A list of the dirty pages' addresses. */
@@ -796,9 +788,7 @@ static int machine_irq_set(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_irq_set(b->m, gsi, level);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_irq_msi(lua_State *L)
@@ -810,9 +800,7 @@ static int machine_irq_msi(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_irq_msi(b->m, address, data);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_discard(lua_State *L)
@@ -823,9 +811,7 @@ static int machine_discard(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_discard(b->m, gpa, bytes);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* machine:advise(gpa, bytes, "huge", ...) */
@@ -841,9 +827,7 @@ static int machine_advise(lua_State *L)
         advice |= 1u << lvm_check_name(L, i, names, "advice");
     lvm_enter(L, b, 1, &call);
     status = vm_advise(b->m, gpa, bytes, advice);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* libvm.share_pages(machine, ...): bytes given back */
@@ -886,9 +870,7 @@ static int machine_ioeventfd(lua_State *L)
         on = lua_toboolean(L, -1);
     lvm_enter(L, b, 1, &call);
     status = vm_ioeventfd(b->m, &bell, on);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* machine:irqfd(fd, gsi or false) */
@@ -904,9 +886,7 @@ static int machine_irqfd(lua_State *L)
     luaL_argcheck(L, on || !b->depth, 3, "not from a callback of the machine");
     lvm_enter(L, b, 1, &call);
     status = vm_irqfd(b->m, fd, gsi, on);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int machine_irqfd_msi(lua_State *L)
@@ -918,9 +898,7 @@ static int machine_irqfd_msi(lua_State *L)
     lvm_call call;
     lvm_enter(L, b, 1, &call);
     status = vm_irqfd_msi(b->m, fd, address, data);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* region:coalesce(offset, bytes [, on]) */
@@ -933,9 +911,7 @@ static int region_coalesce(lua_State *L)
     int status;
     lvm_enter(L, g->machine, 1, &call);
     status = vm_coalesce(g->machine->m, g->r, offset, bytes, on);
-    lvm_leave(L, g->machine, &call);
-    lvm_raise(L, g->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, g->machine, &call, status);
 }
 
 const luaL_Reg lvm_memory_methods[] = {

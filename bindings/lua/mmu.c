@@ -309,9 +309,7 @@ static int machine_select_mmu(lua_State *L)
     creating = b;
     status = vm_mmu_select(b->m, name);
     creating = outer;
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static void push_result(lua_State *L, const struct vm_mmu_result *r)
@@ -362,9 +360,7 @@ static int vcpu_mmu_flush(lua_State *L)
     int status;
     lvm_enter(L, v->machine, 1, &call);
     status = vm_mmu_flush(v->cpu, gva, bytes);
-    lvm_leave(L, v->machine, &call);
-    lvm_raise(L, v->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, v->machine, &call, status);
 }
 
 static int vcpu_trap_writes(lua_State *L)
@@ -376,9 +372,7 @@ static int vcpu_trap_writes(lua_State *L)
     int status;
     lvm_enter(L, v->machine, 1, &call);
     status = vm_mmu_trap_writes(v->cpu, gpa, on);
-    lvm_leave(L, v->machine, &call);
-    lvm_raise(L, v->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, v->machine, &call, status);
 }
 
 /* ---- views of strategy "ept" ---- */
@@ -409,9 +403,7 @@ static int machine_ept_destroy(lua_State *L)
     int status;
     lvm_enter(L, b, 1, &call);
     status = vm_ept_destroy(b->m, view);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* machine:ept_protect(view, gpa, bytes, prot) */
@@ -425,9 +417,7 @@ static int machine_ept_protect(lua_State *L)
     prot = lvm_check_prot(L, 5);
     lvm_enter(L, b, 1, &call);
     status = vm_ept_protect(b->m, view, gpa, bytes, (vm_prot)prot);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 static int vcpu_ept_select(lua_State *L)
@@ -438,9 +428,7 @@ static int vcpu_ept_select(lua_State *L)
     int status;
     lvm_enter(L, v->machine, 1, &call);
     status = vm_ept_select(v->cpu, view);
-    lvm_leave(L, v->machine, &call);
-    lvm_raise(L, v->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, v->machine, &call, status);
 }
 
 static int vcpu_ept_current(lua_State *L)

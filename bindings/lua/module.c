@@ -239,6 +239,13 @@ int lvm_done(lua_State *L, int status)
     return 1;
 }
 
+int lvm_finish(lua_State *L, lvm_machine *b, lvm_call *call, int status)
+{
+    lvm_leave(L, b, call);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
+}
+
 /* ---- classes: methods in the first upvalue of __index, getters in the second ---- */
 
 static int index_class(lua_State *L)

@@ -132,7 +132,7 @@ static snapshot_box *check_snapshot(lua_State *L, int arg)
 }
 
 /* The map is now as it was: regions come back, others are gone. */
-static void restore_regions(lua_State *L, lvm_machine *b, int box)
+static void restore_regions(lua_State *L, int box)
 {
     int anchors, list;
     lua_getiuservalue(L, box, 1);
@@ -173,37 +173,31 @@ static void restore_regions(lua_State *L, lvm_machine *b, int box)
         lua_pop(L, 1);
     }
     lua_settop(L, anchors - 2);
-    (void)b;
+}
+
+/* The snapshot at `arg`. */
+static int restore(lua_State *L, lvm_machine *b, int arg)
+{
+    snapshot_box *x = check_snapshot(L, arg);
+    lvm_call call;
+    int status;
+    lvm_enter(L, b, 1, &call);
+    status = vm_snapshot_restore(b->m, x->s->o.handle);
+    lvm_leave(L, b, &call);
+    if (status == VM_OK)
+        restore_regions(L, arg);
+    lvm_raise(L, b);
+    return lvm_done(L, status);
 }
 
 static int snapshot_restore(lua_State *L)
 {
-    snapshot_box *x = check_snapshot(L, 1);
-    lvm_machine *b = x->machine;
-    lvm_call call;
-    int status;
-    lvm_enter(L, b, 1, &call);
-    status = vm_snapshot_restore(b->m, x->s->o.handle);
-    lvm_leave(L, b, &call);
-    if (status == VM_OK)
-        restore_regions(L, b, 1);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return restore(L, check_snapshot(L, 1)->machine, 1);
 }
 
 static int machine_restore(lua_State *L)
 {
-    lvm_machine *b = lvm_check_machine(L, 1);
-    snapshot_box *x = check_snapshot(L, 2);
-    lvm_call call;
-    int status;
-    lvm_enter(L, b, 1, &call);
-    status = vm_snapshot_restore(b->m, x->s->o.handle);
-    lvm_leave(L, b, &call);
-    if (status == VM_OK)
-        restore_regions(L, b, 2);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return restore(L, lvm_check_machine(L, 1), 2);
 }
 
 /* snapshot:save(path or file [, { compress, no_sync }]) */
@@ -217,9 +211,7 @@ static int snapshot_save(lua_State *L)
     lvm_call call;
     lvm_enter(L, b, 1, &call);
     status = path ? vm_snapshot_save_file(x->s->o.handle, path, flags) : vm_snapshot_save(x->s->o.handle, fd);
-    lvm_leave(L, b, &call);
-    lvm_raise(L, b);
-    return lvm_done(L, status);
+    return lvm_finish(L, b, &call, status);
 }
 
 /* free(), __close and __gc */

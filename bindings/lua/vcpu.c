@@ -350,9 +350,7 @@ static int vcpu_set_mode(lua_State *L)
     lvm_call call;
     lvm_enter(L, v->machine, 1, &call);
     status = vm_vcpu_set_mode(v->cpu, (vm_mode)mode);
-    lvm_leave(L, v->machine, &call);
-    lvm_raise(L, v->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, v->machine, &call, status);
 }
 
 /* ---- guest-virtual memory ---- */
@@ -403,9 +401,7 @@ static int vcpu_write(lua_State *L)
     int status;
     lvm_enter(L, v->machine, 1, &call);
     status = vm_vcpu_write(v->cpu, gva, text, bytes);
-    lvm_leave(L, v->machine, &call);
-    lvm_raise(L, v->machine);
-    return lvm_done(L, status);
+    return lvm_finish(L, v->machine, &call, status);
 }
 
 /* ---- running ---- */

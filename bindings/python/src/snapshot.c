@@ -86,6 +86,14 @@ static PyObject *snapshot_restore(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* What to save to or load from: a path (a new reference), or a descriptor or something that has one. */
+static bool take_file(PyObject *file, PyObject **path, int *fd)
+{
+    if (PyLong_Check(file) || PyObject_HasAttrString(file, "fileno"))
+        return (*fd = PyObject_AsFileDescriptor(file)) >= 0;
+    return PyUnicode_FSConverter(file, path);
+}
+
 static PyObject *snapshot_save(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = { "file", "flags", NULL };
@@ -95,12 +103,8 @@ static PyObject *snapshot_save(PyObject *self, PyObject *args, PyObject *kwargs)
     int status, fd = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O&:save", names, &file, pv_u32, &flags) || !is_there(s))
         return NULL;
-    if (PyLong_Check(file) || PyObject_HasAttrString(file, "fileno")) {
-        if ((fd = PyObject_AsFileDescriptor(file)) < 0)
-            return NULL;
-    } else if (!PyUnicode_FSConverter(file, &path)) {
+    if (!take_file(file, &path, &fd))
         return NULL;
-    }
     pv_frame frame;
     bool ok = pv_enter(&frame, s->machine);
     status = !ok ? VM_E_INVALID : path ? vm_snapshot_save_file(s->s, PyBytes_AsString(path), flags) : vm_snapshot_save(s->s, fd);
@@ -134,12 +138,8 @@ static PyObject *machine_load_snapshot(PyObject *self, PyObject *args, PyObject 
     int fd = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O&:load_snapshot", names, &file, pv_u32, &flags) || !pv_open(m))
         return NULL;
-    if (PyLong_Check(file) || PyObject_HasAttrString(file, "fileno")) {
-        if ((fd = PyObject_AsFileDescriptor(file)) < 0)
-            return NULL;
-    } else if (!PyUnicode_FSConverter(file, &path)) {
+    if (!take_file(file, &path, &fd))
         return NULL;
-    }
     pv_snapshot *s = (pv_snapshot *)snapshot_new(m, true);
     pv_frame frame;
     if (!s)
