@@ -202,6 +202,20 @@ static bool is_at_rest(vm_machine *m)
 
 /* ---- adding and removing ---- */
 
+void vm_region_relink(vm_region *r)
+{
+    vm_machine *m = r->machine;
+    insert_at(&m->handles, (uintptr_t)r, 1, r);
+    r->next = m->regions;
+    r->link = &m->regions;
+    if (r->next)
+        r->next->link = &r->next;
+    m->regions = r;
+    m->region_count++;
+    if (is_ram(r))
+        m->ram_total += r->bytes;
+}
+
 static int add_checked(vm_region *r)
 {
     vm_machine *m = r->machine;
@@ -218,19 +232,11 @@ static int add_checked(vm_region *r)
     if (status == VM_OK)
         status = reserve(&m->handles);
     if (status == VM_OK) {
-        insert_at(&m->handles, (uintptr_t)r, 1, r);
         if (m->graves && is_at_rest(m))
             free_graves(m);
         if (r->is_enabled)
             insert(view, r);
-        r->next = m->regions;
-        r->link = &m->regions;
-        if (r->next)
-            r->next->link = &r->next;
-        m->regions = r;
-        m->region_count++;
-        if (is_ram(r))
-            m->ram_total += r->bytes;
+        vm_region_relink(r);
         map_changed(m);
     }
     vm_resume(m);
@@ -392,22 +398,6 @@ int vm_region_reserve(vm_machine *m, size_t regions)
         view->capacity = view->count + regions;
     }
     return VM_OK;
-}
-
-/* Into all lists but the view. */
-void vm_region_relink(vm_region *r)
-{
-    vm_machine *m = r->machine;
-    insert_at(&m->handles, (uintptr_t)r, 1, r);
-    r->next = m->regions;
-    r->link = &m->regions;
-    if (r->next)
-        r->next->link = &r->next;
-    m->regions = r;
-    m->region_count++;
-    if (is_ram(r))
-        m->ram_total += r->bytes;
-    r->is_enabled = false;
 }
 
 void vm_region_take_out(vm_region *r)

@@ -1056,6 +1056,7 @@ static void put_map(vm_snapshot *s)
         if (r->is_parked) {
             r->is_parked = false;
             vm_region_relink(r);
+            r->is_enabled = false;
             differs = true;
         } else if (r->is_enabled && (!k->is_enabled || r->gpa != k->gpa)) {
             vm_region_take_out(r);

@@ -138,7 +138,7 @@ int vm_snap_enter(vm_snapshot *s, vm_snapshot *parent);          /* into the tre
 /* ---- memory.c, for these ---- */
 void vm_region_unlink(vm_region *r);                             /* out of view and lists; keeps everything else */
 int vm_region_reserve(vm_machine *m, size_t regions);            /* room in all views */
-void vm_region_relink(vm_region *r);                             /* back into lists and, if enabled, the view */
+void vm_region_relink(vm_region *r);                             /* into all lists but the view */
 void vm_region_take_out(vm_region *r);                           /* of the view only */
 void vm_region_put_in(vm_region *r);
 void vm_region_free(vm_region *r);                               /* a RAM region out of all lists */
