@@ -151,7 +151,7 @@ typedef struct vm_run_options {
  * after an IO, MMIO, UNMAPPED or HYPERCALL exit carries the completion (data, result); `exit` NULL there, or a record
  * of another reason, completes with all ones. A machine with several vCPUs needs one thread for each.
  * VM_E_BUSY: the vCPU is running in another thread, or this is a callback inside its own run; VM_E_INVALID: bad
- * options; VM_E_INTERNAL: the machine is poisoned. */
+ * options; VM_E_HOST: no thread for a PC's timers; VM_E_INTERNAL: the machine is poisoned. */
 VM_API int vm_vcpu_run(vm_vcpu *cpu, const vm_run_options *options, vm_exit *exit);
 
 /* Makes the current run, or the next one if none is under way, stop with VM_EXIT_KICK at the next instruction boundary.

@@ -1,7 +1,8 @@
 /* clock.c - guest time and timers.
  *
  * PC machines: time is CLOCK_MONOTONIC since creation, and one thread per machine fires timers under the device lock, as
- * long as some vCPU runs: hundreds of clones that wait for their turn cost nothing. Time goes on meanwhile.
+ * long as some vCPU runs; the first run makes it: hundreds of clones that wait for their turn cost nothing. Time goes on
+ * meanwhile.
  * BARE machines: time is vCPU 0's retired instructions, one nanosecond each, plus what vm_clock_advance() added; timers
  * fire from vCPU 0's run loop, which cuts its slices at the next deadline.
  *
@@ -30,7 +31,8 @@ struct vm_clock {
     pthread_cond_t changed;
     vm_timer *timers;                  /* unsorted: a machine has a dozen */
     pthread_t thread;
-    bool has_thread, is_ending;
+    _Atomic bool has_thread;           /* written under lock */
+    bool is_ending;
     _Atomic bool is_parked;            /* the thread waits for a vCPU to run */
     bool is_virtual;                   /* counts instructions: BARE, and a PC that records or replays */
     uint64_t tsc_base, tsc_time;       /* is_virtual and tsc_is_host: the TSC at a guest time */
@@ -78,7 +80,7 @@ void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc)
     pthread_mutex_unlock(&c->lock);
 }
 
-int vm_clock_virtual(vm_machine *m, bool on)
+void vm_clock_virtual(vm_machine *m, bool on)
 {
     struct vm_clock *c = m->clock;
     uint64_t now = vm_clock_now(m), tsc = vm_clock_tsc(m);
@@ -86,7 +88,6 @@ int vm_clock_virtual(vm_machine *m, bool on)
         vm_clock_stop(m);
     c->is_virtual = on;
     vm_clock_set(m, now, tsc);
-    return on ? VM_OK : vm_clock_start(m);
 }
 
 void vm_clock_skip(vm_machine *m, uint64_t ns)
@@ -182,16 +183,6 @@ static void park(const vm_machine *m, struct vm_clock *c)
     atomic_store(&c->is_parked, false);
 }
 
-void vm_clock_resume(vm_machine *m)
-{
-    struct vm_clock *c = m->clock;
-    if (!atomic_load(&c->is_parked))
-        return;
-    pthread_mutex_lock(&c->lock);
-    pthread_cond_signal(&c->changed);
-    pthread_mutex_unlock(&c->lock);
-}
-
 static void *clock_thread(void *arg)
 {
     vm_machine *m = arg;
@@ -220,7 +211,7 @@ static void *clock_thread(void *arg)
 }
 
 /* The thread takes no signals: those are for the host's own threads. */
-int vm_clock_start(vm_machine *m)
+static int start(vm_machine *m)
 {
     struct vm_clock *c = m->clock;
     sigset_t all, old;
@@ -231,6 +222,20 @@ int vm_clock_start(vm_machine *m)
     c->has_thread = error == 0;
     errno = error;
     return error ? vm_fail_errno(VM_E_HOST, "no thread for the timers") : VM_OK;
+}
+
+int vm_clock_resume(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    int status = VM_OK;
+    if (c->is_virtual || (atomic_load(&c->has_thread) && !atomic_load(&c->is_parked)))
+        return VM_OK;
+    pthread_mutex_lock(&c->lock);
+    if (!c->has_thread)
+        status = start(m);
+    pthread_cond_signal(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+    return status;
 }
 
 uint64_t vm_clock_poll(vm_machine *m)

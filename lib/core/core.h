@@ -326,17 +326,16 @@ uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC 
 void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc);      /* guest time jumps; timers are the devices' affair */
 #define VM_TSC_HZ UINT64_C(1000000000)
 int  vm_clock_create(vm_machine *m);
-int  vm_clock_start(vm_machine *m);                                /* PC: the timer thread */
 void vm_clock_stop(vm_machine *m);                                 /* end the timer thread; timers stay */
 void vm_clock_destroy(vm_machine *m);
 /* BARE: move virtual time forward beside the instructions retired, firing what falls due (tests of devices). */
 void vm_clock_advance(vm_machine *m, uint64_t ns);
 /* BARE: fire due timers; guest time of the next one, UINT64_MAX: none. Run loop only. */
 uint64_t vm_clock_poll(vm_machine *m);
-void vm_clock_resume(vm_machine *m); /* a PC: a vCPU has begun to run */
+int  vm_clock_resume(vm_machine *m); /* a PC: a vCPU has begun to run. The first time it makes the timer thread */
 /* PC: from host time to virtual time, which goes on from the same moment and counts as on BARE machines, or back. While it is
  * virtual nobody fires timers but vm_clock_fire(). The vCPU must not run. */
-int  vm_clock_virtual(vm_machine *m, bool on);
+void vm_clock_virtual(vm_machine *m, bool on);
 uint64_t vm_clock_next(vm_machine *m);                             /* when a timer falls due; UINT64_MAX: none */
 void vm_clock_fire(vm_machine *m);
 void vm_clock_skip(vm_machine *m, uint64_t ns);                    /* virtual time jumps */

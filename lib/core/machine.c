@@ -171,9 +171,7 @@ static int build(vm_machine *m, const vm_options *options)
         status = vm_mmu_attach(m, options->mmu);
     if (status == VM_OK && m->is_pc) {
         m->has_pc = true;
-        status = vm_clock_start(m);
-        if (status == VM_OK)
-            status = vm_pc_create(m);
+        status = vm_pc_create(m);
         if (status == VM_OK)
             vm_pc_reset(m);
     }

@@ -462,8 +462,7 @@ int vm_replay_end(vm_machine *m, vm_replay_mode mode)
         return vm_fail(VM_E_BUSY, "vm_%s_stop: the vCPU is running", is_recording ? "record" : "replay");
     int status = is_recording ? end_record(m) : VM_OK;
     leave(m);
-    int clock = vm_clock_virtual(m, false);
-    status = status ? status : clock;
+    vm_clock_virtual(m, false);
     vm_vcpu_notify(cpu, X86_ATT_EVENT | X86_ATT_IRQ);
     vm_vcpu_release(cpu);
     return status;

@@ -438,8 +438,9 @@ static int run_claimed(vm_vcpu *cpu, run *r)
 {
     vm_machine *m = cpu->machine;
     vm_exit *exit = r->exit;
-    if (m->is_pc)
-        vm_clock_resume(m);
+    int status = m->is_pc ? vm_clock_resume(m) : VM_OK;
+    if (status != VM_OK)
+        return status;
     if (__builtin_expect(m->replay != NULL, 0))
         vm_replay_begin(cpu, exit);
     if (cpu->has_pending && !(m->replay && m->replay->mode == VM_REPLAY_PLAYING))              /* then by the log */
