@@ -138,14 +138,6 @@ static void emit_restore_from(jit_writer *w, int32_t pushed) {
     e_mov(w, 8, RAX, T1);
 }
 static void emit_restore(jit_writer *w) { emit_restore_from(w, 0); }
-static void emit_restore_t1(jit_writer *w) { /* uses T0 */
-    e_mov(w, 8, T0, RAX);
-    e_mov(w, 4, RAX, T1);
-    e8(w, 0x04), e8(w, 0x7f);
-    e8(w, 0x9e);
-    e_mov(w, 8, RAX, T0);
-}
-
 static bool recipe_uses_t1(const jit_unit *u, int i) {
     const x86_operand *op = u->insn[i].op;
     return IN_MEMORY(op[0].reg) || (op[1].kind == X86_OP_GPR && IN_MEMORY(op[1].reg));
@@ -1166,20 +1158,25 @@ static void emit_hook(emitter *e, const jit_op *o) {
     const jit_unit *u = e->u;
     uint32_t at = (uint32_t)j->arena_used;
     hook_stub *s = &e->hook[e->nhook++];
-    bool is_in_t1 = !e->mem && e->recipe < 0; /* the flags, afterwards: sooner there than from memory */
-    need_mem(e);
     jit_hook_site *h = (jit_hook_site *)(j->arena + new_site_of(e, o->insn, NULL, true, sizeof *h));
     jit_hook_fill(u, h, o->insn);
     *s = (hook_stub){.site = at, .insn = o->insn, .is_direct = jit_hook_is_direct(u)};
+    const bool asks = h->hook && h->state == JIT_HOOK_ENTRY && h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH;
+    const bool is_image = !e->mem && e->recipe < 0 && e->late < 0; /* the flags will be one in T1: sooner there than from memory */
+    jit_hook_flags flags = {.save = is_image && s->is_direct && !asks && !e->is_loose,
+                            .restore = is_image && s->is_direct && !asks && u->info[o->insn].host_at};
+    if (flags.save)
+        e->mem = e->image = true;
+    else
+        need_mem(e);
     if (e->is_loose) {
         e_r_gs(w, 4, 0x83, 7, JIT_SLOT(JIT_SLOT_LEAVE)); /* cmp dword, 0 */
         e8(w, 0);
         s->dead = e_jcc(w, CC_NE);
     }
-    if (h->hook && h->state == JIT_HOOK_ENTRY && h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH)
-        s->entry = jit_hook_entry(w);
+    if (asks) s->entry = jit_hook_entry(w);
     if (s->is_direct) {
-        s->jump = jit_hook_call(u, w, h, at, e->last_hook);
+        s->jump = jit_hook_call(u, w, h, at, e->last_hook, flags);
         e->last_hook = (int)o->insn;
     } else {
         e_mov_imm(w, T1, at);
@@ -1188,8 +1185,7 @@ static void emit_hook(emitter *e, const jit_op *o) {
         s->jump = e_jcc(w, CC_NE);
     }
     s->resume = w->p;
-    e->host = is_in_t1 && s->is_direct && !s->entry && u->info[o->insn].host_at;
-    if (e->host) emit_restore_t1(w);
+    e->host = flags.restore;
 }
 
 static void emit_hook_leave(emitter *e, unsigned reason) {

@@ -3,11 +3,11 @@
  * Which hooks an instruction has is known when it is translated, so the call is compiled in front of it: IR_HOOK. An edit
  * drops the blocks that a hook on little code concerns. What all code depends on, hooks on much of it and data hooks that
  * see every access, makes a shape, which is part of each block's key: blocks of several shapes stay side by side, and adding
- * what was there before finds them again. With exactly one hook there, no vector registers in the host's and no coverage, the
- * program's function is called directly: the registers that live in the host's go to x86_cpu, the rest (R12-R15 and the
- * flags, in the frame on the host's stack) is fetched only if the callback asks, through get_state. Afterwards only what
- * a C function may destroy is loaded again: a callback that changes anything sets X86_ATT_LOOK, and the block is left.
- * x86_cpu.hook_site says that such a call is under way, and for which site.
+ * what was there before finds them again. With no vector registers in the host's and no coverage the program's function is
+ * called directly: all registers go into the frame on the host's stack, if they have changed since the last call, and what
+ * a C function may destroy comes back from there, which costs no time (see emit.c). A callback that looks at the CPU brings
+ * them to x86_cpu, with RIP, through get_state; one that changes anything sets X86_ATT_LOOK, and the block is left.
+ * x86_cpu.hook_site says that a call is under way, and for which site.
  *
  * In emitted code x86_cpu.block_state is X86_BLOCK_EDGE, "what comes next begins a block", for that is what edges to
  * branch targets mean; an edge that only goes on (full block, page end) says MID. Whoever consumes that puts it back: a unit
@@ -24,6 +24,13 @@
 static const struct { uint8_t host, guest; } registers[12] = {
     {RAX, X86_RAX}, {RCX, X86_RCX}, {RDX, X86_RDX}, {RBX, X86_RBX}, {R12, X86_RSP}, {RBP, X86_RBP},
     {RSI, X86_RSI}, {RDI, X86_RDI}, {R8, X86_R8},   {R9, X86_R9},   {R10, X86_R10}, {R11, X86_R11}};
+
+/* x86_cpu.hook_site: where the site is, and beside it */
+enum { IS_DIRECT = 1 /* all registers are in the frame, RIP is that of the site */, IS_FETCHED = 2 /* they no longer are */ };
+
+static const jit_site *site_at(const jit *j, uint64_t hook_site) {
+    return (const jit_site *)(j->arena + (hook_site & ~UINT64_C(15)));
+}
 
 /* ---- shapes ---- */
 
@@ -143,6 +150,11 @@ bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la) {
     return cpu->watch && !s->is_single && cpu->env->watched(cpu, la, s->size, s->access);
 }
 
+uint64_t jit_hook_callee(const vm_machine *m) {
+    const vm_hook *h = m->hooks ? m->hooks->first : NULL;
+    return (uint64_t)(uintptr_t)(h && h->desc.fn ? (const void *)(uintptr_t)h->desc.fn : (const void *)(uintptr_t)jit_help_hook);
+}
+
 /* ---- sites ---- */
 
 /* The only hook for this place, or NULL: several. */
@@ -158,6 +170,7 @@ static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *e
     jit_hook_site *h = user;
     x86_cpu *cpu = &vcpu->x86;
     (void)event;
+    vm_vcpu_fetch(vcpu, VM_STATE_REGS); /* RIP */
     if (h->state != JIT_HOOK_ENTRY) cpu->block_state = h->state;
     if (h->state == X86_BLOCK_EDGE) cpu->edge_from = h->event.from;
     unsigned answer = vm_hook_before(vcpu, &h->site.in, h->gpa);
@@ -258,20 +271,33 @@ static uint16_t stale_since(const jit_unit *u, int from, unsigned insn) {
     return stale;
 }
 
-static void store_registers(jit_writer *w, uint16_t which) {
-    for (unsigned i = 0; i < 12; i++)
-        if (which >> registers[i].guest & 1)
-            e_gs_store(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+enum { TO_FRAME = 0x89, FROM_FRAME = 0x8b };
+static void move_home(jit_writer *w, unsigned direction, unsigned reg, unsigned guest) {
+    e_r_mem(w, 8, direction, reg, RSP, 0xff, 1, 8 * (int32_t)(JIT_FRAME_HOMES + guest));
 }
 
-static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
-    uint16_t stale = stale_since(u, from, h->site.index);
-    uint64_t next = h->site.in.mode == 8 ? h->site.rip + h->site.in.length
-                                         : (uint32_t)(h->site.rip + h->site.in.length);
-    store_registers(w, stale);
-    store_gs_imm(w, JIT_OFF(rip), h->site.rip);
-    store_gs_imm(w, JIT_OFF(next_rip), next);
-    store_gs_imm(w, JIT_OFF(hook_site), at);
+static void store_registers(jit_writer *w, uint16_t which) {
+    for (unsigned i = 0; i < 12; i++)
+        if (which >> registers[i].guest & 1) move_home(w, TO_FRAME, registers[i].host, registers[i].guest);
+}
+
+/* The flags as the emitter keeps them, by way of RAX, which is in the frame already. */
+static void save_flags(jit_writer *w) {
+    e8(w, 0x9f);                           /* lahf */
+    e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
+    e_r_mem(w, 4, 0x89, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS);
+    e_mov(w, 4, T1, RAX);
+}
+static void restore_flags(jit_writer *w) {
+    e_mov(w, 4, RAX, T1);
+    e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */
+    e8(w, 0x9e);              /* sahf */
+}
+
+static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, bool flags) {
+    store_registers(w, stale_since(u, from, h->site.index));
+    if (flags) save_flags(w);
+    store_gs_imm(w, JIT_OFF(hook_site), at | IS_DIRECT);
     if (from < 0) e_gs_store(w, 8, CNT, JIT_SLOT(JIT_SLOT_R15)); /* it changes at edges only */
     e_mov_imm(w, RDX, (uint64_t)(uintptr_t)&h->event);
 }
@@ -289,37 +315,38 @@ static void call_it(jit_writer *w, const jit_hook_site *h) {
 }
 
 /* EAX = the answer. What C may have destroyed comes back unless the block is to be left: returns the jump taken then. */
-static uint8_t *after_call(jit_writer *w) {
+static uint8_t *after_call(jit_writer *w, bool flags) {
     e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
     uint8_t *leave = e_jcc(w, CC_NE);
+    if (flags) restore_flags(w);
     for (unsigned i = 0; i < 12; i++)
         if (registers[i].host != RBX && registers[i].host != RBP && registers[i].host != R12)
-            e_gs_load(w, 8, registers[i].host, JIT_OFF(gpr) + 8 * registers[i].guest);
+            move_home(w, FROM_FRAME, registers[i].host, registers[i].guest);
     return leave;
 }
 
-/* The call; the flags are in memory. Returns the jump taken when the block is to be left. */
-uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
-    store_state_of(u, w, h, at, from);
+/* The call. Returns the jump taken when the block is to be left. */
+uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, jit_hook_flags flags) {
+    store_state_of(u, w, h, at, from, flags.save);
     if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
         e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
         store_field(w, RAX, offsetof(vm_hook_event, from));
     }
     call_it(w, h);
     e_mov(w, 4, T0, RAX);
-    return after_call(w);
+    return after_call(w, flags.restore);
 }
 
 /* The same for an access: T0 = host address, which stays; its linear address is in JIT_SLOT_HOOK_LA. */
 uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
     unsigned n = h->site.size;
-    store_state_of(u, w, h, at, from);
+    store_state_of(u, w, h, at, from, false);
     if (h->event.kind == VM_HOOK_MEM_READ)
         e_r_mem(w, n == 8 ? 8 : 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, T0, 0xff, 1, 0);
     else if (h->value_reg >= X86_R12 && h->value_reg < 16)
         e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * (JIT_FRAME_R12 + h->value_reg - X86_R12));
     else if (h->value_reg < 16)
-        e_gs_load(w, 8, RAX, JIT_OFF(gpr) + 8 * h->value_reg);
+        move_home(w, FROM_FRAME, RAX, h->value_reg);
     if (h->event.kind == VM_HOOK_MEM_WRITE && h->value_reg != JIT_HOOK_IMM && n < 8)
         e_rr(w, 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, RAX);
     if (h->value_reg != JIT_HOOK_IMM) store_field(w, RAX, offsetof(vm_hook_event, value));
@@ -327,7 +354,7 @@ uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *
     store_field(w, RCX, offsetof(vm_hook_event, address));
     call_it(w, h);
     e_mov(w, 4, RCX, RAX); /* the answer, for the stub */
-    return after_call(w);
+    return after_call(w, false);
 }
 
 /* At the entry of a unit whose first instruction has a block hook (and nothing else): does a block begin? Returns the
@@ -372,11 +399,13 @@ void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i) {
 
 /* ---- what C does ---- */
 
-/* A direct call is under way: bring what is in the frame to x86_cpu. */
+/* Emitted code calls: bring what is in the frame to x86_cpu. */
 static void fetch(x86_cpu *cpu) {
-    if (!(uint32_t)cpu->hook_site || cpu->hook_site >> 32) return;
-    cpu->hook_site |= UINT64_C(1) << 32;
-    jit_fetch_frame(cpu);
+    const uint64_t at = cpu->hook_site;
+    if (!at || at & IS_FETCHED) return;
+    cpu->hook_site |= IS_FETCHED;
+    jit_fetch_frame(cpu, at & IS_DIRECT);
+    if (at & IS_DIRECT) jit_place_rip(cpu, site_at(cpu->jit, at));
 }
 
 void jit_get_state(vm_vcpu *vcpu, unsigned parts) {
@@ -394,9 +423,8 @@ void jit_set_state(vm_vcpu *vcpu, unsigned parts) {
 }
 
 uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu) {
-    uint32_t at = (uint32_t)cpu->hook_site;
-    if (!at) return cpu->retired;
-    const jit_site *s = (const jit_site *)(j->arena + at);
+    if (!cpu->hook_site) return cpu->retired;
+    const jit_site *s = site_at(j, cpu->hook_site);
     return cpu->retired + (uint64_t)(j->r15_start - (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + s->index);
 }
 
@@ -442,10 +470,6 @@ static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answe
     j->must_step = true;
 }
 
-static uint64_t next_of(const jit_site *s) {
-    return s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
-}
-
 /* After a direct call that answered or changed something. */
 uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
     jit *j = cpu->jit;
@@ -455,7 +479,7 @@ uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
     jit_count_retired(j, cpu, h->site.index);
     cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
     unsigned valid = (uint32_t)answer <= X86_HOOK_RETRY ? (unsigned)answer : X86_HOOK_GO;
-    (h->site.size ? decide_access : decide)(j, cpu, h, valid, next_of(&h->site));
+    (h->site.size ? decide_access : decide)(j, cpu, h, valid, jit_next_rip(&h->site));
     jit_store_flags(cpu);
     return 0;
 }
@@ -479,11 +503,11 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
     if (h->site.size) complete_event(cpu, h);
     unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
     if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
-    bool leaves = answer || cpu->next_rip != next_of(&h->site) || h->site.block->is_dead || flushes != j->flushes ||
+    bool leaves = answer || cpu->next_rip != jit_next_rip(&h->site) || h->site.block->is_dead || flushes != j->flushes ||
                   j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
     if (leaves) {
         cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
-        (h->site.size ? decide_access : decide)(j, cpu, h, answer, next_of(&h->site));
+        (h->site.size ? decide_access : decide)(j, cpu, h, answer, jit_next_rip(&h->site));
     }
     unsigned noted = cpu->io_count;
     jit_end_helper(j, cpu, &h->site);

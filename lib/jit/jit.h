@@ -55,7 +55,15 @@ typedef struct jit_site {
     bool is_end;       /* the block ends with it */
     uint64_t target;   /* an indirect CALL inside a trace goes here */
     bool is_quick;     /* a device may be asked without all the state in x86_cpu: see ask_device() */
-} jit_site;
+} jit_site;            /* at multiples of 16 in the arena */
+
+static inline uint64_t jit_next_rip(const jit_site *s) {
+    return s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
+}
+static inline void jit_place_rip(x86_cpu *cpu, const jit_site *s) {
+    cpu->rip = s->rip;
+    cpu->next_rip = jit_next_rip(s);
+}
 
 /* A direct edge: a jmp that goes to its stub until linked. */
 typedef struct jit_link {
@@ -272,7 +280,8 @@ enum {
     JIT_FRAME_TMP,
     JIT_FRAME_LIMIT, /* of the two windows: copies */
     JIT_FRAME_GROUP = 10,
-    JIT_FRAME_SLOTS = JIT_FRAME_GROUP + JIT_GROUPS
+    JIT_FRAME_HOMES = JIT_FRAME_GROUP + JIT_GROUPS, /* RAX-R11 during a direct call to a hook, see hook.c */
+    JIT_FRAME_SLOTS = JIT_FRAME_HOMES + 12
 };
 /* Slots of x86_cpu.jit_scratch: what emitted code shares with C. */
 enum {
@@ -380,6 +389,7 @@ typedef struct jit_hook_site {
     uint8_t bytes[16];
 } jit_hook_site;
 #define JIT_MAX_HOOKED 32 /* instructions with hooks in a block */
+uint64_t jit_hook_callee(const vm_machine *m); /* where the function of the first hook is, or the library's */
 void jit_hooks_shape(jit *j); /* j->shape, for the hooks there are */
 void jit_hooks_changed(vm_vcpu *cpu, unsigned seen);
 unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block);
@@ -389,7 +399,11 @@ bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la);
 void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i);
 bool jit_hook_is_direct(const jit_unit *u);
 /* from: the instruction of the last such call in the unit, -1: none */
-uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from);
+typedef struct jit_hook_flags {
+    bool save;    /* they are the host's only: to memory and T1 first */
+    bool restore; /* T1 has their image (who saves them leaves it there): the host's again afterwards */
+} jit_hook_flags;
+uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, jit_hook_flags flags);
 unsigned jit_access_hooked(const jit_unit *u, unsigned access); /* the part of it that data hooks want to see */
 bool jit_access_falls_back(const jit_unit *u, const x86_insn *in);
 void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access);
@@ -409,7 +423,7 @@ void jit_hook_half_way(x86_cpu *cpu);
 /* jit.c, for hook.c */
 void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index);
 void jit_load_flags(x86_cpu *cpu);
-void jit_fetch_frame(x86_cpu *cpu); /* what the frame holds, to x86_cpu; the flags exact */
+void jit_fetch_frame(x86_cpu *cpu, bool has_homes); /* what the frame holds, to x86_cpu; the flags exact */
 void jit_store_flags(x86_cpu *cpu);
 jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at);
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s);
