@@ -57,7 +57,7 @@ static void take(vm_vcpu *cpu, vm_input *in, bool is_inside)
         in->result += is_serial ? result : 0;
         if (cpu->machine->replay && (!is_serial || e.bytes))
             vm_record_put(cpu, e);
-        e.data += e.bytes;
+        e.data = e.bytes ? e.data + e.bytes : e.data;    /* NULL for input without bytes */
         e.a += in->type == VM_LOG_WRITE ? e.bytes : 0;
     } while (left);
     in->is_done = true;

@@ -36,8 +36,9 @@ static const uint8_t *find_entry(x86_cpu *cpu, uint64_t gpa)
 
 static inline uint64_t read_entry(x86_cpu *cpu, uint64_t gpa, unsigned bytes)
 {
-    const uint8_t *at = cpu->ram_host + (gpa - cpu->ram_gpa);
-    if (__builtin_expect(gpa - cpu->ram_gpa >= cpu->ram_bytes, 0) && !(at = find_entry(cpu, gpa)))
+    uint64_t offset = gpa - cpu->ram_gpa;
+    const uint8_t *at = (const uint8_t *)((uintptr_t)cpu->ram_host + offset);     /* a pointer only once it is known to be one */
+    if (__builtin_expect(offset >= cpu->ram_bytes, 0) && !(at = find_entry(cpu, gpa)))
         return ~UINT64_C(0);
     return bytes == 8 ? __atomic_load_n((const uint64_t *)at, __ATOMIC_ACQUIRE)
                       : __atomic_load_n((const uint32_t *)at, __ATOMIC_ACQUIRE);

@@ -6,9 +6,9 @@
 #include <libvm/libvm.h>
 #include <stdlib.h>
 
-const struct fuzz_target fuzz_target = { "api", 80, 1500 };
+const struct fuzz_target fuzz_target = { "api", 300, 1500 };
 
-enum { MACHINES = 2, REGIONS = 8, HOOKS = 8, SNAPSHOTS = 4 };
+enum { MACHINES = 2, REGIONS = 8, HOOKS = 8, SNAPSHOTS = 4, POINTS = 8, KINDS = 4, BUDGET = 200 };
 
 typedef struct world {
     fuzz_input   in;
@@ -16,6 +16,10 @@ typedef struct world {
     vm_region   *region[MACHINES][REGIONS];
     vm_hook     *hook[MACHINES][HOOKS];
     vm_snapshot *snapshot[MACHINES][SNAPSHOTS];
+    struct { uint64_t address, bytes; vm_prot how; bool is_watch; } point[MACHINES][POINTS];    /* set, to be taken away */
+    unsigned     points[MACHINES];
+    int          kind[MACHINES];        /* of kept machine, -1: one of its own */
+    bool         is_odd[MACHINES];      /* something that putting back does not put back */
     unsigned     current;
     unsigned     calls;
     bool         inside;                /* in a callback */
@@ -83,6 +87,9 @@ static void forget(world *w)
     memset(w->region[w->current], 0, sizeof w->region[0]);
     memset(w->hook[w->current], 0, sizeof w->hook[0]);
     memset(w->snapshot[w->current], 0, sizeof w->snapshot[0]);
+    w->points[w->current] = 0;
+    w->is_odd[w->current] = false;
+    w->kind[w->current] = -1;
 }
 
 static vm_vcpu *any_vcpu(world *w)
@@ -93,7 +100,68 @@ static vm_vcpu *any_vcpu(world *w)
 /* ---- calls ---- */
 
 static uint64_t number(world *w) { return fuzz_number(&w->in); }
-static vm_machine *machine(world *w) { return w->m[w->current]; }
+#define machine(w) ((w)->m[(w)->current])
+
+/* Machines that are kept and put back, since making one takes far longer than an input: interpreter and JIT, bare and PC. */
+static struct { vm_machine *m; vm_snapshot *fresh; } kept[MACHINES][KINDS];
+
+static void take_kept(world *w, unsigned kind)
+{
+    vm_options options = VM_OPTIONS_INIT;
+    vm_machine **m = &kept[w->current][kind].m;
+    options.backend = kind & 1 ? VM_BACKEND_JIT : VM_BACKEND_INTERP;
+    options.platform = kind & 2 ? VM_PLATFORM_PC : VM_PLATFORM_BARE;
+    options.ram_bytes = kind & 2 ? 1 << 20 : 0;
+    options.code_cache_bytes = 1 << 20;
+    forget(w);
+    if (!*m && (vm_create(&options, m) != VM_OK || vm_snapshot_take(*m, &kept[w->current][kind].fresh) != VM_OK))
+        abort();
+    machine(w) = *m;
+    w->kind[w->current] = (int)kind;
+}
+
+/* Back to how it was made. False: that is not possible. */
+static bool put_back(world *w, unsigned kind)
+{
+    vm_machine *m = machine(w);
+    const unsigned c = w->current;
+    if (w->is_odd[c])
+        return false;
+    for (unsigned i = 0; i < HOOKS; i++)
+        if (w->hook[c][i] && vm_hook_remove(m, w->hook[c][i]) != VM_OK)
+            abort();
+    while (w->points[c]--) {
+        if (w->point[c][w->points[c]].is_watch)
+            vm_watchpoint(m, w->point[c][w->points[c]].address, w->point[c][w->points[c]].bytes,
+                          w->point[c][w->points[c]].how, false);
+        else
+            vm_breakpoint(m, w->point[c][w->points[c]].address, false);
+    }
+    vm_coverage(m, NULL, 0);
+    vm_dirty_log(m, false);
+    for (unsigned port = 0; port < 4; port++)
+        vm_serial_output(m, port, NULL, NULL);
+    /* The young before the old: the oldest is what `fresh` is of. */
+    if (vm_snapshot_restore(m, kept[c][kind].fresh) != VM_OK)
+        abort();
+    for (unsigned i = 0; i < SNAPSHOTS; i++)
+        vm_snapshot_free(w->snapshot[c][i]);
+    if (vm_mmu_select(m, NULL) != VM_OK || vm_backend_select(m, kind & 1 ? VM_BACKEND_JIT : VM_BACKEND_INTERP) != VM_OK)
+        abort();
+    return true;
+}
+
+static void end_machine(world *w)
+{
+    const int kind = w->kind[w->current];
+    if (machine(w) && (kind < 0 || !put_back(w, (unsigned)kind))) {
+        vm_destroy(machine(w));
+        if (kind >= 0)
+            kept[w->current][kind].m = NULL;
+    }
+    machine(w) = NULL;
+    forget(w);
+}
 
 static void call_create(world *w)
 {
@@ -101,7 +169,11 @@ static void call_create(world *w)
     vm_options options = VM_OPTIONS_INIT;
     if (machine(w) || w->inside)
         return;
-    uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1);
+    uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1), how = (uint8_t)fuzz_bits(&w->in, 1);
+    if (how % 64) {
+        take_kept(w, bits % KINDS);
+        return;
+    }
     options.backend = bits & 1 ? VM_BACKEND_JIT : bits & 2 ? VM_BACKEND_INTERP : (vm_backend)(bits >> 6);
     options.platform = (vm_platform)(bits >> 2 & 1);
     options.vcpus = bits >> 3 & 3;
@@ -110,17 +182,14 @@ static void call_create(world *w)
     options.code_cache_bytes = bits & 32 ? number(w) % (4 << 20) : 1 << 20;
     if (options.backend == VM_BACKEND_AUTO)
         options.backend = VM_BACKEND_INTERP;
-    vm_create(&options, &w->m[w->current]);
     forget(w);
+    vm_create(&options, &machine(w));
 }
 
 static void call_destroy(world *w)
 {
-    if (w->inside)
-        return;
-    vm_destroy(machine(w));
-    w->m[w->current] = NULL;
-    forget(w);
+    if (!w->inside)
+        end_machine(w);
 }
 
 static void call_map(world *w)
@@ -233,7 +302,7 @@ static void call_run(world *w)
     vm_run_options run = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
     uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1);
-    run.max_instructions = 1 + number(w) % 300;
+    run.max_instructions = 1 + number(w) % BUDGET;
     run.deadline_ns = 1000000;          /* a wait for an interrupt that does not come */
     run.has_until = bits & 1;
     run.until = number(w);
@@ -296,11 +365,19 @@ static void call_hook(world *w)
 
 static void call_debug(world *w)
 {
-    uint64_t a = number(w);
-    if (a & 1)
-        vm_breakpoint(machine(w), number(w), a & 2);
-    else
-        vm_watchpoint(machine(w), number(w), number(w), (vm_prot)(a >> 2 & 7), a & 2);
+    const unsigned c = w->current, n = w->points[c];
+    uint64_t a = number(w), address = number(w), bytes = a & 1 ? 0 : number(w);
+    vm_prot how = (vm_prot)(a >> 2 & 7);
+    if ((a & 2) && n == POINTS)
+        return;
+    int status = a & 1 ? vm_breakpoint(machine(w), address, a & 2) : vm_watchpoint(machine(w), address, bytes, how, a & 2);
+    if (status == VM_OK && (a & 2)) {
+        w->point[c][n].address = address;
+        w->point[c][n].bytes = bytes;
+        w->point[c][n].how = how;
+        w->point[c][n].is_watch = !(a & 1);
+        w->points[c]++;
+    }
 }
 
 static void call_snapshot(world *w)
@@ -323,6 +400,7 @@ static void call_fork(world *w)
     unsigned other = !w->current;
     if (w->inside || w->m[other] || !machine(w))
         return;
+    w->kind[other] = -1;
     vm_fork(machine(w), &w->m[other]);
 }
 
@@ -332,7 +410,7 @@ static void call_records(world *w)
     if (a & 1)
         vm_coverage(machine(w), a & 2 ? w->coverage : NULL, a & 4 ? sizeof w->coverage : number(w) % 4097);
     else
-        vm_coverage_range(machine(w), number(w), number(w));
+        w->is_odd[w->current] |= vm_coverage_range(machine(w), number(w), number(w)) == VM_OK;
 }
 
 static void call_machine(world *w)
@@ -345,7 +423,7 @@ static void call_machine(world *w)
     case 1: vm_mmu_select(machine(w), mmus[a % 6]); break;
     case 2: vm_backend_select(machine(w), a & 1 ? VM_BACKEND_JIT : VM_BACKEND_INTERP); break;
     case 3: vm_stats(machine(w), "instructions", &value); break;
-    case 4: vm_ept_create(machine(w), (unsigned)a, number(w), &view); break;
+    case 4: w->is_odd[w->current] |= vm_ept_create(machine(w), (unsigned)a, number(w), &view) == VM_OK; break;
     case 5: vm_ept_protect(machine(w), (unsigned)a & 3, number(w), number(w), (vm_prot)(number(w) & 7)); break;
     case 6: vm_ept_select(any_vcpu(w), (unsigned)a & 3); break;
     default: vm_ept_destroy(machine(w), (unsigned)a & 3); break;
@@ -376,10 +454,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static world w;
     memset(&w, 0, sizeof w);
+    w.kind[0] = w.kind[1] = -1;
     w.in = (fuzz_input){ data, size };
     while (w.in.left && w.calls < 500)
         one_call(&w);
     for (w.current = 0; w.current < MACHINES; w.current++)
-        vm_destroy(w.m[w.current]);
+        end_machine(&w);
     return 0;
 }

@@ -45,7 +45,7 @@ static void halt(vm_gdb *g)
 static void one_packet(vm_gdb *g, int peer, const uint8_t *data, size_t size)
 {
     static char packet[GDB_PACKET + 1];
-    char sink[65536];
+    static char sink[65536];
     if (size > GDB_PACKET)
         size = GDB_PACKET;
     memcpy(packet, data, size);
@@ -80,25 +80,46 @@ static void frames(const uint8_t *data, size_t size)
     free(r);
 }
 
+/* One stub with its machine and connection, kept: what a debugger can leave behind is put back before each input. */
+static struct { vm_machine *m; vm_gdb *g; vm_snapshot *fresh; int pair[2]; } kept;
+
+static void open_once(void)
+{
+    kept.g = open_stub(&kept.m);
+    if (vm_snapshot_take(kept.m, &kept.fresh) || socketpair(AF_UNIX, SOCK_STREAM, 0, kept.pair) || !gdb_start_threads(kept.g))
+        abort();
+    kept.g->connection = kept.pair[0];
+    gdb_choose_arch(kept.g);
+    gdb_describe(kept.g, &kept.g->xml);
+}
+
+static void put_back(vm_gdb *g)
+{
+    gdb_clear_points(g);
+    gdb_history_forget(g);
+    while (g->named_count)
+        vm_snapshot_free(g->named[--g->named_count].snapshot);
+    vm_snapshot_restore(kept.m, kept.fresh);
+    if (vm_backend_select(kept.m, VM_BACKEND_INTERP))
+        abort();
+    g->no_ack = g->next_no_ack = g->has_swbreak = g->has_hwbreak = g->is_owed = g->is_physical = g->is_edited = false;
+    g->general = g->last_cpu = 0;
+    g->last_signal = 5;
+    g->arch_wanted = GDB_ARCH_AUTO;
+    g->exception_exits = 0;
+    g->cpus[0].exit = (vm_exit)VM_EXIT_INIT;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    vm_machine *m;
-    int pair[2];
     if (size && data[0] == 0xff) {
         frames(data + 1, size - 1);
         return 0;
     }
-    vm_gdb *g = open_stub(&m);
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) || !gdb_start_threads(g))
-        abort();
-    g->connection = pair[0];
-    gdb_choose_arch(g);
-    gdb_describe(g, &g->xml);
-    packets(g, pair[1], data, size);
-    gdb_end_threads(g);
-    vm_gdb_free(g);
-    close(pair[1]);
-    vm_destroy(m);
+    if (!kept.g)
+        open_once();
+    packets(kept.g, kept.pair[1], data, size);
+    put_back(kept.g);
     return 0;
 }
 

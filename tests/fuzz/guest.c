@@ -1,14 +1,14 @@
 /* guest.c - fuzz target: guest code. Byte 0 of the input chooses the mode the code begins in and whether paging structures are
  * made of the input too, byte 1 registers; the rest is the code. It runs on the interpreter and the JIT, each in a machine
- * that has been reset, with a budget, exits completed with what is at hand.
+ * that a snapshot puts back, with a budget, exits completed with what is at hand.
  */
 #include "fuzz.h"
 #include <libvm/libvm.h>
 #include <stdlib.h>
 
-const struct fuzz_target fuzz_target = { "guest", 400, 600 };
+const struct fuzz_target fuzz_target = { "guest", 4000, 600 };
 
-enum { RAM = 0x10000, CODE = 0x8000, BUDGET = 400, RUNS = 12 };
+enum { RAM = 0x10000, CODE = 0x8000, BUDGET = 64, RUNS = 4 };
 
 static void place(vm_machine *m, vm_vcpu *cpu, const uint8_t *data, size_t size)
 {
@@ -37,36 +37,38 @@ static void place(vm_machine *m, vm_vcpu *cpu, const uint8_t *data, size_t size)
     }
 }
 
-/* One machine a backend, kept: making it takes longer than an input. */
-static vm_machine *fresh_machine(vm_backend backend)
+/* One machine a backend, kept and put back: making it takes far longer than an input. */
+static vm_machine *fresh_machine(vm_backend backend, const char *mmu)
 {
-    static vm_machine *kept[4];
-    static const uint8_t zeros[RAM];
+    static struct { vm_machine *m; vm_snapshot *fresh; const char *mmu; } kept[4];
     vm_options options = VM_OPTIONS_INIT;
     options.backend = backend;
     options.code_cache_bytes = 1 << 20;
-    if (!kept[backend]) {
-        if (vm_create(&options, &kept[backend]) != VM_OK)
+    if (!kept[backend].m) {
+        if (vm_create(&options, &kept[backend].m) != VM_OK)
             return NULL;
-        if (vm_map_ram(kept[backend], 0, RAM, VM_PROT_RWX, NULL) != VM_OK)
+        if (vm_map_ram(kept[backend].m, 0, RAM, VM_PROT_RWX, NULL) != VM_OK ||
+            vm_snapshot_take(kept[backend].m, &kept[backend].fresh) != VM_OK)
             abort();
     }
-    if (vm_reset(kept[backend]) != VM_OK || vm_write(kept[backend], 0, zeros, RAM) != VM_OK)
+    if (vm_snapshot_restore(kept[backend].m, kept[backend].fresh) != VM_OK)
         abort();
-    return kept[backend];
+    if (kept[backend].mmu != mmu && vm_mmu_select(kept[backend].m, mmu) != VM_OK)
+        abort();
+    kept[backend].mmu = mmu;
+    return kept[backend].m;
 }
 
 static void run_on(vm_backend backend, const uint8_t *data, size_t size)
 {
     vm_run_options run = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
-    vm_machine *m = fresh_machine(backend);
+    vm_machine *m = fresh_machine(backend, data[0] & 8 ? "shadow" : NULL);
     if (!m)
         return;
     vm_vcpu *cpu = vm_vcpu_get(m, 0);
     run.max_instructions = BUDGET;
     run.exception_exits = data[1] & 8 ? data[0] : 0;
-    vm_mmu_select(m, data[0] & 8 ? "shadow" : NULL);
     place(m, cpu, data, size);
     for (int i = 0; i < RUNS; i++) {
         if (vm_vcpu_run(cpu, &run, &e) != VM_OK || e.reason == VM_EXIT_INTERNAL)

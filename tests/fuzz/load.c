@@ -8,20 +8,19 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-const struct fuzz_target fuzz_target = { "load", 300, 8192 };
+const struct fuzz_target fuzz_target = { "load", 3000, 8192 };
 
 enum { MOST = 1 << 16 };
 
-/* A file that is only in memory, and its name. */
-static int make_file(const uint8_t *data, size_t size, char *path, size_t room)
+/* A file that is only in memory, kept, and its name. */
+static bool give_file(const uint8_t *data, size_t size, int *fd, char *path, size_t room)
 {
-    int fd = memfd_create("fuzz", 0);
-    if (fd < 0 || write(fd, data, size) != (ssize_t)size || lseek(fd, 0, SEEK_SET) != 0) {
-        close(fd);
-        return -1;
+    if (*fd < 0) {
+        *fd = memfd_create("fuzz", 0);
+        snprintf(path, room, "/proc/self/fd/%d", *fd);
     }
-    snprintf(path, room, "/proc/self/fd/%d", fd);
-    return fd;
+    return *fd >= 0 && ftruncate(*fd, (off_t)size) == 0 && pwrite(*fd, data, size, 0) == (ssize_t)size &&
+        lseek(*fd, 0, SEEK_SET) == 0;
 }
 
 /* Puts what a loader looks for where it looks, so that inputs get past the first check. */
@@ -40,8 +39,12 @@ static void disguise(uint8_t *file, size_t size, unsigned kind)
             memcpy(file, multiboot, 12);
         break;
     case 3:
-        if (size > 20)
-            memcpy(file, file[4] & 1 ? "\x7f" "ELF\2\1\1" : "\x7f" "ELF\1\1\1", 7), file[16] = 2, file[17] = 0, file[18] = file[4] & 1 ? 62 : 3, file[19] = 0;
+    case 7:
+        if (size > 20) {
+            bool is_64 = file[4] & 1;
+            memcpy(file, is_64 ? "\x7f" "ELF\2\1\1" : "\x7f" "ELF\1\1\1", 7);
+            memcpy(file + 16, is_64 ? "\2\0\x3e" : "\2\0\3", 4);
+        }
         break;
     case 4:
         if (size >= 512)
@@ -50,6 +53,18 @@ static void disguise(uint8_t *file, size_t size, unsigned kind)
     default:
         break;
     }
+}
+
+/* A Linux image that is long enough, of zeros but for a setup header that the input is. */
+static size_t make_linux(uint8_t *file, const uint8_t *data, size_t size)
+{
+    enum { BYTES = 0x2000, HEADER = 0x1f1, MOST_HEADER = 0x7f };
+    memset(file, 0, BYTES);
+    memcpy(file + HEADER, data, size < MOST_HEADER ? size : MOST_HEADER);
+    disguise(file, BYTES, 1);
+    if (size > MOST_HEADER)
+        memcpy(file + 0x400, data + MOST_HEADER, size - MOST_HEADER < 0x1000 ? size - MOST_HEADER : 0x1000);
+    return BYTES;
 }
 
 static void boot(vm_machine *m, unsigned kind, const char *path, unsigned variant)
@@ -66,72 +81,58 @@ static void boot(vm_machine *m, unsigned kind, const char *path, unsigned varian
         vm_vcpu_run(vm_vcpu_get(m, 0), &run, NULL);
 }
 
-/* A snapshot of the same machine, with part of it overwritten by the input. */
-static void load_snapshot(vm_machine *m, const uint8_t *data, size_t size)
+/* A machine of each kind, kept and put back: making it takes far longer than an input. */
+static vm_machine *fresh_machine(bool is_pc)
 {
-    vm_snapshot *s = NULL, *loaded = NULL;
-    int fd = memfd_create("snapshot", 0);
-    uint32_t at;
-    if (fd < 0)
-        return;
-    if (vm_snapshot_take(m, &s) == VM_OK && vm_snapshot_save(s, fd) == VM_OK) {
-        for (; size >= 5; data += 5, size -= 5) {
-            off_t length = lseek(fd, 0, SEEK_END);
-            memcpy(&at, data, 4);
-            /* mostly in what describes it, which comes first */
-            if (length <= 0 || pwrite(fd, data + 4, 1, at & 0x80000000 ? (off_t)(at & 0x7fffffff) % length : at % 4096) != 1)
-                break;
-        }
-        lseek(fd, 0, SEEK_SET);
-        if (vm_snapshot_load(m, fd, &loaded) == VM_OK && vm_snapshot_restore(m, loaded) == VM_OK) {
-            vm_run_options run = VM_RUN_OPTIONS_INIT;
-            run.max_instructions = 50;
-            vm_vcpu_run(vm_vcpu_get(m, 0), &run, NULL);
-        }
+    static struct { vm_machine *m; vm_snapshot *fresh; } kept[2];
+    vm_options options = VM_OPTIONS_INIT;
+    options.backend = VM_BACKEND_INTERP;
+    options.platform = is_pc ? VM_PLATFORM_PC : VM_PLATFORM_BARE;
+    options.ram_bytes = is_pc ? 4 << 20 : 0;
+    if (!kept[is_pc].m) {
+        if (vm_create(&options, &kept[is_pc].m) != VM_OK)
+            abort();
+        if (!is_pc && vm_map_ram(kept[is_pc].m, 0, 1 << 20, VM_PROT_RWX, NULL) != VM_OK)
+            abort();
+        if (vm_snapshot_take(kept[is_pc].m, &kept[is_pc].fresh) != VM_OK)
+            abort();
+    } else if (vm_snapshot_restore(kept[is_pc].m, kept[is_pc].fresh) != VM_OK) {
+        abort();
     }
-    vm_snapshot_free(loaded);
-    vm_snapshot_free(s);
-    close(fd);
+    return kept[is_pc].m;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static uint8_t file[MOST];
-    vm_options options = VM_OPTIONS_INIT;
-    vm_machine *m;
-    char path[64];
+    static char path[64];
+    static int fd = -1;
     if (size < 2)
         return 0;
     unsigned kind = data[0] & 15, variant = data[0] >> 4;
     size = size - 1 < MOST ? size - 1 : MOST;
-    memcpy(file, data + 1, size);
-    disguise(file, size, kind);
-    options.backend = VM_BACKEND_INTERP;
-    options.platform = kind == 8 ? VM_PLATFORM_BARE : VM_PLATFORM_PC;
-    options.ram_bytes = kind == 8 ? 0 : 4 << 20;
-    if (vm_create(&options, &m) != VM_OK)
-        return 0;
-    if (kind == 8)
-        vm_map_ram(m, 0, 1 << 20, VM_PROT_RWX, NULL);
-    int fd = make_file(file, size, path, sizeof path);
-    if (fd >= 0) {
-        if (kind <= 5)
-            boot(m, kind, path, variant);
-        else if (kind == 6 || kind == 7)
-            load_snapshot(m, file, size);
-        else if (kind == 8)
-            vm_load_elf(m, path, NULL);
-        else if (kind == 9)
-            vm_load_raw(m, path, variant ? (uint64_t)data[1] << (variant * 4) : 0x1000);
-        else if (kind == 10)
-            vm_replay(m, fd);
-        else {
-            vm_snapshot *s = NULL;
-            vm_snapshot_load(m, fd, &s);
-            vm_snapshot_free(s);
-        }
-        close(fd);
+    if (kind == 6) {
+        size = make_linux(file, data + 1, size);
+    } else {
+        memcpy(file, data + 1, size);
+        disguise(file, size, kind);
     }
-    vm_destroy(m);
+    vm_machine *m = fresh_machine(kind != 7 && kind != 8);
+    if (!give_file(file, size, &fd, path, sizeof path))
+        abort();
+    if (kind <= 6) {
+        boot(m, kind, path, variant);
+    } else if (kind <= 8) {
+        vm_load_elf(m, path, NULL);
+    } else if (kind == 9) {
+        vm_load_raw(m, path, variant ? (uint64_t)data[1] << (variant * 4) : 0x1000);
+    } else if (kind == 10) {
+        vm_replay(m, fd);
+        vm_replay_stop(m);
+    } else {
+        vm_snapshot *s = NULL;
+        vm_snapshot_load(m, fd, &s);
+        vm_snapshot_free(s);
+    }
     return 0;
 }
