@@ -1,31 +1,52 @@
 /* select.c - moving a machine from one backend to another between runs.
  *
- * The state of a vCPU is its x86_cpu; a backend that keeps it elsewhere brings it there first (ops->leave). Then the
- * old backend's per-vCPU data goes and the new one's comes: both may want the same fields of x86_cpu, so they never
- * exist side by side. If the new backend fails, the old one is made again; what it needs was there a moment ago.
+ * The state of a vCPU is its x86_cpu; a backend that keeps it elsewhere brings it there first (ops->leave). Both want the
+ * same fields for their data, so the old one's is set aside while the new one's is made. If that fails, for whatever
+ * reason, the old data is put back, which needs nothing; else it goes.
  */
 #include "core/core.h"
 #include "core/doorbell.h"
 #include "core/hook.h"
 #include "mmu/mmu.h"
 
+#include <stdlib.h>
 #include <string.h>
 
-static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus) {
-    for (unsigned i = 0; i < vcpus; i++) {
-        x86_cpu *x = &m->vcpus[i]->x86;
-        if (ops->vcpu_destroy) ops->vcpu_destroy(m->vcpus[i]);
-        memset(x->jump, 0, sizeof x->jump); /* as the next backend would find them in a new vCPU */
-        memset(x->jit_scratch, 0, sizeof x->jit_scratch);
+/* What a backend keeps of a vCPU while another one has its place. */
+typedef struct aside {
+    void *interp, *jit, *backend_data;
+    uint64_t scratch[sizeof((x86_cpu *)0)->jit_scratch / sizeof(uint64_t)];
+} aside;
+
+static void exchange(void **a, void **b) {
+    void *was = *a;
+    *a = *b;
+    *b = was;
+}
+
+/* The machine's data of a backend and those in `machine` and `vcpus` change places. */
+static void swap(vm_machine *m, void **machine, aside *vcpus) {
+    exchange(&m->backend_data, machine);
+    for (unsigned i = 0; i < m->vcpu_count; i++) {
+        vm_vcpu *cpu = m->vcpus[i];
+        aside was = vcpus[i];
+        memcpy(vcpus[i].scratch, cpu->x86.jit_scratch, sizeof was.scratch);
+        memcpy(cpu->x86.jit_scratch, was.scratch, sizeof was.scratch);
+        exchange(&cpu->x86.interp, &vcpus[i].interp);
+        exchange(&cpu->x86.jit, &vcpus[i].jit);
+        exchange(&cpu->backend_data, &vcpus[i].backend_data);
+        memset(cpu->x86.jump, 0, sizeof cpu->x86.jump); /* of the one that is gone */
     }
+}
+
+static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus) {
+    for (unsigned i = 0; ops->vcpu_destroy && i < vcpus; i++) ops->vcpu_destroy(m->vcpus[i]);
     if (ops->machine_destroy) ops->machine_destroy(m);
-    m->has_backend = false;
 }
 
 static int make(vm_machine *m, const vm_backend_ops *ops) {
     int status = ops->machine_create ? ops->machine_create(m) : VM_OK;
     if (status != VM_OK) return status;
-    m->has_backend = true;
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         status = ops->vcpu_create ? ops->vcpu_create(m->vcpus[i]) : VM_OK;
         if (status != VM_OK) {
@@ -51,18 +72,24 @@ static void refresh(vm_machine *m) {
 
 static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to) {
     const vm_backend_ops *from = m->backend;
+    void *machine = NULL;
+    aside *vcpus = calloc(m->vcpu_count, sizeof *vcpus);
+    if (!vcpus) return vm_fail(VM_E_NOMEM, "vm_backend_select: no memory");
     if (from->dirty_sync) from->dirty_sync(m);
     for (unsigned i = 0; from->leave && i < m->vcpu_count; i++) from->leave(m->vcpus[i]);
-    drop(m, from, m->vcpu_count);
+    swap(m, &machine, vcpus);
     m->backend = to;
     int status = make(m, to);
+    swap(m, &machine, vcpus);
     if (status == VM_OK) {
+        drop(m, from, m->vcpu_count);
+        swap(m, &machine, vcpus);
         m->options.backend = backend;
     } else {
         m->backend = from;
-        if (make(m, from) != VM_OK) atomic_store(&m->poisoned, 1);
     }
-    if (!m->poisoned) refresh(m);
+    free(vcpus);
+    refresh(m);
     return status;
 }
 

@@ -1,6 +1,6 @@
-/* nomem.c - every allocation fails once: the N-th malloc, calloc, realloc, strdup, mmap or pthread_create of a scenario is
- * refused, for each N until one run needs no more than N. Each run must end with a status and nothing lost: what was made can
- * be destroyed, and what failed left the machine as it was. */
+/* nomem.c - everything that a host can refuse is refused once: the N-th malloc, calloc, realloc, strdup, mmap, mprotect, ioctl,
+ * write, file, event or thread of a scenario fails, for each N until one run needs no more than N. Each run must end with a status and
+ * nothing lost: what was made can be destroyed, and what failed left the machine as it was. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -8,8 +8,13 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
+#include <stdarg.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,13 +23,16 @@ TEST(every_allocation_fails_once) { test_skip("the sanitizer has its own allocat
 #else
 
 static _Atomic long countdown = -1;    /* allocations until one fails; negative: none does */
+static _Atomic bool is_lasting;        /* all those after it fail too, until the caller has had his status */
 static _Atomic bool has_failed;
 static _Atomic long live;              /* blocks and mappings */
 
 static bool fails(void)
 {
-    if (countdown < 0 || countdown-- != 0)
+    if (countdown < 0 || (countdown > 0 && countdown--))
         return false;
+    if (!is_lasting)
+        countdown = -1;
     has_failed = true;
     errno = ENOMEM;
     return true;
@@ -78,6 +86,50 @@ void *mmap(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
     return (void *)syscall(SYS_mmap, addr, bytes, prot, flags, fd, offset);
 }
 
+int mprotect(void *addr, size_t bytes, int prot)
+{
+    return fails() ? -1 : (int)syscall(SYS_mprotect, addr, bytes, prot);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list args;
+    va_start(args, request);
+    void *arg = va_arg(args, void *);
+    va_end(args);
+    return fails() ? -1 : (int)syscall(SYS_ioctl, fd, request, arg);
+}
+
+ssize_t write(int fd, const void *from, size_t bytes)
+{
+    return fails() ? -1 : syscall(SYS_write, fd, from, bytes);
+}
+
+ssize_t pwrite(int fd, const void *from, size_t bytes, off_t at)
+{
+    return fails() ? -1 : syscall(SYS_pwrite64, fd, from, bytes, at);
+}
+
+int ftruncate(int fd, off_t bytes)
+{
+    return fails() ? -1 : (int)syscall(SYS_ftruncate, fd, bytes);
+}
+
+int memfd_create(const char *name, unsigned flags)
+{
+    return fails() ? -1 : (int)syscall(SYS_memfd_create, name, flags);
+}
+
+int eventfd(unsigned value, int flags)
+{
+    return fails() ? -1 : (int)syscall(SYS_eventfd2, value, flags);
+}
+
+int socket(int domain, int type, int protocol)
+{
+    return fails() ? -1 : (int)syscall(SYS_socket, domain, type, protocol);
+}
+
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *), void *arg)
 {
     int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
@@ -99,6 +151,23 @@ static unsigned mappings(void)
     if (f)
         fclose(f);
     return n;
+}
+
+/* How many descriptors it has open. */
+static unsigned descriptors(void)
+{
+    unsigned n = 0;
+    for (int fd = 0; fd < 256; fd++)
+        n += fcntl(fd, F_GETFD) >= 0;
+    return n;
+}
+
+/* The test's own file: not among what is refused. */
+static int own_file(const char *name)
+{
+    int fd = (int)syscall(SYS_memfd_create, name, 0);
+    CHECK(fd >= 0);
+    return fd;
 }
 
 /* ---- scenarios: 0 when all went well; anything else must be a status with a message ---- */
@@ -187,6 +256,7 @@ static uint64_t state_of(vm_machine *m)
         uint64_t again_before = state_of(m);                                    \
         int again_status = (call);                                              \
         if (again_status != VM_OK) {                                            \
+            countdown = -1;                                                     \
             if (!has_failed)                                                    \
                 FAIL("%s: %d, %s", #call, again_status, vm_errmsg());           \
             CHECK_EQ(state_of(m), again_before);                                \
@@ -233,8 +303,7 @@ static int snapshots(vm_backend backend)
     write_page(m, 0x11000, 3);
     AGAIN(m, vm_snapshot_restore(m, t));
     CHECK_EQ(state_of(m), second);
-    int fd = memfd_create("snapshot", 0);
-    CHECK(fd >= 0);
+    int fd = own_file("snapshot");
     AGAIN(m, (lseek(fd, 0, SEEK_SET), vm_snapshot_save(t, fd)));
     write_page(m, 0x1000, 9);
     AGAIN(m, vm_snapshot_load(m, fd, &u));
@@ -415,7 +484,7 @@ static int replays(vm_backend backend)
     vm_run_options r = VM_RUN_OPTIONS_INIT;
     vm_machine *m[2] = { NULL, NULL };
     vm_exit e = VM_EXIT_INIT;
-    int status = VM_OK, fd = memfd_create("log", 0);
+    int status = VM_OK, fd = own_file("log");
     o.backend = backend;
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = 1 << 20;
@@ -445,50 +514,156 @@ static int replays(vm_backend backend)
     return status;
 }
 
+/* An ELF file is loaded, a boot sector booted and run. */
+static int boots(vm_backend backend)
+{
+    static uint8_t sector[512] = { 0x40, 0xf4 };                          /* inc ax; hlt */
+    vm_options o = VM_OPTIONS_INIT;
+    vm_boot_options b = VM_BOOT_OPTIONS_INIT;
+    vm_run_options r = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    vm_machine *m = NULL;
+    char path[64];
+    int fd = own_file("sector");
+    memcpy(sector + 510, "\x55\xaa", 2);
+    CHECK_EQ(syscall(SYS_write, fd, sector, sizeof sector), sizeof sector);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    b.kernel = path;
+    r.max_instructions = 1000;
+    r.deadline_ns = 1000000000;
+    o.backend = backend;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 1 << 20;
+    int status = vm_create(&o, &m);
+    if (!status)
+        AGAIN(m, vm_load_raw(m, path, 0x8000));
+    if (!status)
+        status = vm_boot_image(m, &b);
+    if (!status)
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), &r, &e);
+    vm_destroy(m);
+    close(fd);
+    return status;
+}
+
+/* Coverage; strategies changed over; views of guest-physical memory; the other backend. */
+static int changes(vm_backend backend)
+{
+    static uint8_t map[4096];
+    static const char *const names[] = { "shadow", "ept", "flat", "ept" };
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t rip = 0x1000;
+    unsigned view = 0;
+    o.backend = backend;
+    int status = vm_create(&o, &m);
+    if (!status)
+        status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        status = vm_write(m, 0x1000, "\xff\xc0\xeb\x00\xf4", 5);          /* inc eax; jmp next; hlt */
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
+    if (!status) {
+        AGAIN(m, vm_coverage(m, map, sizeof map));
+        for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
+            AGAIN(m, vm_mmu_select(m, names[i]));
+        AGAIN(m, vm_ept_create(m, 0, 0, &view));
+        AGAIN(m, vm_ept_protect(m, view, 0x4000, 0x2000, VM_PROT_R));
+        AGAIN(m, vm_ept_select(vm_vcpu_get(m, 0), view));
+        AGAIN(m, vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    }
+    if (!status) {
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        AGAIN(m, vm_ept_select(vm_vcpu_get(m, 0), 0));
+        AGAIN(m, vm_ept_destroy(m, view));
+        AGAIN(m, vm_coverage(m, NULL, 0));
+        AGAIN(m, vm_backend_select(m, backend == VM_BACKEND_JIT ? VM_BACKEND_INTERP : VM_BACKEND_JIT));
+        AGAIN(m, vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    }
+    if (!status)
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+    vm_destroy(m);
+    return status;
+}
+
+/* A stub that is made, waits for a debugger and is stopped. */
+static int debugged(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_gdb_options go = VM_GDB_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_gdb *g = NULL;
+    o.backend = backend;
+    o.vcpus = 2;
+    int status = vm_create(&o, &m);
+    if (!status)
+        status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        AGAIN(m, vm_gdbstub(m, "127.0.0.1:0", &go, &g));
+    if (!status) {
+        vm_gdb_stop(g);
+        AGAIN(m, vm_gdb_serve(g, NULL));
+        vm_gdb_free(g);
+    }
+    vm_destroy(m);
+    return status;
+}
+
+/* One run in which the n-th is refused. False: it needed no more than n. */
+static bool refuse(long n, vm_backend backend, int (*scenario)(vm_backend))
+{
+    const long blocks = live;
+    const unsigned maps = mappings(), files = descriptors();
+    has_failed = false;
+    countdown = n;
+    int status = scenario(backend);
+    countdown = -1;
+    if (!has_failed) {
+        CHECK_EQ(status, 0);
+        return false;
+    }
+    if (status > 0)
+        FAIL("allocation %ld: the guest went astray", n);
+    if (descriptors() != files)
+        FAIL("allocation %ld: status %d, %u descriptors are left", n, status, descriptors() - files);
+    if (live > blocks + 2)
+        FAIL("allocation %ld: status %d, %ld blocks are lost", n, status, live - blocks);
+    if (mappings() > maps + 2)
+        FAIL("allocation %ld: status %d, %u mappings are lost", n, status, mappings() - maps);
+    return true;
+}
+
 static void for_every_allocation(vm_backend backend, int (*scenario)(vm_backend))
 {
+    long n[2];
     CHECK_EQ(scenario(backend), 0);    /* warm: what the process keeps is kept now */
     CHECK_EQ(scenario(backend), 0);
-    long blocks = live;
-    unsigned maps = mappings();
-    for (long n = 0;; n++) {
-        has_failed = false;
-        countdown = n;
-        int status = scenario(backend);
-        countdown = -1;
-        if (!has_failed) {
-            CHECK_EQ(status, 0);
-            CHECK(n > 5);              /* it did allocate something */
-            break;
-        }
-        if (status > 0)
-            FAIL("allocation %ld: the guest went astray", n);
-        if (live > blocks + 2)
-            FAIL("allocation %ld: status %d, %ld blocks are lost", n, status, live - blocks);
-        if (mappings() > maps + 2)
-            FAIL("allocation %ld: status %d, %u mappings are lost", n, status, mappings() - maps);
-        blocks = live;
+    for (int lasting = 0; lasting < 2; lasting++) {
+        is_lasting = lasting;
+        for (n[lasting] = 0; refuse(n[lasting], backend, scenario); n[lasting]++)
+            continue;
+        CHECK(n[lasting] > 5);         /* it did allocate something */
     }
+    printf("    %ld refused by themselves, %ld with all that follow\n", n[0], n[1]);
 }
 
 EACH_BACKEND(bare_machine)
 {
-    if (backend == VM_BACKEND_KVM)
-        test_skip("KVM's own allocations are not under this test's control");
     for_every_allocation(backend, bare);
 }
 
 EACH_BACKEND(snapshots)
 {
-    if (backend == VM_BACKEND_KVM)
-        test_skip("KVM's own allocations are not under this test's control");
     for_every_allocation(backend, snapshots);
 }
 
 EACH_BACKEND(calls_and_bindings)
 {
     if (backend == VM_BACKEND_KVM)
-        test_skip("KVM's own allocations are not under this test's control");
+        test_skip("KVM serves no calls");
     for_every_allocation(backend, calls);
 }
 
@@ -506,16 +681,32 @@ EACH_BACKEND(hooks)
     for_every_allocation(backend, hooked);
 }
 
-EACH_BACKEND(pc_machine)
+EACH_BACKEND(booting)
+{
+    for_every_allocation(backend, boots);
+}
+
+EACH_BACKEND(strategies_views_coverage)
 {
     if (backend == VM_BACKEND_KVM)
-        test_skip("KVM's own allocations are not under this test's control");
+        test_skip("the host's hardware translates");
+    for_every_allocation(backend, changes);
+}
+
+EACH_BACKEND(stub)
+{
+    for_every_allocation(backend, debugged);
+}
+
+EACH_BACKEND(pc_machine)
+{
     for_every_allocation(backend, pc);
 }
-#endif
+
 EACH_BACKEND(every_allocation_of_shadows)
 {
     if (backend == VM_BACKEND_KVM)
         test_skip("the host's hardware translates");
     for_every_allocation(backend, shadowed);
 }
+#endif
