@@ -124,13 +124,14 @@ struct vm_vcpu {
     struct { uint64_t gpa, bytes; } requests[16];          /* code that changed */
     struct vm_note *notes; size_t note_count;              /* pages written since the current snapshot (track.h) */
     vm_range last_range, last_port;    /* hit caches, dropped when the map changes */
-    unsigned walk_ctx;                 /* access context of the translation under way (vm_mmu_walk) */
+    unsigned walk_ctx, walk_access;    /* context and access of the translation under way (vm_mmu_walk) */
     x86_walk *walk;                    /* where its result is wanted */
     void *mmu_root;                    /* the strategy's own: what it keeps for the address space in use */
     vm_space space;                    /* whose translations the inline TLB holds; key 0: they are not worth keeping */
     struct vm_parks *parks;            /* those of others (lib/mmu/park.c) */
     struct vm_ept_view *ept_view;      /* strategy "ept": what memory is looked at through; else NULL */
     unsigned ept_index;
+    struct { uint64_t gpa, bytes; _Atomic uint64_t *entry; } ept_leaf; /* of ept_view, met last; bytes 0: none */
     bool ept_stopped;                  /* X86_STOP_IO is a violation */
     struct { bool is_set; uint64_t page, rip, retired; } ept_step;     /* VM_EPT_STEP was said */
     unsigned lock_depth;               /* x86_env.lock_begin without lock_end */

@@ -29,7 +29,7 @@ typedef struct table { _Atomic uint64_t e[512]; } table;
 struct vm_ept_view {
     table root;                        /* level 3 */
     unsigned top;                      /* the largest leaves: level 0, 1, 2 */
-    bool is_whole;                     /* nothing is forbidden anywhere */
+    bool is_whole, forbids_exec;       /* nothing is forbidden anywhere; fetches are or were somewhere */
 };
 
 typedef struct ept {
@@ -195,26 +195,43 @@ unsigned vm_ept_machine_prot(const vm_machine *m, uint64_t gpa)
     return m->mmu == &vm_mmu_ept && cpu && cpu->ept_view ? vm_ept_prot(cpu, gpa) : VM_PROT_RWX;
 }
 
-bool vm_ept_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+/* touch_entry() for a fill: the leaf that the vCPU met last is remembered, which spares it the way down. */
+static _Atomic uint64_t *fill_entry(vm_vcpu *cpu, uint64_t gpa, uint64_t *page_bytes)
 {
     unsigned level;
+    cpu->x86.stat[X86_STAT_WALK_REFS]++;
+    if (gpa - cpu->ept_leaf.gpa >= cpu->ept_leaf.bytes) {
+        _Atomic uint64_t *e = touch_entry(cpu->ept_view, gpa, &level);
+        if (!e)
+            return NULL;
+        cpu->ept_leaf.gpa = gpa & ~(BYTES(level) - 1);
+        cpu->ept_leaf.bytes = BYTES(level);
+        cpu->ept_leaf.entry = e;
+        cpu->x86.stat[X86_STAT_WALK_REFS] += LEVELS - 1 - level;
+    }
+    *page_bytes = cpu->ept_leaf.bytes;
+    return cpu->ept_leaf.entry;
+}
+
+bool vm_ept_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    uint64_t page_bytes;
     if (!vm_mmu_walk_ctx(cpu, la, access, ctx, w))
         return false;
-    _Atomic uint64_t *e = touch_entry(cpu->ept_view, w->gpa, &level);
+    _Atomic uint64_t *e = fill_entry(cpu, w->gpa, &page_bytes);
     if (!e) {                          /* no memory for bits; absent entries allow everything */
         w->prot &= prot_at(cpu->ept_view, w->gpa);
         return true;
     }
     uint64_t now = atomic_load_explicit(e, memory_order_relaxed);
     uint64_t bits = ACCESSED | ((access & X86_WRITE) && (now & X86_WRITE) ? DIRTY : 0);
-    cpu->x86.stat[X86_STAT_WALK_REFS] += LEVELS - level;
     if (!(now & access))
         bits = 0;                      /* nothing is accessed */
     if ((now & bits) != bits)
         now = atomic_fetch_or(e, bits) | bits;
     w->prot &= now & VM_PROT_RWX & ~(now & DIRTY ? 0 : (unsigned)X86_WRITE);
-    if (BYTES(level) < w->page_bytes)
-        w->page_bytes = BYTES(level);
+    if (page_bytes < w->page_bytes)
+        w->page_bytes = page_bytes;
     return true;
 }
 
@@ -279,11 +296,18 @@ int vm_ept_check(vm_vcpu *cpu, uint64_t gpa, uint64_t gva, unsigned n, unsigned 
 
 /* ---- the vtable ---- */
 
+/* The vCPU's view is another one, or has changed. */
+static void look_at_view(vm_vcpu *cpu)
+{
+    cpu->ept_leaf.bytes = 0;
+    cpu->x86.exec_varies = cpu->ept_view->forbids_exec;
+}
+
 static void enter_view(ept *s, vm_vcpu *cpu, unsigned index)
 {
     cpu->ept_index = index;
     cpu->ept_view = s->views[index];
-    cpu->x86.exec_varies = true;
+    look_at_view(cpu);
     cpu->ept_step.is_set = false;
 }
 
@@ -406,6 +430,7 @@ static vm_ept_view *copy_view(const vm_ept_view *from, uint64_t page_bytes)
     if (!v || !from)
         return v;
     v->is_whole = from->is_whole;
+    v->forbids_exec = from->forbids_exec;
     for (unsigned i = 0; i < 512; i++)
         if (!copy_entry(&v->root.e[i], from->root.e[i]))
             goto failed;
@@ -485,14 +510,19 @@ VM_API int vm_ept_protect(vm_machine *m, unsigned view, uint64_t gpa, uint64_t b
         return status;
     vm_pause(m);
     vm_ept_view *v = s->views[view];
-    if (prot != VM_PROT_RWX)
-        v->is_whole = false;
+    bool is_first = !v->forbids_exec && !(prot & VM_PROT_X), is_seen = false;
+    v->is_whole &= prot == VM_PROT_RWX;
+    v->forbids_exec |= is_first;
     if (!protect_range(v, &v->root, LEVELS - 1, 0, gpa, gpa + (bytes - 1), (unsigned)prot))
         status = vm_fail(VM_E_NOMEM, "vm_ept_protect: no memory for tables");
-    bool is_seen = false;
     for (unsigned i = 0; i < m->vcpu_count; i++)
-        is_seen |= m->vcpus[i]->ept_index == view;
-    if (is_seen)
+        if (m->vcpus[i]->ept_index == view) {
+            look_at_view(m->vcpus[i]);
+            is_seen = true;
+        }
+    if (is_seen && is_first)
+        vm_memory_view_changed(m, 0, m->vcpus[0]->x86.phys_mask + 1);      /* code is linked and joined across pages so far */
+    else if (is_seen)
         vm_memory_view_changed(m, gpa, bytes);
     vm_resume(m);
     return status;
@@ -514,12 +544,13 @@ VM_API int vm_ept_select(vm_vcpu *cpu, unsigned view)
     if (status != VM_OK || view == cpu->ept_index)
         return status;
     vm_pause(m);
+    bool is_linked = !cpu->x86.exec_varies || !(cpu->x86.cr0 & X86_CR0_PG);
     enter_view(s, cpu, view);
     if (m->options.backend == VM_BACKEND_KVM)
         vm_memory_view_changed(m, 0, 0);
     x86_tlb_clear(&cpu->x86);
-    if (!(cpu->x86.cr0 & X86_CR0_PG) && m->backend->flush_code)
-        m->backend->flush_code(cpu);   /* blocks may be linked across pages */
+    if (cpu->x86.exec_varies && is_linked && m->backend->flush_code)
+        m->backend->flush_code(cpu);   /* blocks may be linked, or go, across pages */
     if (m->backend->tlb_flushed)
         m->backend->tlb_flushed(cpu);
     vm_resume(m);
