@@ -676,12 +676,18 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
 }
 
 /* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
+static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset) {
+    *seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
+    *offset = *seg == X86_FS || *seg == X86_GS ? la - cpu->seg[*seg].base : la;
+    if (s->in.mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
+    *offset = (uint32_t)*offset;
+    return *offset + s->size <= UINT64_C(1) << 32;
+}
+
 static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
-    unsigned seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
-    uint64_t offset = seg == X86_FS || seg == X86_GS ? la - cpu->seg[seg].base : la;
-    if (s->in.mode != 8) offset = (uint32_t)offset;
-    if (s->in.mode == 8 ? x86_canonical(la) && x86_canonical(la + s->size - 1) : offset + s->size <= UINT64_C(1) << 32) return;
-    x86_linear(cpu, seg, offset, s->size, s->access);
+    unsigned seg;
+    uint64_t offset;
+    if (!is_in_range(cpu, s, la, &seg, &offset)) x86_linear(cpu, seg, offset, s->size, s->access);
 }
 
 /* The access at bounce_la itself. Callbacks see exact state: the registers are in x86_cpu, and what is still in the frame
@@ -719,10 +725,23 @@ static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at) {
     return (uint8_t *)j->bounce;
 }
 
+/* Does the MMU strategy know the page? Then nobody sees that it was asked, and the guest's registers stay where they are. */
+static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la) {
+    bool is_write = s->access & X86_WRITE;
+    unsigned n = s->leader_size ? s->span : s->size, seg;
+    uint64_t offset;
+    if ((cpu->careful | cpu->watch) || s->in_window || (s->align > 1 && (la & (s->align - 1u))) || (la & 0xfff) + n > 4096 ||
+        !is_in_range(cpu, s, la, &seg, &offset) || !vm_mmu_refill(cpu, la, is_write ? X86_WRITE : X86_READ))
+        return NULL;
+    j->bounce_active = false;
+    return x86_tlb_hit(cpu, la, n, is_write);
+}
+
 uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     jit *j = cpu->jit;
-    uint8_t *device = find_device(j, cpu, la, at);
-    if (device) return device;
+    uint8_t *host = find_device(j, cpu, la, at);
+    if (!host && vm_mmu_can_refill(j->vcpu)) host = find_known(j, cpu, (jit_site *)(j->arena + at), la);
+    if (host) return host;
     jit_site *s = jit_begin_helper(cpu, at);
     if (s->leader_size) {
         uint8_t *span = find_span(j, cpu, s, la);

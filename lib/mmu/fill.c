@@ -1,6 +1,6 @@
 /* fill.c - between the inline TLB and the machine's MMU strategy: misses, flushes, write protection.
  *
- * Built-in strategies are called without the public vtable's copying.
+ * "shadow" and "ept" are called directly, for the entries that a walk has read; the others by the public vtable.
  */
 #include "core/track.h"
 #include "mmu/ept.h"
@@ -61,7 +61,7 @@ void vm_mmu_to_result(const x86_walk *w, bool ok, struct vm_mmu_result *out)
     out->global = w->global;
 }
 
-/* Not into the result that translate() was given, or misused. */
+/* Not into the result that translate() was given, for another access, or misused. */
 static __attribute__((noinline)) int walk_apart(vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
 {
     if (!cpu || !out || out->size < sizeof *out)
@@ -76,14 +76,13 @@ static __attribute__((noinline)) int walk_apart(vm_vcpu *cpu, uint64_t gva, vm_p
 
 VM_API int vm_mmu_walk(vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
 {
-    bool is_one = access == VM_PROT_R || access == VM_PROT_W || access == VM_PROT_X;
-    if (__builtin_expect(!cpu || !out || (const void *)out != cpu->walk || !is_one, 0))
+    if (__builtin_expect(!cpu || !out || (const void *)out != cpu->walk || (unsigned)access != cpu->walk_access, 0))
         return walk_apart(cpu, gva, access, out);
     return walk(cpu, gva, access, cpu->walk_ctx, cpu->walk) ? VM_OK : set_fault(cpu->walk, out);
 }
 
-/* A strategy of the program. */
-static bool ask(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted *u)
+/* By the vtable: a strategy of the program, or one that has no more to say than such. */
+static inline bool ask(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted *u)
 {
     const vm_mmu_ops *ops = cpu->machine->mmu;
     x86_walk *w = &u->w;
@@ -91,6 +90,7 @@ static bool ask(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted
     u->result.size = sizeof u->result;
     u->result.context = ctx;
     cpu->walk_ctx = ctx;
+    cpu->walk_access = access;
     cpu->walk = w;
     int status = ops->translate(cpu->machine->mmu_state, cpu, la, (vm_prot)access, &u->result);
     cpu->walk = NULL;
@@ -98,40 +98,31 @@ static bool ask(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted
         w->fault = (x86_fault){ .vector = X86_PF, .has_error = true, .error = u->result.fault_error, .address = la };
         return false;
     }
-    bool is_size = w->page_bytes >= 4096 && !(w->page_bytes & (w->page_bytes - 1));
-    w->gpa &= cpu->x86.phys_mask;
-    w->page_bytes = is_size ? w->page_bytes : 4096;
-    w->prot &= VM_PROT_RWX;
+    /* What cannot be is seldom: tests that are never true cost less than stores to what is read next. */
+    if (__builtin_expect((w->gpa & ~cpu->x86.phys_mask) || (w->prot & ~(unsigned)VM_PROT_RWX), 0)) {
+        w->gpa &= cpu->x86.phys_mask;
+        w->prot &= VM_PROT_RWX;
+    }
+    if (__builtin_expect(w->page_bytes < 4096 || (w->page_bytes & (w->page_bytes - 1)), 0))
+        w->page_bytes = 4096;
     if (__builtin_expect(w->trap_writes, 0))
         vm_page_trap(cpu->machine, w->gpa & X86_PAGE_MASK, true);
-    return true;
-}
-
-static bool is_flat(uint64_t la, x86_walk *w)
-{
-    w->gpa = la;
-    w->page_bytes = 4096;
-    w->prot = VM_PROT_RWX;
-    w->global = false;
     return true;
 }
 
 /* Ask the strategy. On failure w->fault is the page fault. */
 static inline bool translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, wanted *u)
 {
-    x86_walk *w = &u->w;
     switch (cpu->machine->mmu_kind) {
-    case VM_MMU_TLB: return walk(cpu, la, access, ctx, w);
-    case VM_MMU_SHADOW: return vm_shadow_translate(cpu, la, access, ctx, w);
-    case VM_MMU_EPT: return vm_ept_translate(cpu, la, access, ctx, w);
-    case VM_MMU_FLAT: return vm_mmu_is_flat(cpu) ? is_flat(la, w) : walk(cpu, la, access, ctx, w);
+    case VM_MMU_SHADOW: return vm_shadow_translate(cpu, la, access, ctx, &u->w);
+    case VM_MMU_EPT: return vm_ept_translate(cpu, la, access, ctx, &u->w);
     default: return ask(cpu, la, access, ctx, u);
     }
 }
 
 /* Enter a page of RAM. SMP: it may become code while its write tag is made, and whoever marks it may not have seen
  * the tag; so look again once the tag is there. */
-static void enter_ram(vm_vcpu *cpu, uint64_t la, unsigned ctx, const x86_walk *w, uint8_t *host, unsigned prot)
+static inline __attribute__((always_inline)) void enter_ram(vm_vcpu *cpu, uint64_t la, unsigned ctx, const x86_walk *w, uint8_t *host, unsigned prot)
 {
     x86_cpu *x = &cpu->x86;
     unsigned allowed = (prot & w->prot) | (w->prot & X86_WRITE ? X86_TLB_MAY_W : 0);
@@ -149,6 +140,22 @@ static bool is_device(vm_vcpu *cpu, uint64_t gpa)
 {
     const vm_range *range = vm_find(cpu, gpa);
     return range && range->region->kind == VM_REGION_MMIO;
+}
+
+bool vm_mmu_refill(x86_cpu *x, uint64_t la, unsigned access)
+{
+    vm_vcpu *cpu = vm_vcpu_of(x);
+    x86_walk w;
+    unsigned prot = 0;
+    if ((vm_trace_mask(cpu->machine) & VM_TRACE_MMU) || !vm_mmu_can_refill(cpu) || !vm_shadow_look_up(cpu, la, access, x->ctx, &w))
+        return false;
+    uint8_t *host = x->env->page(x, w.gpa & X86_PAGE_MASK, &prot);
+    if (!host || !(prot & access))
+        return false;
+    x->stat[X86_STAT_FILLS]++;
+    x->stat[X86_STAT_SHADOW_HITS]++;
+    enter_ram(cpu, la, x->ctx, &w, host, prot);
+    return true;
 }
 
 bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa)

@@ -8,6 +8,10 @@
 #include "core/core.h"
 const vm_mmu_ops *vm_mmu_find(const char *name);         /* NULL name: default ("tlb"); NULL result: unknown */
 bool vm_mmu_fill(x86_cpu *cpu, uint64_t la, unsigned access, unsigned ctx, uint64_t *gpa);    /* x86_env.fill */
+/* Enters the page at la for R or W in the current context, if the strategy can do it in a way that nobody sees: no walk, no
+ * fault, no callback. For backends that would have to put the vCPU's state in order before they call vm_mmu_fill(). */
+bool vm_mmu_refill(x86_cpu *cpu, uint64_t la, unsigned access);
+static inline bool vm_mmu_can_refill(const vm_vcpu *cpu) { return cpu->machine->mmu_kind == VM_MMU_SHADOW && cpu->mmu_root; }
 void vm_mmu_root_changed(x86_cpu *cpu, unsigned how);     /* x86_env.root_changed */
 void vm_mmu_invalidate(x86_cpu *cpu, uint64_t la, uint64_t bytes);                             /* x86_env.invalidate */
 void vm_mmu_invalidate_pcid(x86_cpu *cpu, unsigned type, unsigned pcid, uint64_t la);          /* x86_env.invalidate_pcid */
@@ -39,6 +43,8 @@ static inline bool vm_mmu_is_plain(const vm_machine *m) {
 }
 
 /* ---- shadow.c ---- */
+/* What is recorded for the address. False: nothing, or not for this access. */
+bool vm_shadow_look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
 bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w);
 /* The address space of `root` (vm_vcpu.mmu_root, NULL: none). */
 vm_space vm_shadow_space(const vm_machine *m, const void *root);

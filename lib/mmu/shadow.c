@@ -615,25 +615,30 @@ static bool record(shadow *s, root *r, uint64_t la, const x86_walk *w)
     return true;
 }
 
+bool vm_shadow_look_up(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
+{
+    shadow *s = cpu->machine->mmu_state;
+    if (!cpu->mmu_root || vm_mmu_is_flat(cpu))
+        return false;
+    lock(s);
+    bool is_found = look_up(cpu, la, access, ctx, w);
+    unlock(s);
+    return is_found;
+}
+
 bool vm_shadow_translate(vm_vcpu *cpu, uint64_t la, unsigned access, unsigned ctx, x86_walk *w)
 {
     x86_cpu *x = &cpu->x86;
     shadow *s = cpu->machine->mmu_state;
-    root *r = cpu->mmu_root;
     if (vm_mmu_is_flat(cpu))
         return x86_walk_page(x, la, access, ctx, true, w);
-    if (r) {
-        lock(s);
-        bool is_found = look_up(cpu, la, access, ctx, w);
-        unlock(s);
-        if (is_found) {
-            x->stat[X86_STAT_SHADOW_HITS]++;
-            return true;
-        }
-    } else {
-        enter_root(s, cpu);
-        r = cpu->mmu_root;
+    if (vm_shadow_look_up(cpu, la, access, ctx, w)) {
+        x->stat[X86_STAT_SHADOW_HITS]++;
+        return true;
     }
+    if (!cpu->mmu_root)
+        enter_root(s, cpu);
+    root *r = cpu->mmu_root;
     uint64_t epoch = r ? __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) : 0;
     if (!vm_mmu_walk_ctx(cpu, la, access, ctx, w))
         return false;
