@@ -6,6 +6,7 @@
  * usage: mmu_guest ROUNDS [LOAD]
  */
 #define _GNU_SOURCE 1
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,30 +17,63 @@
 
 static const char busybox[] = "/bin/busybox";
 
-/* Address spaces made and torn down: fork, exec, and private memory mapped, touched, made read-only and unmapped. */
-static uint64_t churn(void)
+/* Page tables made, changed and torn down: programs started, a process of 16 MiB forked, and files mapped, changed in their
+ * rights and unmapped, each page looked at between the changes. The pages are there beforehand: what is edited is tables. */
+enum { CHURN_BYTES = 16 << 20, STORMS = 40 };
+
+static uint64_t touch(const volatile char *p, int bytes)
 {
     uint64_t sum = 0;
-    for (int i = 0; i < 20; i++) {
-        int status = -1;
-        pid_t child = fork();
-        if (!child) {
-            execl(busybox, "busybox", "true", (char *)NULL);
-            _exit(127);
-        }
+    for (int at = 0; at < bytes; at += 4096)
+        sum += (uint64_t)p[at];
+    return sum;
+}
+
+static char *map_file(int bytes)
+{
+    static int fd = -1;
+    if (fd < 0 && ((fd = memfd_create("churn", 0)) < 0 || ftruncate(fd, CHURN_BYTES)))
+        exit(2);
+    char *p = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (p == MAP_FAILED)
+        exit(2);
+    return p;
+}
+
+static uint64_t spawn(bool is_exec, const char *own)
+{
+    int status = -1;
+    pid_t child = fork();
+    if (!child && is_exec)
+        execl(busybox, "busybox", "true", (char *)NULL);
+    if (!child)
+        _exit(is_exec ? 127 : touch(own, CHURN_BYTES) != CHURN_BYTES / 4096);
+    return waitpid(child, &status, 0) == child && !status;
+}
+
+static uint64_t churn(void)
+{
+    enum { BYTES = 4 << 20 };
+    static char *own;
+    uint64_t sum = 0;
+    if (!own) {
+        own = mmap(NULL, CHURN_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (own == MAP_FAILED)
+            exit(2);
+        madvise(own, CHURN_BYTES, MADV_NOHUGEPAGE);
+        for (int at = 0; at < CHURN_BYTES; at += 4096)
+            own[at] = 1;
+    }
+    for (int i = 0; i < STORMS; i++) {
+        char *p = map_file(BYTES);
+        sum += touch(p, BYTES);
         for (int k = 0; k < 4; k++) {
-            enum { BYTES = 1 << 20 };
-            volatile char *p = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (p == MAP_FAILED)
-                return 0;
-            for (int at = 0; at < BYTES; at += 4096)
-                p[at] = 1;
-            mprotect((void *)p, BYTES / 2, PROT_READ);
-            for (int at = 0; at < BYTES; at += 4096)
-                sum += (uint64_t)p[at];
-            munmap((void *)p, BYTES);
+            mprotect(p, BYTES, k & 1 ? PROT_READ | PROT_WRITE : PROT_READ);
+            sum += touch(p, BYTES);
         }
-        sum += waitpid(child, &status, 0) == child && !status;
+        munmap(p, BYTES);
+        if (i % 4 == 0)
+            sum += spawn(i % 8 == 0, own);
     }
     return sum;
 }

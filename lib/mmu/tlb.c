@@ -1,5 +1,5 @@
 /* tlb.c - strategy "tlb": every miss of the inline TLB is a walk of the guest's page tables. It keeps nothing of its
- * own. fill.c walks for it directly. */
+ * own. */
 #include "mmu/mmu.h"
 
 static int tlb_translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
