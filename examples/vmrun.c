@@ -346,6 +346,7 @@ static const char help_text[] =
     "  --backend NAME     auto (default), kvm, jit or interp\n"
     "  --mmu NAME         MMU strategy of the software backends\n"
     "  --memory SIZE      RAM, with suffix K, M or G (default 512M)\n"
+    "  --memory-file FILE that RAM is, at least as long; in hugetlbfs: huge pages\n"
     "  --cpus N           virtual CPUs (default 1)\n"
     "  --cpu MODEL        CPU model (default max)\n"
     "  --linux-entry N    start a Linux kernel at its 16-, 32- or 64-bit entry\n"
@@ -391,12 +392,13 @@ static bool parse_backend(const char *text, vm_backend *backend) {
     return false;
 }
 
-enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_CPUS, OPT_CPU, OPT_ENTRY,
+enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_MEMORY_FILE, OPT_CPUS, OPT_CPU, OPT_ENTRY,
        OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN, OPT_HELP, OPT_VERSION };
 static const struct option long_options[] = {
     {"kernel", required_argument, NULL, OPT_KERNEL},   {"initrd", required_argument, NULL, OPT_INITRD},
     {"append", required_argument, NULL, OPT_APPEND},   {"bios", required_argument, NULL, OPT_BIOS},
     {"backend", required_argument, NULL, OPT_BACKEND}, {"mmu", required_argument, NULL, OPT_MMU},
+    {"memory-file", required_argument, NULL, OPT_MEMORY_FILE},
     {"memory", required_argument, NULL, OPT_MEMORY},   {"cpus", required_argument, NULL, OPT_CPUS},
     {"cpu", required_argument, NULL, OPT_CPU},         {"linux-entry", required_argument, NULL, OPT_ENTRY},
     {"debugcon", required_argument, NULL, OPT_DEBUGCON}, {"trace", required_argument, NULL, OPT_TRACE},
@@ -415,6 +417,7 @@ static int take_option(vmrun *r, int option, const char *value) {
     case OPT_APPEND: r->boot.cmdline = value; return 0;
     case OPT_BIOS: r->boot.bios = value; return 0;
     case OPT_MMU: r->machine_options.mmu = value; return 0;
+    case OPT_MEMORY_FILE: r->machine_options.ram_file = value; return 0;
     case OPT_CPU: r->machine_options.cpu_model = value; return 0;
     case OPT_DEBUGCON: r->debugcon = value; return 0;
     case OPT_STATS: r->want_stats = true; return 0;

@@ -33,6 +33,9 @@ local libvm = {}
 ---@field vcpus? integer default 1
 ---@field mmu? string MMU strategy, see `libvm.mmu_names()`
 ---@field memory? libvm.Size RAM of a PC
+---@field memory_file? string path of a file that is the RAM of a PC, at least as long; one in hugetlbfs gives huge pages
+---@field memory_private? boolean the guest's writes do not go to that file
+---@field memory_advice? string|string[] for the RAM of a PC: names as `Machine:advise` takes them
 ---@field code_cache? libvm.Size ceiling for translated code
 ---@field cpu_model? string "max" or "kvm"
 

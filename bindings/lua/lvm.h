@@ -170,6 +170,7 @@ unsigned lvm_check_prot(lua_State *L, int arg);
 unsigned lvm_check_access(lua_State *L, int arg);
 int      lvm_check_name(lua_State *L, int arg, const char *const *names, const char *what);
 void     lvm_push_prot(lua_State *L, unsigned prot);
+extern const char *const lvm_advice_names[];                        /* bit by bit */
 /* Fields of an options table at `arg` (nil and none are empty tables). */
 void     lvm_check_fields(lua_State *L, int arg, const char *const *known);
 uint64_t lvm_field_integer(lua_State *L, int arg, const char *name, uint64_t otherwise);

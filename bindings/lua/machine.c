@@ -59,9 +59,24 @@ static uint64_t field_bytes(lua_State *L, int arg, const char *field)
     return bytes;
 }
 
+/* A name, or a list of names. */
+static unsigned field_advice(lua_State *L, int arg, const char *field)
+{
+    unsigned advice = 0;
+    int type = lua_isnoneornil(L, arg) ? LUA_TNIL : lvm_raw_field(L, arg, field), top = lua_gettop(L);
+    if (type == LUA_TNIL)
+        return 0;
+    if (type != LUA_TTABLE)
+        return 1u << lvm_check_name(L, top, lvm_advice_names, "advice");
+    for (lua_Integer i = 1; lua_rawgeti(L, top, i) != LUA_TNIL; i++, lua_settop(L, top))
+        advice |= 1u << lvm_check_name(L, top + 1, lvm_advice_names, "advice");
+    return advice;
+}
+
 int lvm_machine_new(lua_State *L)
 {
-    static const char *const known[] = { "backend", "platform", "vcpus", "mmu", "memory", "code_cache", "cpu_model", NULL };
+    static const char *const known[] = { "backend", "platform", "vcpus", "mmu", "memory", "code_cache", "cpu_model",
+                                         "memory_file", "memory_private", "memory_advice", NULL };
     vm_options options = VM_OPTIONS_INIT;
     lvm_call call;
     lvm_machine *b;
@@ -75,6 +90,9 @@ int lvm_machine_new(lua_State *L)
     options.ram_bytes = field_bytes(L, 1, "memory");
     options.code_cache_bytes = field_bytes(L, 1, "code_cache");
     options.cpu_model = lvm_field_string(L, 1, "cpu_model");
+    options.ram_file = lvm_field_string(L, 1, "memory_file");
+    options.ram_private = lvm_field_boolean(L, 1, "memory_private");
+    options.ram_advice = field_advice(L, 1, "memory_advice");
     b = lvm_new_machine(L);
     box = lua_gettop(L);
     lvm_enter(L, b, box, &call);         /* a strategy written in Lua may be asked to come along */

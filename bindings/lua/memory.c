@@ -814,17 +814,18 @@ static int machine_discard(lua_State *L)
     return lvm_finish(L, b, &call, status);
 }
 
+const char *const lvm_advice_names[] = { "huge", "small", "mergeable", "unmergeable", "prefault", NULL };
+
 /* machine:advise(gpa, bytes, "huge", ...) */
 static int machine_advise(lua_State *L)
 {
-    static const char *const names[] = { "huge", "small", "mergeable", "unmergeable", "prefault", NULL };
     lvm_machine *b = lvm_check_machine(L, 1);
     uint64_t gpa = (uint64_t)luaL_checkinteger(L, 2), bytes = lvm_check_bytes(L, 3);
     unsigned advice = 0;
     lvm_call call;
     int status;
     for (int i = 4; i <= lua_gettop(L); i++)
-        advice |= 1u << lvm_check_name(L, i, names, "advice");
+        advice |= 1u << lvm_check_name(L, i, lvm_advice_names, "advice");
     lvm_enter(L, b, 1, &call);
     status = vm_advise(b->m, gpa, bytes, advice);
     return lvm_finish(L, b, &call, status);

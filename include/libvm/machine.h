@@ -33,6 +33,15 @@ typedef struct vm_options {
     uint64_t    code_cache_bytes;       /* JIT: ceiling for translated code, 0 = default */
     const char *cpu_model;              /* what CPUID shows; NULL or "max" = all this backend can do; "kvm" = what every
                                            backend can do here, for vm_backend_select */
+    /* PC only: what main memory is made of. NULL: zeros in memory of the machine's own. Else the path of a file at least
+     * ram_bytes long whose bytes main memory has: the byte at offset x is that at guest-physical x, or, from the end of low
+     * memory on (at most 3 GiB), at x less that end plus 4 GiB. A file in hugetlbfs gives huge pages; "/proc/self/fd/N" is a
+     * descriptor of the caller's, a memfd for example, and may be closed after the call. vm_share_pages() leaves such memory
+     * alone; copies made by vm_fork() have memory of their own. */
+    const char *ram_file;
+    bool        ram_private;            /* of ram_file: the guest's writes stay in memory; else they go to the file */
+    unsigned    ram_advice;             /* vm_advice bits for main memory, as vm_advise() takes them. 0: as the host likes, large
+                                           memory in transparent huge pages */
 } vm_options;                           /* strings are copied; the caller keeps his */
 #define VM_OPTIONS_INIT VM_STRUCT_INIT(vm_options)
 #define VM_MAX_VCPUS 64u
@@ -43,7 +52,7 @@ typedef struct vm_options {
  * is read here and sends lines to standard error unless vm_trace_set() redirects them. It is the one case where the
  * library writes anything by itself, and only when the environment asks.
  * VM_E_INVALID bad option; VM_E_UNSUPPORTED backend, MMU strategy or CPU model not available (the message says why);
- * VM_E_NOMEM; VM_E_HOST. Any thread. */
+ * VM_E_NOMEM; VM_E_HOST, also when ram_file cannot be opened or mapped, or the host refuses ram_advice. Any thread. */
 VM_API int vm_create(const vm_options *options, vm_machine **out);
 
 /* Ends a machine: stops its vCPUs (threads inside vm_vcpu_run get VM_EXIT_KICK first; the call waits for them to

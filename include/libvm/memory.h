@@ -83,8 +83,9 @@ VM_API int vm_dirty_log(vm_machine *m, bool on);
 VM_API int vm_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t *bitmap);
 
 /* Gives pages of RAM back to the host, as a balloon does: they read as zero from now on and are committed again when
- * touched. They count as written (code, dirty log). Memory of vm_map_ram() and a PC's own only: VM_E_UNSUPPORTED for
- * other kinds, VM_E_FAULT where no RAM is; nothing is changed then. */
+ * touched. They count as written (code, dirty log). Memory of vm_map_ram() and a PC's own only (of a
+ * shared vm_options.ram_file the bytes go, too): VM_E_UNSUPPORTED for other kinds, VM_E_FAULT where no RAM is; nothing is
+ * changed then. */
 VM_API int vm_discard(vm_machine *m, uint64_t gpa, uint64_t bytes);
 
 /* How the host should back memory; a set of bits for vm_advise(). */
@@ -95,7 +96,8 @@ typedef enum vm_advice {
     VM_ADVICE_UNMERGEABLE = 8,
     VM_ADVICE_PREFAULT = 16             /* commit all of it now */
 } vm_advice;
-/* Advises the host about whole pages of RAM of any kind. Memory from a hugetlbfs file is mapped with vm_map_file().
+/* Advises the host about whole pages of RAM of any kind. Memory from a hugetlbfs file is mapped with vm_map_file(),
+ * a PC's with vm_options.ram_file.
  * VM_E_FAULT part of the range is not RAM; VM_E_HOST the host refused (no such feature, out of memory). */
 VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice);
 

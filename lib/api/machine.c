@@ -19,6 +19,12 @@ static int check_options(const vm_options *o)
         return vm_fail(VM_E_INVALID, "vm_create: %u vCPUs, at most %u are possible", o->vcpus, VM_MAX_VCPUS);
     if (o->mmu && !vm_mmu_find(o->mmu))
         return vm_fail(VM_E_UNSUPPORTED, "vm_create: no MMU strategy \"%.60s\"", o->mmu);
+    if (o->ram_advice & ~VM_ADVICE_ALL)
+        return vm_fail(VM_E_INVALID, "vm_create: unknown bits in ram_advice 0x%x", o->ram_advice);
+    if (o->ram_private && !o->ram_file)
+        return vm_fail(VM_E_INVALID, "vm_create: ram_private is for a ram_file");
+    if (o->platform == VM_PLATFORM_BARE && (o->ram_file || o->ram_advice))
+        return vm_fail(VM_E_INVALID, "vm_create: ram_file and ram_advice are for a PC's main memory");
     if (o->platform == VM_PLATFORM_BARE) {
         if (o->ram_bytes)
             return vm_fail(VM_E_INVALID, "vm_create: ram_bytes is 0x%llx, but a BARE machine has none (map some)",

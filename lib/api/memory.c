@@ -256,8 +256,8 @@ VM_API int vm_discard(vm_machine *m, uint64_t gpa, uint64_t bytes)
 VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice)
 {
     VM_CHECK(check_pages(m, "vm_advise", gpa, bytes));
-    if (advice & ~31u)
-        return vm_fail(VM_E_INVALID, "vm_advise: unknown bits 0x%x", advice & ~31u);
+    if (advice & ~VM_ADVICE_ALL)
+        return vm_fail(VM_E_INVALID, "vm_advise: unknown bits 0x%x", advice & ~VM_ADVICE_ALL);
     return vm_memory_advise(m, gpa, bytes, advice);
 }
 

@@ -10,9 +10,13 @@
 #include "core/core.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define PAGE UINT64_C(4096)
@@ -41,7 +45,7 @@ static int each_piece(vm_machine *m, uint64_t gpa, uint64_t bytes, piece_fn fn, 
 static int may_discard(vm_machine *m, vm_region *r, uint64_t offset, uint64_t bytes, unsigned unused)
 {
     (void)m, (void)bytes, (void)unused;
-    if (r->kind == VM_REGION_RAM)
+    if (r->kind == VM_REGION_RAM || r->is_internal)
         return VM_OK;
     return vm_fail(VM_E_UNSUPPORTED, "vm_discard: the memory at 0x%llx is not libvm's own", (unsigned long long)(r->gpa + offset));
 }
@@ -50,7 +54,10 @@ static int discard(vm_machine *m, vm_region *r, uint64_t offset, uint64_t bytes,
 {
     (void)unused;
     uint8_t *host = r->host + offset;
-    if (r->backing)
+    if (r->kind != VM_REGION_RAM) {    /* main memory from a file */
+        if (!r->is_shared_file || madvise(host, bytes, MADV_REMOVE) != 0)
+            memset(host, 0, bytes);
+    } else if (r->backing)
         memset(host, 0, bytes);
     else if (r->is_merged ? mmap(host, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED
                           : madvise(host, bytes, MADV_DONTNEED) != 0)
@@ -67,6 +74,47 @@ int vm_memory_discard(vm_machine *m, uint64_t gpa, uint64_t bytes)
         status = each_piece(m, gpa, bytes, discard, 0);
     vm_resume(m);
     return status;
+}
+
+/* ---- main memory from a file ---- */
+
+/* One mapping for all of low memory, whatever the guest has in between: huge pages cannot be cut. */
+static int map_main(vm_machine *m, int fd, unsigned which, uint64_t offset, uint64_t bytes)
+{
+    struct statfs fs;
+    uint64_t unit = fstatfs(fd, &fs) == 0 && fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : PAGE;
+    bytes = (bytes + unit - 1) / unit * unit;
+    void *host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, m->options.ram_private ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED, fd,
+                      (off_t)offset);
+    if (host == MAP_FAILED)
+        return vm_fail_errno(VM_E_HOST, m->options.ram_file);
+    m->ram_map[which].host = host;
+    m->ram_map[which].bytes = bytes;
+    return VM_OK;
+}
+
+int vm_memory_map_main(vm_machine *m, uint64_t low, uint64_t high)
+{
+    struct stat st;
+    int fd = open(m->options.ram_file, (m->options.ram_private ? O_RDONLY : O_RDWR) | O_CLOEXEC), status = VM_OK;
+    if (fd < 0)
+        return vm_fail_errno(VM_E_HOST, m->options.ram_file);
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (uint64_t)st.st_size < low + high)
+        status = vm_fail(VM_E_INVALID, "ram_file has 0x%llx bytes, ram_bytes is 0x%llx", (unsigned long long)st.st_size,
+                         (unsigned long long)(low + high));
+    if (status == VM_OK)
+        status = map_main(m, fd, 0, 0, low);
+    if (status == VM_OK && high)
+        status = map_main(m, fd, 1, low, high);
+    close(fd);
+    return status;
+}
+
+void vm_memory_unmap_main(vm_machine *m)
+{
+    for (unsigned i = 0; i < 2; i++)
+        if (m->ram_map[i].host)
+            munmap(m->ram_map[i].host, m->ram_map[i].bytes);
 }
 
 /* ---- advice ---- */

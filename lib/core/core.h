@@ -76,6 +76,7 @@ struct vm_region {
     bool is_internal;                  /* made by the platform: vm_unmap refuses */
     bool is_read_only;                 /* the host mapping: nobody may write, not even vm_write() */
     bool is_enabled;                   /* in the view (vm_region_move can take it out) */
+    bool is_shared_file;               /* writes go to vm_options.ram_file */
     bool is_merged;                    /* parts of `host` are mapped from a file of shared pages (backing.c) */
     bool is_dying;                     /* unmapped while one of its callbacks was running */
     unsigned busy;                     /* callbacks running; under device_lock */
@@ -240,6 +241,7 @@ struct vm_machine {
     vm_view handles;                   /* all regions, gpa = address of the vm_region */
     vm_region *graves;                 /* unmapped RAM that an instruction under way may still reach */
     vm_region *ram;                    /* PC main memory (low part) */
+    struct { uint8_t *host; size_t bytes; } ram_map[2];    /* vm_options.ram_file: low and high memory */
     bool dirty_log;
     const struct vm_mmu_ops *mmu; void *mmu_state;
     enum vm_mmu_kind { VM_MMU_TLB, VM_MMU_FLAT, VM_MMU_SHADOW, VM_MMU_EPT, VM_MMU_OTHER } mmu_kind;    /* of `mmu` */
@@ -389,6 +391,10 @@ void vm_vcpu_reset(vm_vcpu *cpu); /* forget exits, injections, shutdown; not the
 /* backing.c */
 int  vm_memory_discard(vm_machine *m, uint64_t gpa, uint64_t bytes);
 int  vm_memory_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice);
+#define VM_ADVICE_ALL 31u              /* all the bits of vm_advice */
+/* A PC's options.ram_file to m->ram_map, and away; `high` bytes of it lie beyond the first `low`. */
+int  vm_memory_map_main(vm_machine *m, uint64_t low, uint64_t high);
+void vm_memory_unmap_main(vm_machine *m);
 int  vm_memory_share(vm_machine *const *machines, unsigned count, uint64_t *saved);     /* paused, idle */
 /* memory.c */
 /* takes proto's fields; frees nothing on failure */

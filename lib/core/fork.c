@@ -143,7 +143,7 @@ static int match_platform(vm_machine *m, vm_machine *c)
     vm_region *r = next_internal(m->regions), *to = next_internal(c->regions);
     int status = VM_OK;
     for (; r && to && status == VM_OK; r = next_internal(r->next), to = next_internal(to->next)) {
-        if (r->kind != to->kind || r->bytes != to->bytes)
+        if ((is_ram(r) ? !is_ram(to) : r->kind != to->kind) || r->bytes != to->bytes)
             return vm_fail(VM_E_INTERNAL, "vm_fork: the platforms differ at 0x%llx", (unsigned long long)r->gpa);
         if (is_ram(r))
             status = copy_memory(r, to);
@@ -215,6 +215,8 @@ static int fork_machine(vm_machine *m, vm_machine **out)
     vm_snapshot *s = NULL;
     vm_options o = m->options;
     o.cpu_model = m->cpu_model;
+    o.ram_private = false;             /* memory of its own, */
+    o.ram_advice &= ~(unsigned)VM_ADVICE_PREFAULT;       /* which will be mapped */
     o.mmu = m->options.backend != VM_BACKEND_KVM && m->mmu ? m->mmu->name : NULL;
     vm_machine *c = NULL;
     int status = vm_snap_new(m, &s);

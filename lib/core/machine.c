@@ -175,6 +175,7 @@ static int build(vm_machine *m, const vm_options *options)
         if (status == VM_OK)
             vm_pc_reset(m);
     }
+    m->options.ram_file = NULL;        /* the caller's */
     for (unsigned i = 0; status == VM_OK && i < m->vcpu_count; i++) {
         vm_vcpu_reset(m->vcpus[i]);
         vm_vcpu_changed(m->vcpus[i], VM_STATE_ALL);
@@ -219,6 +220,7 @@ void vm_machine_destroy(vm_machine *m)
     vm_replay_free(m);
     vm_bindings_free(m);
     vm_regions_free(m);
+    vm_memory_unmap_main(m);
     if (m->has_pc)
         vm_pc_destroy(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)

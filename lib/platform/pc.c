@@ -115,18 +115,29 @@ static void reset_write(void *target, uint8_t value) { vm_misc_reset_control(((s
 static uint8_t reset_read(void *target) { return vm_misc_reset_read(((struct vm_platform_pc *)target)->misc); }
 
 /* ---- RAM ---- */
+static int map_file_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
+    bool is_high = gpa >= VM_PC_HIGH;
+    vm_region proto = { .kind = VM_REGION_HOST, .gpa = gpa, .bytes = end - gpa, .prot = VM_PROT_RWX,
+                        .host = m->ram_map[is_high].host + (is_high ? gpa - VM_PC_HIGH : gpa),
+                        .is_shared_file = !m->options.ram_private };
+    return vm_region_add(m, &proto, out);
+}
+
 static int map_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
+    unsigned advice = m->options.ram_advice;
     if (end <= gpa)
         return VM_OK;
     vm_region *r;
-    int status = vm_map_ram(m, gpa, end - gpa, VM_PROT_RWX, &r);
+    int status = m->options.ram_file ? map_file_ram(m, gpa, end, &r) : vm_map_ram(m, gpa, end - gpa, VM_PROT_RWX, &r);
     if (status)
         return status;
     r->is_internal = true;
-    if (end - gpa >= UINT64_C(4) << 20)
-        (void)vm_advise(m, gpa, end - gpa, VM_ADVICE_HUGE);   /* an operating system will use it all; a host without them says no */
     if (out)
         *out = r;
+    if (advice)
+        return vm_advise(m, gpa, end - gpa, advice);
+    if (end - gpa >= UINT64_C(4) << 20 && !m->options.ram_file)
+        (void)vm_advise(m, gpa, end - gpa, VM_ADVICE_HUGE);   /* an operating system will use it all; a host without them says no */
     return VM_OK;
 }
 
@@ -139,7 +150,9 @@ static int make_ram(struct vm_platform_pc *pc) {
     uint64_t high_end = VM_PC_HIGH + (ram - pc->info.low_end);
     if (ram >= UINT64_C(1) << 46)
         return vm_fail(VM_E_INVALID, "ram_bytes is 0x%llx: more than guests can address", (unsigned long long)ram);
-    int status = map_ram(m, 0, VM_PC_VGA_HOLE, &m->ram);
+    int status = m->options.ram_file ? vm_memory_map_main(m, pc->info.low_end, ram - pc->info.low_end) : VM_OK;
+    if (!status)
+        status = map_ram(m, 0, VM_PC_VGA_HOLE, &m->ram);
     if (!status)
         status = map_ram(m, VM_PC_SHADOW, pc->info.low_end, NULL);
     return status ? status : map_ram(m, VM_PC_HIGH, high_end, NULL);

@@ -689,6 +689,29 @@ describe("memory at scale", function()
     raises("machine expected", libvm.share_pages, 1)
   end)
 
+  it("comes from a file for a PC", function()
+    local path = os.tmpname()
+    local file <close> = assert(io.open(path, "wb"))
+    file:write(("\0"):rep(0x1000), "from the file", ("\0"):rep((2 << 20) - 0x1000 - 13))
+    file:flush()
+    local pc = { platform = "pc", memory = "2M", backend = "interp", memory_file = path, memory_advice = { "small" } }
+    local m <close> = assert(libvm.machine(pc))
+    assert.equal("from the file", m:read(0x1000, 13))
+    m:write(0x1000, "to")
+    local again <close> = assert(io.open(path, "rb"))
+    again:seek("set", 0x1000)
+    assert.equal("toom the file", again:read(13))
+    pc.memory_private = true
+    local n <close> = assert(libvm.machine(pc))
+    n:write(0x1000, "in")
+    assert.equal("toom the file", m:read(0x1000, 13))
+    pc.memory = "4M"
+    refused(libvm.status.E_INVALID, libvm.machine(pc))
+    pc.memory_advice = "tiny"
+    raises("unknown advice", libvm.machine, pc)
+    os.remove(path)
+  end)
+
   it("has doorbells only on eventfds", function()
     local m <close> = libvm.machine()
     refused(libvm.status.E_INVALID, m:ioeventfd { fd = 0, address = 0x1000 })

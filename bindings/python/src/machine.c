@@ -32,14 +32,20 @@ static PyObject *machine_alloc(PyTypeObject *type, pv_state *st)
 
 static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = { "backend", "platform", "vcpus", "mmu", "memory", "code_cache", "cpu_model", NULL };
+    static char *names[] = { "backend", "platform", "vcpus", "mmu", "memory", "code_cache", "cpu_model",
+                              "memory_file", "memory_private", "memory_advice", NULL };
     pv_state *st = pv_state_of(type);
     vm_options o = VM_OPTIONS_INIT;
     PyObject *backend = NULL, *platform = NULL;
     long v;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO&zO&O&z:Machine", names, &backend, &platform, pv_u32, &o.vcpus, &o.mmu,
-                                     pv_bytes, &o.ram_bytes, pv_bytes, &o.code_cache_bytes, &o.cpu_model))
+    int is_private = 0;
+    uint32_t advice = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO&zO&O&zzpO&:Machine", names, &backend, &platform, pv_u32, &o.vcpus, &o.mmu,
+                                     pv_bytes, &o.ram_bytes, pv_bytes, &o.code_cache_bytes, &o.cpu_model, &o.ram_file, &is_private,
+                                     pv_u32, &advice))
         return NULL;
+    o.ram_private = is_private;
+    o.ram_advice = advice;
     if (backend && !pv_named(backend, pv_backend_names, "backend", &v))
         return NULL;
     o.backend = backend ? (vm_backend)v : VM_BACKEND_AUTO;
@@ -570,7 +576,8 @@ static PyMethodDef fork_methods[] = {
 static PyMethodDef all_methods[160];
 
 static PyType_Slot slots[] = {
-    { Py_tp_doc, "Machine(backend='auto', platform='bare', vcpus=1, mmu=None, memory=0, code_cache=0, cpu_model=None)\n"
+    { Py_tp_doc, "Machine(backend='auto', platform='bare', vcpus=1, mmu=None, memory=0, code_cache=0, cpu_model=None,\n"
+      "        memory_file=None, memory_private=False, memory_advice=0)\n"
                  "A virtual machine. Use it in `with`; m[a:b] reads and writes guest-physical RAM." },
     { Py_tp_new, machine_new }, { Py_tp_dealloc, machine_dealloc }, { Py_tp_traverse, machine_traverse },
     { Py_tp_clear, machine_clear }, { Py_tp_repr, machine_repr }, { Py_tp_methods, all_methods }, { Py_tp_getset, getters },

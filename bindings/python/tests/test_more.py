@@ -20,6 +20,23 @@ def pc(backend, **options):
     return libvm.Machine(backend=backend, platform="pc", memory="2M", **options)
 
 
+# ---- memory of a PC ----
+
+def test_memory_file(backend, tmp_path):
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(0x1000) + b"from the file" + bytes((2 << 20) - 0x100d))
+    with pc(backend, memory_file=str(path), memory_advice=libvm.Advice.SMALL) as m:
+        assert m.read(0x1000, 13) == b"from the file"
+        m.write(0x1000, b"to")
+        with pc(backend, memory_file=str(path), memory_private=True) as n:
+            n.write(0x1000, b"in")
+            assert n.read(0x1000, 6) == b"inom t"
+        assert path.read_bytes()[0x1000:0x1006] == b"toom t" == m.read(0x1000, 6)
+    for options in ({"memory_file": str(tmp_path / "none")}, {"memory_private": True}, {"memory_advice": 64}):
+        with pytest.raises(libvm.Error):
+            pc(backend, **options)
+
+
 # ---- snapshots ----
 
 def test_snapshot(machine):
