@@ -106,6 +106,7 @@ void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes);
 /* ---- vCPU ---- */
 /* An address space whose translations may be kept while the guest is in another; as long as the version is the same. */
 typedef struct vm_space { uint64_t key, version; } vm_space;
+#define VM_NMIS 2u                     /* as many are kept for a vCPU: one to be served, one to wait */
 #define VM_PARKS 16u                   /* as many are kept */
 struct vm_vcpu {
     x86_cpu x86;                       /* first */
@@ -115,7 +116,7 @@ struct vm_vcpu {
     _Atomic int asleep;                /* the thread sleeps on x86.attention */
     _Atomic uintptr_t owner;           /* the thread inside vm_vcpu_run, 0: none */
     bool is_parked;                    /* PC: AP waiting for SIPI */
-    uint8_t sipi_vector; bool init_pending, sipi_pending, nmi_latched;    /* under device_lock; vm_pc_vcpu_event takes them */
+    uint8_t sipi_vector, nmis_latched; bool init_pending, sipi_pending;    /* under device_lock; vm_pc_vcpu_event takes them */
     vm_exit pending;                   /* exit that waits for its completion */
     bool has_pending;
     struct vm_lapic *lapic;            /* PC */

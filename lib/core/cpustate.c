@@ -61,7 +61,7 @@ int vm_cpu_state_take(vm_vcpu *cpu, vm_cpu_state *s)
     s->sipi_vector = cpu->sipi_vector;
     s->init_pending = cpu->init_pending;
     s->sipi_pending = cpu->sipi_pending;
-    s->nmi_latched = cpu->nmi_latched;
+    s->nmis_latched = cpu->nmis_latched;
     s->has_pending = cpu->has_pending;
     s->is_shut_down = cpu->is_shut_down;
     s->bare_cr8 = cpu->bare_cr8;
@@ -96,7 +96,7 @@ static void put_bytes(vm_vcpu *cpu, const vm_cpu_state *s)
     cpu->sipi_vector = s->sipi_vector;
     cpu->init_pending = s->init_pending;
     cpu->sipi_pending = s->sipi_pending;
-    cpu->nmi_latched = s->nmi_latched;
+    cpu->nmis_latched = s->nmis_latched;
     cpu->has_pending = s->has_pending;
     cpu->is_shut_down = s->is_shut_down;
     cpu->bare_cr8 = s->bare_cr8;
@@ -152,7 +152,7 @@ static int bad(const vm_vcpu *cpu, const char *what)
 static bool are_bools(const vm_cpu_state *s)
 {
     const uint8_t bools[] = { s->flat, s->halted, s->nmi_blocked, s->nmi_pending, s->keep_rf, s->no_trap, s->is_parked,
-                              s->init_pending, s->sipi_pending, s->nmi_latched, s->has_pending, s->is_shut_down,
+                              s->init_pending, s->sipi_pending, s->has_pending, s->is_shut_down,
                               s->inject_set, s->inject_has_error, s->has_event };
     for (size_t i = 0; i < sizeof bools; i++)
         if (bools[i] > 1)
@@ -230,7 +230,7 @@ int vm_cpu_state_check(const vm_vcpu *cpu, const vm_cpu_state *s)
 {
     uint32_t mxcsr;
     memcpy(&mxcsr, &s->fpu.image[24], sizeof mxcsr);
-    if (!are_bools(s) || s->inhibit > 3 || s->bare_cr8 > 15)
+    if (!are_bools(s) || s->inhibit > 3 || s->bare_cr8 > 15 || s->nmis_latched > VM_NMIS)
         return bad(cpu, "a flag has an impossible value");
     if (!is_good_fault(&s->fault) || !are_good_accesses(s))
         return bad(cpu, "the accesses under way are not possible");

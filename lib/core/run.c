@@ -92,6 +92,8 @@ int vm_round_deliver(vm_vcpu *cpu, run *r, uint8_t vector, bool has_error, uint3
     vm_vcpu_fetch(cpu, VM_STATE_ALL);
     x86_stop stop = x86_inject(x, vector, has_error, error);
     vm_vcpu_changed(cpu, VM_STATE_ALL);
+    if (vector == X86_NMI)
+        atomic_fetch_or(&x->attention, X86_ATT_EVENT);         /* another may be latched */
     if (stop == X86_STOP_IO) { /* its stack is device memory nobody handles: deliver again once that is answered */
         cpu->inject.is_set = true;
         cpu->inject.vector = vector;

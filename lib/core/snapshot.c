@@ -415,7 +415,7 @@ void vm_snap_put_cpus(vm_machine *m, const vm_snapshot *s)
             m->event = s->event;
             m->event_code = s->event_code;
         }
-        if (c->has_event | c->init_pending | c->sipi_pending | c->nmi_latched)
+        if (c->has_event | c->init_pending | c->sipi_pending | c->nmis_latched)
             atomic_fetch_or(&cpu->x86.attention, X86_ATT_EVENT);
     }
     if (differs)

@@ -122,7 +122,8 @@ static void receive(vm_lapic *l, const vm_apic_msg *msg) {
         accept(l, msg->vector, msg->is_level);
         break;
     case VM_APIC_NMI:
-        cpu->nmi_latched = true;
+        if (cpu->nmis_latched < VM_NMIS)
+            cpu->nmis_latched++;
         vm_vcpu_notify(cpu, X86_ATT_EVENT);
         break;
     case VM_APIC_INIT:
@@ -324,7 +325,10 @@ static void timer_fire(void *user) {
 static void write_deadline(vm_lapic *l, uint64_t value) {
     if (timer_mode(l) != TIMER_DEADLINE)
         return;
-    l->s.tsc_deadline = value;
+    bool is_past = value && value <= guest_tsc(l);             /* 11.5.4.1: the interrupt comes at once */
+    l->s.tsc_deadline = is_past ? 0 : value;
+    if (is_past)
+        timer_interrupt(l);
     timer_arm(l);
 }
 

@@ -145,6 +145,7 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     if (kv->is_nmi_given) { /* KVM has it now */
         kv->is_nmi_given = false;
         kv->cpu->x86.nmi_pending = false;
+        atomic_fetch_or(&kv->cpu->x86.attention, X86_ATT_EVENT); /* another may be latched */
     }
     kv->boundary = run->s.regs.regs.rip;
     kv->is_inside = 1;

@@ -424,7 +424,8 @@ void vm_pc_reset(vm_machine *m) {
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         vm_vcpu *cpu = m->vcpus[i];
         x86_cpu_reset(&cpu->x86, false);
-        cpu->init_pending = cpu->sipi_pending = cpu->nmi_latched = false;
+        cpu->init_pending = cpu->sipi_pending = false;
+        cpu->nmis_latched = 0;
         cpu->is_parked = i != 0;
         vm_vcpu_changed(cpu, VM_STATE_ALL);
     }
@@ -533,10 +534,27 @@ static void start_at(vm_vcpu *cpu, uint8_t vector) {
     cpu->is_parked = false;
 }
 
+/* One NMI waits while another is served. Two that come before the first is served are two all the same: hardware would have
+ * begun with the first at once, and a host thread that was late is nothing the guest may notice. Whoever delivers one sets
+ * X86_ATT_EVENT for the other. */
+static void take_nmis(vm_vcpu *cpu) {
+    if (cpu->is_parked)                            /* one that waits for SIPI takes no NMI */
+        cpu->nmis_latched = 0;
+    if (!cpu->nmis_latched)
+        return;
+    if (!cpu->x86.nmi_pending) {
+        cpu->x86.nmi_pending = true;               /* backends with state elsewhere look at it before they run */
+        cpu->nmis_latched--;
+    }
+    if (cpu->x86.nmi_blocked && !cpu->machine->backend->takes_interrupts)
+        cpu->nmis_latched = 0;
+}
+
 void vm_pc_vcpu_event(vm_vcpu *cpu) {
     vm_device_lock(cpu->machine);
     if (cpu->init_pending) {
-        cpu->init_pending = cpu->nmi_latched = false;
+        cpu->init_pending = false;
+        cpu->nmis_latched = 0;
         vm_vcpu_fetch(cpu, VM_STATE_ALL);
         x86_cpu_reset(&cpu->x86, true);
         cpu->x86.halted = false;
@@ -552,11 +570,7 @@ void vm_pc_vcpu_event(vm_vcpu *cpu) {
             vm_vcpu_changed(cpu, VM_STATE_ALL);
         }
     }
-    if (cpu->nmi_latched) {
-        cpu->nmi_latched = false;
-        if (!cpu->is_parked)                       /* one that waits for SIPI takes no NMI */
-            cpu->x86.nmi_pending = true;           /* backends with state elsewhere look at it before they run */
-    }
+    take_nmis(cpu);
     vm_device_unlock(cpu->machine);
 }
 

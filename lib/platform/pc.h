@@ -37,7 +37,7 @@ int  vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes);
 int  vm_pc_copy_firmware(vm_machine *from, vm_machine *to);    /* fw_cfg items, which are not in it; device locks held */
 
 /* ---- from the vCPU (its own thread) ---- */
-/* INIT, SIPI and NMI latched in cpu->init_pending, sipi_pending, nmi_latched; the run loop calls this when X86_ATT_EVENT was set, outside
+/* INIT, SIPI and NMIs latched in cpu->init_pending, sipi_pending, nmis_latched; the run loop calls this when X86_ATT_EVENT was set, outside
  * guest code and with register state current. Changes cpu->is_parked. */
 void vm_pc_vcpu_event(vm_vcpu *cpu);
 /* MSRs 0x1b (APIC base), 0x6e0 (TSC deadline), 0x800-0x8ff (x2APIC). false: #GP. */
