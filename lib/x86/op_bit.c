@@ -85,10 +85,11 @@ void x86_op_btc(x86_cpu *cpu, const x86_insn *in) { bit_op(cpu, in, do_btc, true
 BIT_SCAN(bsf)
 BIT_SCAN(bsr)
 
-/* Counts are computed here rather than run: the host may lack them. AMD leaves the other flags of TZCNT and LZCNT. */
+/* Counts are computed here rather than run: the host may lack them. The flags that the manuals leave undefined are as AMD
+ * cores make them, so that the JIT, which runs these instructions, agrees: TZCNT and LZCNT keep OF and clear the rest. */
 static void count_result(x86_cpu *cpu, const x86_insn *in, uint64_t v, bool is_source_zero)
 {
-    cpu->rflags &= ~(uint64_t)(X86_FL_CF | X86_FL_ZF);
+    cpu->rflags &= ~(uint64_t)(X86_FL_ARITH & ~X86_FL_OF);
     cpu->rflags |= (is_source_zero ? X86_FL_CF : 0) | (v ? 0 : X86_FL_ZF);
     x86_set_gpr(cpu, in->op[0].reg, in->op[0].size, v);
 }
@@ -128,12 +129,13 @@ void x86_op_crc32(x86_cpu *cpu, const x86_insn *in)
 
 /* ---- BMI1, BMI2 ---- */
 
-/* SF, ZF of the result; OF = 0; CF as given; AF and PF kept (they are undefined). */
+/* SF, ZF, PF of the result; OF = AF = 0; CF as given (AF and PF are undefined: see above). */
 static void bmi_flags(x86_cpu *cpu, const x86_insn *in, uint64_t v, bool cf)
 {
     const unsigned n = in->op[0].size;
-    uint64_t f = (v >> (n * 8 - 1) & 1 ? X86_FL_SF : 0) | (v ? 0 : X86_FL_ZF) | (cf ? X86_FL_CF : 0);
-    cpu->rflags = (cpu->rflags & ~(uint64_t)(X86_FL_SF | X86_FL_ZF | X86_FL_CF | X86_FL_OF)) | f;
+    uint64_t f = (v >> (n * 8 - 1) & 1 ? X86_FL_SF : 0) | (v ? 0 : X86_FL_ZF) | (cf ? X86_FL_CF : 0) |
+                 (__builtin_parity(v & 0xff) ? 0 : X86_FL_PF);
+    cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | f;
     x86_set_gpr(cpu, in->op[0].reg, n, v);
 }
 
@@ -153,6 +155,7 @@ void x86_op_bextr(x86_cpu *cpu, const x86_insn *in)
     if (length < 64)
         v &= (UINT64_C(1) << length) - 1;
     bmi_flags(cpu, in, v, false);
+    cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_SF) | X86_FL_AF;
 }
 
 void x86_op_blsi(x86_cpu *cpu, const x86_insn *in)

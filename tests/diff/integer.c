@@ -8,6 +8,7 @@
  * Left out: instructions that a process may not or must not execute (privileged, ports, far transfers, software interrupts,
  * branches), vector and x87 state, and results that are not a function of registers (CPUID, TSC, random numbers).
  */
+#include <cpuid.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -308,9 +309,17 @@ static bool make_regs(x86_cpu *cpu, const x86_insn *in, regs *r)
     return is_inside(x86_offset(cpu, in), 16);
 }
 
-/* Flags that the manuals leave undefined and that are computed here rather than taken from the host. */
+static bool is_amd(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+}
+
+/* Flags that the manuals leave undefined and that are computed here rather than taken from the host, as AMD cores do. */
 static uint64_t undefined(const x86_insn *in)
 {
+    if (is_amd())
+        return 0;
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_TZCNT: case ZYDIS_MNEMONIC_LZCNT: return X86_FL_OF | X86_FL_SF | X86_FL_PF | X86_FL_AF;
     case ZYDIS_MNEMONIC_ANDN: case ZYDIS_MNEMONIC_BLSI: case ZYDIS_MNEMONIC_BLSR: case ZYDIS_MNEMONIC_BLSMSK: case ZYDIS_MNEMONIC_BZHI:
