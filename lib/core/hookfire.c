@@ -1,7 +1,7 @@
 /* hookfire.c - calling hooks: from events of the CPU to the program's functions and back. See hook.h.
  *
- * A callback may change anything, so each place that calls one looks afterwards: at the answer, and at next_rip, where a
- * changed RIP shows. All of it runs on the vCPU's thread inside an instruction or right before one.
+ * A callback may change anything, so each place that calls one looks afterwards: at the answer, and at is_redirected, for a
+ * changed RIP. All of it runs on the vCPU's thread inside an instruction or right before one.
  */
 #include "core/hook.h"
 #include "mmu/mmu.h"
@@ -128,8 +128,9 @@ void vm_hook_stop_before(x86_cpu *x, bool is_moved)
 unsigned vm_hook_before(vm_vcpu *cpu, const x86_insn *in, uint64_t gpa)
 {
     x86_cpu *x = &cpu->x86;
-    const uint64_t la = x86_rip_linear(x), next = x->next_rip;
+    const uint64_t la = x86_rip_linear(x);
     unsigned answer = X86_HOOK_GO;
+    x->is_redirected = false;
     if (x86_hooked(x, X86_HOOK_BREAK) && vm_hook_is_stop(cpu->machine, la)) {
         x->stop = X86_STOP_BREAKPOINT;
         return X86_HOOK_STOP;
@@ -141,8 +142,8 @@ unsigned vm_hook_before(vm_vcpu *cpu, const x86_insn *in, uint64_t gpa)
     if (x86_hooked(x, X86_HOOK_BREAK))
         answer = stronger(answer, fire_breakpoint(cpu, la));
     if (answer == X86_HOOK_STOP)
-        vm_hook_stop_before(x, x->next_rip != next);
-    else if (x->next_rip != next)
+        vm_hook_stop_before(x, x->is_redirected);
+    else if (x->is_redirected)
         answer = X86_HOOK_SKIP;
     return answer == X86_HOOK_RETRY ? X86_HOOK_GO : answer;
 }
@@ -161,11 +162,12 @@ static bool is_data(unsigned kind) { return X86_HOOK_DATA >> kind & 1; }
 void vm_hook_keep_redirect(vm_vcpu *cpu, uint64_t next)
 {
     x86_cpu *x = &cpu->x86;
-    if (x->next_rip == next)
+    if (!x->is_redirected)
         return;
     cpu->has_redirect = true;
     cpu->redirect = x->next_rip;
     x->next_rip = next;
+    x->is_redirected = false;
     atomic_fetch_or(&x->attention, X86_ATT_LOOK);
 }
 
@@ -183,6 +185,7 @@ unsigned vm_env_hook(x86_cpu *x, const x86_hook *h)
     const bool is_inside = is_data(h->kind) || h->kind == X86_HOOK_PORT;
     vm_hook_event e = { .kind = (vm_hook_kind)h->kind, .address = h->address, .from = h->from, .value = h->value, .bytes = h->bytes,
                         .flags = h->flags, .error = h->error, .data = h->data };
+    x->is_redirected = false;
     unsigned answer = vm_hook_fire(cpu, h->kind, h->number, is_data(h->kind) ? h->bytes : 1,
                                    vm_hook_gpa(cpu, &e), &e);
     if (is_inside) {
@@ -194,9 +197,9 @@ unsigned vm_env_hook(x86_cpu *x, const x86_hook *h)
         vm_vcpu_look_again(cpu);
         return X86_HOOK_GO;
     }
-    if (answer == X86_HOOK_STOP && x->next_rip != next)
+    if (answer == X86_HOOK_STOP && x->is_redirected)
         vm_hook_stop_before(x, true);
-    else if (answer != X86_HOOK_STOP && x->next_rip != next)
+    else if (answer != X86_HOOK_STOP && x->is_redirected)
         answer = X86_HOOK_SKIP;
     return answer;
 }

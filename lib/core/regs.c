@@ -59,6 +59,7 @@ static void set_rip(vm_vcpu *cpu, uint64_t rip)
         x->rip = rip;
     } else if (rip != cpu->x86.rip) {  /* in bulk, the current one comes back unchanged */
         cpu->x86.next_rip = rip;
+        cpu->x86.is_redirected = true;
         vm_vcpu_look_again(cpu);
     }
 }

@@ -429,8 +429,8 @@ uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu) {
 }
 
 /* The block is left after the call for site h: where and in which state. */
-static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint64_t next) {
-    bool is_moved = cpu->next_rip != next;
+static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
+    bool is_moved = cpu->is_redirected;
     if (h->hook && answer == X86_HOOK_STOP) {
         vm_hook_note_stop(j->vcpu, h->hook, &h->event);
         vm_hook_stop_before(cpu, is_moved);
@@ -454,7 +454,7 @@ static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint
 
 /* The same for an access: unless the hook ended the instruction, the interpreter executes it, from its start, and finds the
  * event reported. */
-static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer, uint64_t next) {
+static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
     if (h->hook && answer == X86_HOOK_STOP) vm_hook_note_stop(j->vcpu, h->hook, &h->event);
     if (answer == X86_HOOK_STOP) atomic_fetch_or(&cpu->attention, X86_ATT_STOP);
     if (answer == X86_HOOK_SKIP) {
@@ -464,7 +464,7 @@ static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answe
         cpu->hook_done = false;
         return;
     }
-    vm_hook_keep_redirect(j->vcpu, next);
+    vm_hook_keep_redirect(j->vcpu, jit_next_rip(&h->site));
     jit_hook_half_way(cpu);
     x86_hook_note(cpu);
     j->must_step = true;
@@ -479,7 +479,7 @@ uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
     jit_count_retired(j, cpu, h->site.index);
     cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
     unsigned valid = (uint32_t)answer <= X86_HOOK_RETRY ? (unsigned)answer : X86_HOOK_GO;
-    (h->site.size ? decide_access : decide)(j, cpu, h, valid, jit_next_rip(&h->site));
+    (h->site.size ? decide_access : decide)(j, cpu, h, valid);
     jit_store_flags(cpu);
     return 0;
 }
@@ -503,11 +503,11 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
     if (h->site.size) complete_event(cpu, h);
     unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
     if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
-    bool leaves = answer || cpu->next_rip != jit_next_rip(&h->site) || h->site.block->is_dead || flushes != j->flushes ||
+    bool leaves = answer || cpu->is_redirected || h->site.block->is_dead || flushes != j->flushes ||
                   j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
     if (leaves) {
         cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
-        (h->site.size ? decide_access : decide)(j, cpu, h, answer, jit_next_rip(&h->site));
+        (h->site.size ? decide_access : decide)(j, cpu, h, answer);
     }
     unsigned noted = cpu->io_count;
     jit_end_helper(j, cpu, &h->site);

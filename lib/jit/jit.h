@@ -63,6 +63,7 @@ static inline uint64_t jit_next_rip(const jit_site *s) {
 static inline void jit_place_rip(x86_cpu *cpu, const jit_site *s) {
     cpu->rip = s->rip;
     cpu->next_rip = jit_next_rip(s);
+    cpu->is_redirected = false;
 }
 
 /* A direct edge: a jmp that goes to its stub until linked. */

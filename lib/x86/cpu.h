@@ -362,6 +362,7 @@ struct x86_cpu {
     uint8_t ext;                       /* EXT bit of error codes while a hardware event is being delivered */
     uint8_t hook_credit;               /* events in io_log that replaying accesses has passed over */
     uint8_t block_state;               /* X86_BLOCK_* */
+    bool is_redirected;                /* a callback set RIP: next_rip says where it goes on. Cleared before a callback */
     bool hook_done;                    /* hooks before the instruction at hook_rip have been called, it has not retired yet */
     uint32_t hook_mask;                /* X86_HOOK_BIT()s that are active */
     uint64_t hook_rip, edge_from;
