@@ -628,6 +628,13 @@ static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigne
     return JIT_OUT;
 }
 
+/* Something of what the block of s was made for has changed. */
+static bool must_leave(const jit *j, const x86_cpu *cpu, const jit_site *s) {
+    return s->block->is_dead || j->must_flush || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
+           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
+           atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+}
+
 /* The whole instruction by its semantic function. True: leave the block after it. */
 static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
     uint64_t next = cpu->next_rip;
@@ -646,9 +653,7 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
     }
     cpu->rip = cpu->next_rip;
     if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
-    bool leaves = s->block->is_dead || j->must_flush || cpu->rip != next || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
-           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
-           atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+    bool leaves = cpu->rip != next || must_leave(j, cpu, s);
     jit_hook_after(cpu, s, leaves);
     return leaves;
 }
@@ -816,9 +821,30 @@ static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s) {
     return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_HOOKED, cpu->next_rip);
 }
 
+/* #UD where it is known beforehand, for hooks that emulate instructions: a longjmp to caught() takes longer, and if one has
+ * done so the block goes on. When nothing has retired the run loop looks at its deadline. */
+static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at) {
+    jit_site *s = jit_begin_helper(cpu, at);
+    const uint64_t retired = cpu->retired, next = cpu->next_rip;
+    jit_hook_half_way(cpu);
+    cpu->fault = (x86_fault){.vector = X86_UD};
+    x86_stop stop = x86_deliver_fault(cpu);
+    if (!stop && cpu->retired == retired) stop = X86_STOP_ATTENTION;
+    if (!stop && !s->is_end && cpu->rip == next && !must_leave(j, cpu, s)) {
+        cpu->retired = retired; /* the block's end counts it */
+        cpu->budget++;
+        jit_end_helper(j, cpu, s);
+        return 0;
+    }
+    j->hook_stop = stop;
+    jit_end_helper(j, cpu, s);
+    return leave_block(cpu, s, s->index, JIT_LEAVE_HOOKED, cpu->rip);
+}
+
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
+    if (s->in.exec == x86_op_illegal) return raise_ud(j, cpu, at);
     if (s->in.exec == x86_op_hlt && !cpu->cpl && !(cpu->rflags & X86_FL_TF) && !cpu->hook_mask) return halt(j, cpu, s);
     jit_begin_helper(cpu, at);
     bool leaves = execute(j, cpu, s);

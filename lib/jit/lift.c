@@ -569,11 +569,19 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
     o->cc = in->cc;
 }
 
+/* By the semantic function. #UD may be a hook's to emulate: then it goes on behind, as after a jump. */
+static void lift_fallback(jit_unit *u, unsigned i) {
+    const x86_insn *in = &u->insn[i];
+    bool goes_on = in->exec == x86_op_illegal && !u->cpu->cover.is_on;
+    add_op(u, (in->flags & (X86_IF_BRANCH | X86_IF_END)) && !goes_on ? IR_FALLBACK_END : IR_FALLBACK, i);
+    if (goes_on) add_op(u, IR_JUMP, i)->target = wrap(u, u->insn_rip[i] + in->length);
+}
+
 static void lift_insn(jit_unit *u, unsigned i) {
     const x86_insn *in = &u->insn[i];
     unsigned c = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), n = stack_bytes(u);
     switch (c) {
-    case C_FALLBACK: add_op(u, in->flags & (X86_IF_BRANCH | X86_IF_END) ? IR_FALLBACK_END : IR_FALLBACK, i); break;
+    case C_FALLBACK: lift_fallback(u, i); break;
     case C_LEA: add_op(u, IR_LEA, i); break;
     case C_DIV:
         if (in->flags & X86_IF_MEM) lift_load_tmp(u, i, in->op[0].size);

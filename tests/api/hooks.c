@@ -388,6 +388,33 @@ SOFTWARE(insn_redirect)
     vm_destroy(r.m);
 }
 
+/* To the next instruction: the one that the hook is about is left out all the same, or, after a memory hook, its branch. */
+SOFTWARE(redirect_to_the_next_instruction)
+{
+    static const char code[] = "\xb8\x05\x00\x00\x00\xff\xc0\xff\x13\xf4";       /* mov eax, 5; inc eax; call [rbx]; hlt */
+    static const struct { int kind; uint64_t at, to; unsigned wide; } rows[] = {
+        { VM_HOOK_INSN, 0x1005, 0x1007, 0 }, { VM_HOOK_INSN, 0x1005, 0x1007, 1 }, { VM_HOOK_FETCH, 0x1005, 0x1007, 0 },
+        { VM_HOOK_MEM_READ, DATA, 0x1009, 0 }, { VM_HOOK_MEM_READ, DATA, 0x1009, 1 },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        rig r = MAKE(code);
+        uint64_t target = 0x100, to = rows[i].to;        /* the warm-up loop */
+        vm_hook_result go = VM_HOOK_CONTINUE;
+        OK(vm_write(r.m, DATA, &target, 8));
+        set(r.cpu, VM_REG_RBX, DATA);
+        set(r.cpu, VM_REG_RCX, 0);
+        if (rows[i].wide)
+            hook(&r, (vm_hook_kind)rows[i].kind, 0, UINT64_MAX, answer, &go);
+        hook(&r, (vm_hook_kind)rows[i].kind, rows[i].at, rows[i].at, redirect, &to);
+        vm_exit e = run(&r, NULL);
+        bool is_read = rows[i].kind == VM_HOOK_MEM_READ;
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        CHECK_EQ(e.rip, is_read ? 0x100a : 0x10a);
+        CHECK_EQ(get(r.cpu, VM_REG_RAX), is_read ? 6 : 5);
+        vm_destroy(r.m);
+    }
+}
+
 /* A redirect in a memory hook counts after the instruction, also when that branches itself. */
 SOFTWARE(memory_redirect)
 {
@@ -901,6 +928,58 @@ SOFTWARE(exception_stop_skip_retry_deliver)
     CHECK_EQ(run(&r, NULL).rip, CODE + 3);
     CHECK_EQ(vm_vcpu_retired(r.cpu), before + 2);
     vm_destroy(r.m);
+}
+
+/* 1: ud2; jc 2f; inc rbx; 2: dec ecx; jnz 1b; hlt. The carry is the hook's, which leaves UD2 behind in every way. */
+static const char EMULATED[] = "\x0f\x0b\x72\x03\x48\xff\xc3\xff\xc9\x75\xf5\xf4";
+typedef struct emulator {
+    unsigned calls, patch_at;            /* from rcx == patch_at on UD2 is no more */
+} emulator;
+
+static vm_hook_result emulate(void *user, vm_vcpu *cpu, const vm_hook_event *event)
+{
+    emulator *e = user;
+    uint64_t rcx = get(cpu, VM_REG_RCX), rax = get(cpu, VM_REG_RAX);
+    e->calls++;
+    CHECK_EQ(event->value, 6);
+    CHECK_EQ(get(cpu, VM_REG_RIP), CODE);
+    if (rcx == e->patch_at) {
+        OK(vm_write(vm_vcpu_machine(cpu), CODE, "\xf9\x90", 2));           /* stc; nop */
+        return VM_HOOK_RETRY;
+    }
+    set(cpu, VM_REG_RAX, rax + rcx);
+    set(cpu, VM_REG_RFLAGS, 2 | (rcx & 1));
+    if (rcx % 3 == 0)
+        set(cpu, VM_REG_RIP, CODE + 2);
+    return rcx % 3 ? VM_HOOK_SKIP : VM_HOOK_CONTINUE;
+}
+
+SOFTWARE(an_instruction_emulated_often)
+{
+    enum { ROUNDS = 1000, PATCH = 201 };
+    for (unsigned slice = 0; slice < 12; slice++) {
+        rig r = MAKE(EMULATED);
+        emulator em = { .patch_at = PATCH };
+        vm_run_options o = VM_RUN_OPTIONS_INIT;
+        o.max_instructions = slice;
+        set(r.cpu, VM_REG_RCX, ROUNDS);
+        set(r.cpu, VM_REG_RAX, 0);
+        set(r.cpu, VM_REG_RBX, 0);
+        hook(&r, VM_HOOK_EXCEPTION, 6, 6, emulate, &em);
+        uint64_t before = vm_vcpu_retired(r.cpu);
+        vm_exit e = run(&r, &o);
+        for (unsigned n = 1; e.reason == VM_EXIT_BUDGET; n++) {
+            CHECK_EQ(vm_vcpu_retired(r.cpu) - before, n * slice);
+            e = run(&r, &o);
+        }
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        CHECK_EQ(e.rip, CODE + sizeof EMULATED - 1);
+        CHECK_EQ(em.calls, ROUNDS - PATCH + 1);
+        CHECK_EQ(get(r.cpu, VM_REG_RBX), (ROUNDS - PATCH + 1) / 2);          /* even ones, before the patch */
+        CHECK_EQ(get(r.cpu, VM_REG_RAX), (uint64_t)ROUNDS * (ROUNDS + 1) / 2 - PATCH * (PATCH + 1) / 2);
+        CHECK_EQ(vm_vcpu_retired(r.cpu) - before, 4 * ROUNDS + PATCH + (ROUNDS - PATCH + 1) / 2 + 1);
+        vm_destroy(r.m);
+    }
 }
 
 /* System events, stopped and skipped: two bytes of code at CODE, HLT all around. */
