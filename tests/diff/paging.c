@@ -11,6 +11,9 @@
  * (`doubt`, for each PCID), and those are left alone until an INVLPG or a flush has settled them; entries that were not present, and
  * changes that only allow more, leave no doubt, because a fault is never taken from a stale entry here.
  *
+ * With two vCPUs each step is one of theirs, in turns at random: what is stale is followed for each, and a flush is its own. All
+ * columns then share their tables' shadows and stop the world to protect them.
+ *
  * TEST_SEED and TEST_COUNT choose other cases and more steps.
  */
 #include "../test.h"
@@ -20,8 +23,7 @@
 /* Physical memory. All of it is seen, by ring 0 at 0, by ring 3 at `user`; tables for that are out of reach of mutations. */
 enum { RAM = 0x800000, CODE = 0x1000, STACK = 0x8000, FIXED = 0x20000, POOL = 0x100000, TABLES = 48, DATA = 0x180000, PAGES = 16,
        RET = 0x800 };
-enum mode { LONG, PAE, NARROW, MODES };
-static const char *const mode_names[MODES] = { "long", "pae", "narrow" };
+enum mode { LONG, PAE, NARROW };
 enum { ROOTS = 3, PLACES = 20, PCIDS = 3, NOWHERE = ROOTS, DESCRIPTOR = 0x9000 };
 
 static uint64_t state;
@@ -65,7 +67,8 @@ static const column columns[] = {
 };
 enum { COLUMNS = sizeof columns / sizeof *columns };
 
-typedef struct box { vm_machine *m; vm_vcpu *cpu; uint8_t *ram; } box;
+enum { CPUS = 2 };
+typedef struct box { vm_machine *m; vm_vcpu *cpus[CPUS], *cpu; uint8_t *ram; } box;        /* cpu: that of this step */
 static box boxes[COLUMNS];
 static unsigned box_count;
 static enum mode mode;
@@ -75,6 +78,7 @@ static unsigned pcid;                  /* index of the current one; 0 without PC
 static const uint16_t pcid_values[PCIDS] = { 0, 5, 4095 };
 static unsigned root_of[PCIDS];        /* whose translations it may hold; NOWHERE: none */
 static bool is_user, has_ac;
+static unsigned cpu_count, active;     /* vCPUs; that of this step, which the variables above and below are about */
 
 typedef struct outcome { uint64_t reason, detail[3], rip, rax, rdi; } outcome;
 
@@ -235,8 +239,27 @@ static path walk_from(unsigned root, uint64_t la)
 
 static path walk(uint64_t la) { return walk_from(current, la); }
 
+/* What is another vCPU's while a step is not its own. */
+static struct context { struct place places[PLACES]; uint64_t cr0, cr4; unsigned current, pcid, root_of[PCIDS], turn; bool is_user, has_ac; }
+    contexts[CPUS];
+
+static void switch_to(unsigned cpu)
+{
+    struct context *c = &contexts[active];
+    memcpy(c->places, places, sizeof places);
+    memcpy(c->root_of, root_of, sizeof root_of);
+    c->cr0 = cr0, c->cr4 = cr4, c->current = current, c->pcid = pcid, c->turn = turn, c->is_user = is_user, c->has_ac = has_ac;
+    active = cpu;
+    c = &contexts[cpu];
+    memcpy(places, c->places, sizeof places);
+    memcpy(root_of, c->root_of, sizeof root_of);
+    cr0 = c->cr0, cr4 = c->cr4, current = c->current, pcid = c->pcid, turn = c->turn, is_user = c->is_user, has_ac = c->has_ac;
+    for (unsigned i = 0; i < box_count; i++)
+        boxes[i].cpu = boxes[i].cpus[cpu];
+}
+
 /* An entry is about to change: whose translations may be stale afterwards? */
-static void note_change(uint64_t gpa, uint64_t from, uint64_t to)
+static void note_change_here(uint64_t gpa, uint64_t from, uint64_t to)
 {
     /* RW, US, A, D set: nothing to go stale; but with SMEP or SMAP ring 0 may do less with user pages. */
     uint64_t x = from ^ to, more = cr4 & 0x300000 ? 0x62 : 0x66;
@@ -253,6 +276,16 @@ static void note_change(uint64_t gpa, uint64_t from, uint64_t to)
                     places[i].global_doubt |= places[i].may_be_global;
                 }
         }
+}
+
+static void note_change(uint64_t gpa, uint64_t from, uint64_t to)
+{
+    unsigned cpu = active;
+    for (unsigned i = 0; i < cpu_count; i++) {
+        switch_to(i);
+        note_change_here(gpa, from, to);
+    }
+    switch_to(cpu);
 }
 
 /* Global translations are as they were, perhaps those of another root. */
@@ -543,11 +576,12 @@ static void open_boxes(void)
             break;                     /* the JIT's columns are last */
         o.backend = columns[i].backend;
         o.mmu = columns[i].mmu;
+        o.vcpus = cpu_count;
         OK(vm_create(&o, &b->m));
         OK(vm_map_ram(b->m, 0, RAM, VM_PROT_RWX, &r));
         b->ram = vm_region_data(r);
-        b->cpu = vm_vcpu_get(b->m, 0);
         memcpy(b->ram, image, RAM);
+        b->cpu = b->cpus[0] = vm_vcpu_get(b->m, 0);
         OK(vm_vcpu_set_mode(b->cpu, mode == LONG ? VM_MODE_FLAT64 : VM_MODE_FLAT32));
         OK(vm_vcpu_get_sregs(b->cpu, &s));
         s.cr0 = cr0 = s.cr0 | UINT64_C(0x80010001);
@@ -561,7 +595,11 @@ static void open_boxes(void)
         s.cr4 = cr4;
         s.efer = efer;
         s.cr3 = root_cr3(0);
-        OK(vm_vcpu_set_sregs(b->cpu, &s));
+        for (unsigned k = 0; k < cpu_count; k++) {
+            b->cpus[k] = vm_vcpu_get(b->m, k);
+            OK(vm_vcpu_set_mode(b->cpus[k], mode == LONG ? VM_MODE_FLAT64 : VM_MODE_FLAT32));
+            OK(vm_vcpu_set_sregs(b->cpus[k], &s));
+        }
         box_count++;
     }
     for (unsigned i = 0; i < PLACES; i++) {
@@ -574,6 +612,9 @@ static void open_boxes(void)
     for (unsigned q = 0; q < PCIDS; q++)
         root_of[q] = q ? NOWHERE : 0;
     is_user = has_ac = false;
+    active = 0;
+    switch_to(0);                      /* kept; the other begins as this one does */
+    contexts[1] = contexts[0];
 }
 
 static uint64_t shadow_hits, table_writes;
@@ -585,9 +626,14 @@ static void run_case(uint64_t seed, unsigned steps)
         rnd();
     open_boxes();
     what = "warm-up";
-    (void)on_all(LOOP, 0, 0);          /* the JIT interprets the first instructions */
+    for (unsigned i = cpu_count; i--;) {
+        switch_to(i);
+        (void)on_all(LOOP, 0, 0);      /* the JIT interprets the first instructions */
+    }
     for (step_number = 1; step_number <= steps; step_number++) {
         unsigned k = below(100);
+        if (cpu_count > 1 && !below(3))
+            switch_to(below(cpu_count));
         if (k < 55)
             access_step();
         else if (k < 75)
@@ -615,9 +661,16 @@ static void run_case(uint64_t seed, unsigned steps)
     }
 }
 
-static void run_mode(const void *arg)
+static const struct kind { const char *name; enum mode mode; unsigned cpus; } kinds[] = {
+    { "long", LONG, 1 }, { "pae", PAE, 1 }, { "narrow", NARROW, 1 },
+    { "long_smp", LONG, 2 }, { "pae_smp", PAE, 2 }, { "narrow_smp", NARROW, 2 },
+};
+
+static void run_kind(const void *arg)
 {
-    mode = *(const enum mode *)arg;
+    const struct kind *kind = arg;
+    mode = kind->mode;
+    cpu_count = kind->cpus;
     const char *seed = getenv("TEST_SEED"), *count = getenv("TEST_COUNT");
     OK(vm_mmu_register(&uncached));
     OK(vm_mmu_register(&forwarding));
@@ -629,7 +682,6 @@ static void run_mode(const void *arg)
 
 SETUP(paging)
 {
-    static const enum mode modes[MODES] = { LONG, PAE, NARROW };
-    for (unsigned i = 0; i < MODES; i++)
-        test_add(mode_names[i], run_mode, &modes[i], 120);
+    for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        test_add(kinds[i].name, run_kind, &kinds[i], 120);
 }
