@@ -167,7 +167,8 @@ bool vm_mmu_fill(x86_cpu *x, uint64_t la, unsigned access, unsigned ctx, uint64_
     x->stat[X86_STAT_FILLS]++;
     if (access & X86_WRITE)
         access = X86_WRITE;            /* of read and write: on x86 what may be written may be read */
-    if (x86_tlb_known(x, ctx, la, access, gpa)) {
+    bool may_be_known = access == X86_WRITE || (x->tlb[ctx].meta[X86_TLB_INDEX(la)] & X86_TLBM_IO);
+    if (may_be_known && x86_tlb_known(x, ctx, la, access, gpa)) {
         /* The first write since a snapshot, mostly: all that it needs is a note. */
         if (cpu->machine->track && access == X86_WRITE && cpu->machine->vcpu_count == 1 && !x->watch &&
             vm_track_write(cpu, *gpa & X86_PAGE_MASK)) {
