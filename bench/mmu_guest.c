@@ -107,7 +107,7 @@ static uint64_t misses(void)
 }
 
 /* Two processes and two pipes, each touching some memory of its own at every turn. */
-enum { TURNS = 8000, OWN = 64 * 4096 };
+enum { TURNS = 8000, OWN = 128 * 4096 };
 static void bounce(int in, int out, int turns, volatile char *own)
 {
     char c = 0;
