@@ -71,3 +71,5 @@ check_PROGRAMS += tests/api/api_gdb
 tests_api_api_gdb_SOURCES = tests/api/gdb.c
 script_tests += tests/api/strategies
 EXTRA_DIST += tests/api/strategies
+check_PROGRAMS += tests/api/api_latency
+tests_api_api_latency_SOURCES = tests/api/latency.c
