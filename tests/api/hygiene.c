@@ -1,5 +1,5 @@
-/* hygiene.c - what the process looks like while machines live in it: no memory that is writable and executable, and no growth
- * over many machines. */
+/* hygiene.c - what the process looks like while machines live in it: no memory that is writable and executable, no growth
+ * over many machines, and no more memory than docs/threat-model.md says, whatever the guest does. */
 #include "../backends.h"
 #include <unistd.h>
 
@@ -145,4 +145,92 @@ static void on_cycles(const void *arg)
 SETUP(cycles)
 {
     add_for_backends("many_machines_leave_nothing", on_cycles, 3600);
+}
+
+/* ---- what a guest can make the host use ---- */
+
+enum { RAM = 64 << 20, CACHE = 1 << 20, CODE = 1 << 20, CODE_BYTES = 16 << 20, BLOCK = 64 };
+enum { MOST = (36 << 20) + 5 * CACHE, MOST_SHADOW = 6 << 20 };            /* the table in docs/threat-model.md, one vCPU */
+
+static vm_machine *make_wide(vm_backend backend, const char *mmu, const void *program, size_t bytes)
+{
+    static const uint8_t page[4096] = { 1 };
+    vm_options options = VM_OPTIONS_INIT;
+    vm_machine *m;
+    uint64_t rip = 0x1000;
+    if (SANITIZED)
+        test_skip("a sanitizer has memory of its own");
+    options.backend = backend;
+    options.code_cache_bytes = CACHE;
+    options.mmu = mmu;
+    OK(vm_create(&options, &m));
+    OK(vm_map_ram(m, 0, RAM, VM_PROT_RWX, NULL));
+    for (uint64_t gpa = 0; gpa < RAM; gpa += sizeof page)                   /* the host has given all of it */
+        OK(vm_write(m, gpa, page, sizeof page));
+    OK(vm_write(m, 0x1000, program, bytes));
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT32));
+    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+    return m;
+}
+
+static void run_within(vm_machine *m, uint64_t instructions, uint64_t most)
+{
+    vm_run_options run = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t before = resident();
+    run.max_instructions = instructions;
+    OK(vm_vcpu_run(vm_vcpu_get(m, 0), &run, &e));
+    CHECK_EQ(e.reason, VM_EXIT_BUDGET);
+    uint64_t used = resident() - before;
+    printf("    %" PRIu64 " KiB\n", used >> 10);
+    if (used > most)
+        FAIL("the guest made the host use %" PRIu64 " KiB, %" PRIu64 " are allowed", used >> 10, most >> 10);
+    vm_destroy(m);
+}
+
+/* A quarter of a million blocks, again and again: far more than caches hold. */
+EACH_BACKEND(code_everywhere_takes_no_more_than_the_caches)
+{
+    static const uint8_t enter[] = { 0xe9, 0xfb, 0xef, 0x0f, 0x00 };      /* jmp CODE */
+    static const uint8_t block[] = { 0xff, 0xc0, 0x01, 0xc3, 0x31, 0xd9, 0xf7, 0xd8, 0xeb, BLOCK - 10 };     /* inc, add, xor, neg, jmp */
+    static uint8_t text[CODE_BYTES];
+    static const uint8_t back[] = { 0xe9, 0xfb, 0xff, 0xff, 0xfe };       /* jmp CODE, behind the last block */
+    if (backend == VM_BACKEND_KVM)
+        test_skip("hardware executes, nothing is kept");
+    for (size_t at = 0; at < sizeof text; at += BLOCK)
+        memcpy(text + at, block, sizeof block);
+    vm_machine *m = make_wide(backend, NULL, enter, sizeof enter);
+    OK(vm_write(m, CODE, text, sizeof text));
+    OK(vm_write(m, CODE + CODE_BYTES, back, sizeof back));
+    run_within(m, UINT64_C(3) * CODE_BYTES / BLOCK * 5, MOST);
+}
+
+/* Two thousand address spaces of two tables each. */
+EACH_BACKEND(address_spaces_take_no_more_than_the_budget_of_shadows)
+{
+    enum { TABLES = 16 << 20, SPACES = 2048, PRESENT = 3, LARGE = 0x80 };
+    /* mov eax, TABLES; 1: mov cr3, eax; xor ebx, ebx; mov cl, 8; 2: inc [ebx + 0x400000]; add ebx, 0x1000; dec cl; jnz 2b;
+     * add eax, 0x2000; cmp eax, TABLES + SPACES * 0x2000; jb 1b; jmp 0x1000 */
+    static const uint8_t program[] = { 0xb8, 0, 0, 0, 1, 0x0f, 0x22, 0xd8, 0x31, 0xdb, 0xb1, 8, 0xff, 0x83, 0, 0, 0x40, 0,
+                                       0x81, 0xc3, 0, 0x10, 0, 0, 0xfe, 0xc9, 0x75, 0xf0, 0x05, 0, 0x20, 0, 0, 0x3d, 0, 0, 0, 2,
+                                       0x72, 0xdd, 0xeb, 0xd6 };
+    static uint32_t tables[2][1024];
+    vm_sregs s = VM_SREGS_INIT;
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    vm_machine *m = make_wide(backend, "shadow", program, sizeof program);
+    for (uint32_t i = 0; i < SPACES; i++) {
+        uint32_t at = TABLES + i * 0x2000;
+        tables[0][0] = PRESENT | LARGE;
+        tables[0][1] = (at + 0x1000) | PRESENT;
+        for (uint32_t k = 0; k < 1024; k++)
+            tables[1][k] = (0x3000000 + k * 0x1000) | PRESENT;
+        OK(vm_write(m, at, tables, sizeof tables));
+    }
+    OK(vm_vcpu_get_sregs(vm_vcpu_get(m, 0), &s));
+    s.cr3 = TABLES;
+    s.cr4 |= 0x10;
+    s.cr0 |= UINT32_C(1) << 31;
+    OK(vm_vcpu_set_sregs(vm_vcpu_get(m, 0), &s));
+    run_within(m, 1000000, MOST + MOST_SHADOW);
 }
