@@ -36,6 +36,27 @@ X86_GUEST_RACES static inline void x86_store_host(uint8_t *p, unsigned n, uint64
 {
     memcpy(p, &v, n == 1 ? 1 : n == 2 ? 2 : n == 4 ? 4 : 8);
 }
+/* memmove() and memset() on guest memory. ThreadSanitizer looks at those of the C library, whoever calls them. */
+#ifdef __SANITIZE_THREAD__
+X86_GUEST_RACES static inline void x86_move_host(uint8_t *to, const uint8_t *from, uint64_t n)
+{
+    volatile uint8_t *q = to;
+    const volatile uint8_t *p = from;
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t at = to <= from ? i : n - 1 - i;
+        q[at] = p[at];
+    }
+}
+X86_GUEST_RACES static inline void x86_fill_host(uint8_t *to, uint8_t value, uint64_t n)
+{
+    volatile uint8_t *q = to;
+    while (n)
+        q[--n] = value;
+}
+#else
+static inline void x86_move_host(uint8_t *to, const uint8_t *from, uint64_t n) { memmove(to, from, n); }
+static inline void x86_fill_host(uint8_t *to, uint8_t value, uint64_t n) { memset(to, value, n); }
+#endif
 /* n bytes from or to guest memory; 1, 2, 4 and 8 in one piece. */
 static inline void x86_copy_from_host(uint8_t *to, const uint8_t *from, unsigned n)
 {
@@ -43,7 +64,7 @@ static inline void x86_copy_from_host(uint8_t *to, const uint8_t *from, unsigned
         uint64_t v = x86_load_host(from, n);
         memcpy(to, &v, n);
     } else {
-        memcpy(to, from, n);
+        x86_move_host(to, from, n);
     }
 }
 static inline void x86_copy_to_host(uint8_t *to, const uint8_t *from, unsigned n)
@@ -53,7 +74,7 @@ static inline void x86_copy_to_host(uint8_t *to, const uint8_t *from, unsigned n
         memcpy(&v, from, n);
         x86_store_host(to, n, v);
     } else {
-        memcpy(to, from, n);
+        x86_move_host(to, from, n);
     }
 }
 uint8_t x86_fetch_byte(x86_cpu *cpu, uint64_t gpa, uint64_t la);

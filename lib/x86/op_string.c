@@ -112,7 +112,7 @@ static bool movs_step(x86_cpu *cpu, const x86_insn *in, const string_state *s)
 static void copy_ascending(uint8_t *to, const uint8_t *from, uint64_t bytes, unsigned n)
 {
     if (to <= from || to >= from + bytes) {
-        memmove(to, from, bytes);
+        x86_move_host(to, from, bytes);
         return;
     }
     for (uint64_t i = 0; i < bytes; i += n)                  /* overlapping upwards: a pattern fill */
@@ -167,7 +167,7 @@ static uint64_t stos_bulk(x86_cpu *cpu, const x86_insn *in, const string_state *
         return 0;
     const uint64_t v = cpu->gpr[X86_RAX];
     if (s->n == 1)
-        memset(q, (int)(v & 0xff), bytes);
+        x86_fill_host(q, (uint8_t)v, bytes);
     else
         for (unsigned i = 0; i < bytes; i += s->n)
             x86_store_host(q + i, s->n, v);
