@@ -61,8 +61,8 @@ check_PROGRAMS += tests/api/api_sandbox
 tests_api_api_sandbox_SOURCES = tests/api/sandbox.c
 check_PROGRAMS += tests/api/api_hygiene
 tests_api_api_hygiene_SOURCES = tests/api/hygiene.c
-script_tests += tests/api/hardening
-EXTRA_DIST += tests/api/hardening
+script_tests += tests/api/hardening tests/api/abi
+EXTRA_DIST += tests/api/hardening tests/api/abi
 # A hundred thousand machines on each backend, minutes.
 check-cycles: tests/api/api_hygiene
 	LIBVM_CYCLES=100000 tests/api/api_hygiene -t 3600 'many*'
