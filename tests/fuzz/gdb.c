@@ -5,7 +5,7 @@
  * Three ways to run it:
  *   without arguments   a fixed pseudo-random corpus, one test line (part of `make check`)
  *   with files or "-"   each as one input (AFL++: afl-fuzz ... -- tests/fuzz/gdb @@)
- *   libFuzzer           configure with CC=clang CFLAGS="-g -O1 -fsanitize=fuzzer-no-link,address,undefined", make fuzz-gdb
+ *   libFuzzer           make fuzz-gdb
  */
 #include "gdb/gdb.h"
 
