@@ -230,17 +230,20 @@ static void run_block(x86_cpu *cpu, block_cache *c, const block *b, unsigned n)
     const x86_insn *in = b->insn, *end = in + n;
     const uint64_t generation = c->generation, mask = rip_mask(cpu), cs_base = code_la(cpu, cpu->rip) - cpu->rip;
     uint64_t rip = cpu->rip, here;
+    bool is_wanted = false;
     c->running_rip = rip;
     c->running = (block *)b;
     do {
         here = rip;
         cpu->next_rip = (rip + in->length) & mask;
         in->exec(cpu, in);
-        if (X86_UNLIKELY(cpu->io_count))
+        if (X86_UNLIKELY(cpu->io_count)) {                   /* a device may have raised an interrupt: it comes next */
             x86_io_retire(cpu);
+            is_wanted = atomic_load_explicit(&cpu->attention, memory_order_relaxed) != 0;
+        }
         cpu->rip = rip = cpu->next_rip;
         in++;
-    } while (in != end && X86_LIKELY(c->generation == generation));
+    } while (in != end && X86_LIKELY(c->generation == generation) && !is_wanted);
     c->running = NULL;
     retire(cpu, (unsigned)(in - b->insn) - is_unfinished_string(cpu, in - 1, here));
     cover(cpu, in - 1, b->mode == 8 ? here : (uint32_t)(here + cs_base));

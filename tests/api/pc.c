@@ -24,6 +24,13 @@ PROGRAM(count_irq4,
         "movw $1, 0x7002\n sti\n1: hlt\n cmpw $5, 0x7000\n jne 1b\n cli\n hlt");
 PROGRAM(handler, "push %ax\n incw 0x7000\n mov $0x20, %al\n out %al, $0x20\n pop %ax\n iret");
 
+/* An OUT that raises an interrupt: its handler runs before the instruction after the next has read the count. */
+PROGRAM(poke_irq4,
+        "xor %ax, %ax\n mov %ax, %ds\n mov %ax, %ss\n mov $0x6000, %sp\n movw $0x7e00, 0x30\n mov %ax, 0x32\n"
+        "mov $0x11, %al\n out %al, $0x20\n mov $8, %al\n out %al, $0x21\n mov $4, %al\n out %al, $0x21\n"
+        "mov $1, %al\n out %al, $0x21\n mov $0xef, %al\n out %al, $0x21\n"
+        "sti\n nop\n out %al, $0xc0\n nop\n mov 0x7000, %bx\n cli\n hlt");
+
 static vm_machine *pc(vm_backend backend, unsigned vcpus, const char *program, const char *end)
 {
     vm_options o = VM_OPTIONS_INIT;
@@ -220,5 +227,26 @@ EACH_BACKEND(reset_while_running_is_refused)
     vm_vcpu_kick(vm_vcpu_get(m, 0));
     pthread_join(thread, NULL);
     OK(vm_reset(m));
+    vm_destroy(m);
+}
+
+static int raise_irq4(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)cpu, (void)offset, (void)width, (void)value;
+    OK(vm_irq_set(user, 4, true));
+    OK(vm_irq_set(user, 4, false));
+    return VM_OK;
+}
+
+EACH_BACKEND(interrupt_raised_by_an_instruction_comes_next)
+{
+    vm_machine *m = PC(1, poke_irq4);
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    uint64_t rbx = 0;
+    ops.write = raise_irq4;
+    OK(vm_map_pio(m, 0xc0, 1, &ops, m, NULL));
+    CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_HALT);
+    OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RBX, &rbx, 8));
+    CHECK_EQ(rbx & 0xffff, 1);
     vm_destroy(m);
 }
