@@ -65,6 +65,16 @@ static int put_data_area(vm_machine *m) {
     return status == VM_OK ? vm_boot_copy(m, EBDA_GPA, &ebda_k, 1, "extended BIOS data area") : status;
 }
 
+/* The top of the page is the reset vector, which systems jump to for a restart. It asks for one (reset control register);
+ * behind it lie a date and the model byte of a PC AT, as in every firmware. */
+static void put_reset_vector(uint8_t *page) {
+    static const uint8_t top[32] = {0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee,     /* mov $0xcf9, %dx; mov $6, %al; out %al, %dx */
+                                    0xf4, 0xeb, 0xfd,                       /* hlt; jmp to it */
+                                    [16] = 0xe9, 0xed, 0xff,                /* F000:FFF0: jmp to the top of this */
+                                    [21] = '0', '1', '/', '0', '1', '/', '2', '6', [30] = 0xfc};
+    memcpy(page + (SERVICES_END - SERVICES_GPA) - sizeof top, top, sizeof top);
+}
+
 int vm_boot_services(vm_placer *placer) {
     uint8_t page[SERVICES_END - SERVICES_GPA] = {0};
     size_t code = (size_t)(vm_boot_services_end - vm_boot_services_begin);
@@ -78,6 +88,7 @@ int vm_boot_services(vm_placer *placer) {
         memcpy(page + code + i * sizeof r, &r, sizeof r);
     }
     memcpy(page + code - sizeof data, &data, sizeof data);
+    put_reset_vector(page);
     uint16_t offsets[8];
     memcpy(offsets, page, sizeof offsets);
     int status = vm_boot_copy(placer->machine, SERVICES_GPA, page, sizeof page, "firmware services");
