@@ -37,6 +37,12 @@ void test_add(const char *name, test_fn fn, const void *arg, unsigned seconds)
     tests[test_count++] = (test){ strdup(name), fn, arg, seconds };
 }
 
+unsigned test_patience(void)
+{
+    const char *text = getenv("TEST_PATIENCE");
+    return text ? (unsigned)atoi(text) : 1;
+}
+
 static _Noreturn void leave(int state, const char *format, va_list ap, size_t used)
 {
     vsnprintf(verdict->text + used, sizeof verdict->text - used, format, ap);
@@ -167,7 +173,7 @@ int main(int argc, char **argv)
             printf("ok %s\n", full);
             continue;
         }
-        switch (run_child(t, t->seconds && !is_limit_given ? t->seconds : limit, why, sizeof why)) {
+        switch (run_child(t, (t->seconds && !is_limit_given ? t->seconds : limit) * test_patience(), why, sizeof why)) {
         case PASSED: printf("ok %s\n", full); break;
         case SKIPPED: printf("skip %s: %s\n", full, why); break;
         default: printf("FAIL %s: %s\n", full, why); failed++; break;

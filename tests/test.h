@@ -26,6 +26,8 @@
 typedef void (*test_fn)(const void *arg);
 /* `name` is copied. seconds 0: the default limit. */
 void test_add(const char *name, test_fn fn, const void *arg, unsigned seconds);
+/* What every limit is multiplied with: TEST_PATIENCE, for builds that are slow on purpose. A test's own limits should be, too. */
+unsigned test_patience(void);
 
 _Noreturn void test_fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
 _Noreturn void test_skip(const char *format, ...) __attribute__((format(printf, 1, 2)));

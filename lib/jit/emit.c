@@ -41,6 +41,7 @@ typedef struct slow_stub {
     const jit_op *check, *access;
     uint32_t site;
     bool save, regen, restore; /* flags: as the fast path had them */
+    bool either;               /* in memory, as an image or as a recipe */
     int recipe;
 } slow_stub;
 
@@ -567,14 +568,16 @@ static void emit_window_lookup(emitter *e, slow_stub *s) {
     s->hit = w->p;
 }
 
-/* T1 = (page number & mask) * 32 */
+/* T1 = X86_TLB_INDEX(T0) * 32 */
 static void emit_tlb_index(emitter *e) {
+    enum { SHIFT = X86_TLB_SHIFT - 5, SIZE = X86_TLB_SHIFT + X86_TLB_BITS > 32 ? 8 : 4 };
     jit_writer *w = e->w;
-    if (e->j->has_bmi2)
-        ebytes(w, "\xc4\x43\xfb\xf0\xee\x07", 6); /* rorx r13, r14, 7 */
-    else {
-        e_mov(w, 4, T1, T0);
-        e_shift_imm(w, 4, 5, T1, 7);
+    if (e->j->has_bmi2) {
+        ebytes(w, "\xc4\x43\xfb\xf0\xee", 5); /* rorx r13, r14, SHIFT */
+        e8(w, SHIFT);
+    } else {
+        e_mov(w, SIZE, T1, T0);
+        e_shift_imm(w, SIZE, 5, T1, SHIFT);
     }
     e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
 }
@@ -673,6 +676,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     s->access = access;
     s->recipe = e->recipe;
     s->regen = s->save = !e->mem && e->recipe >= 0;
+    s->either = e->mem && !e->image;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
     ((jit_site *)(e->j->arena + s->site))->target = access->target;
     emit_lookup(e, s, is_leader ? check->span : check->size,
@@ -757,6 +761,14 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
     e_call_to(e->w, e->j->check[jit_level(e->u->key)][in_host]);
 }
 
+/* The flags of before the access. A device is asked without making an image of what another block has left. */
+static void emit_slow_restore(emitter *e, const slow_stub *s) {
+    if (s->restore && s->either)
+        e_call_to(e->w, e->j->flags);
+    else if (s->restore)
+        emit_restore(e->w);
+}
+
 static void emit_slow_stub(emitter *e, slow_stub *s) {
     jit_writer *w = e->w;
     jit *j = e->j;
@@ -787,12 +799,12 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
         handled = e_jcc(w, CC_E);
     }
     if (s->check->window) emit_host_to_offset(e, s);
-    if (s->restore) emit_restore(w);
+    emit_slow_restore(e, s);
     emit_access(e, s->access);
     if (is_write && !is_read) {
         e_mov_imm(w, T1, s->site);
         e_call_to(w, j->commit[vec]);
-        if (s->restore) emit_restore(w);
+        emit_slow_restore(e, s);
     }
     if (s->access->op == IR_ACCESS) emit_leave_check(e, s);
     e_jmp_to(w, s->resume);

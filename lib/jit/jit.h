@@ -11,7 +11,8 @@
 #else
 #define JIT_MAX_INSNS 64 /* at most 64: sets of them are uint64_t */
 #endif
-#define JIT_MAX_OPS     (JIT_MAX_INSNS * 6)
+#define JIT_INSN_OPS    12 /* room that one instruction has to find */
+#define JIT_MAX_OPS     (JIT_MAX_INSNS * 6 + JIT_INSN_OPS)
 #define JIT_MAX_SITES   (JIT_MAX_INSNS * 2)
 #define JIT_MAX_SIDES   24 /* conditional exits from a block before its end */
 #define JIT_MAX_EXTENTS 64

@@ -716,7 +716,7 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
 static bool lift_next(jit_unit *u, trace *t) {
     unsigned i = u->count;
     x86_insn *in = &u->insn[i];
-    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + 12 > JIT_MAX_OPS ||
+    if ((i && jit_is_stop(u->j, t->rip)) || u->nops + JIT_INSN_OPS > JIT_MAX_OPS ||
         (u->path && (i == u->path_count || t->rip != u->path[i])))
         return false;
     if (!decode_rip(u, t->rip, in)) return false;

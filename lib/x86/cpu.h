@@ -114,11 +114,15 @@ typedef struct x86_dtr { uint64_t base; uint16_t limit; } x86_dtr;
  * is X86_TLB_NONE(index), an address that can never be looked up at that index. Zeroed memory is an empty table except
  * at index 0, hence x86_tlb_clear(). Only directly accessible RAM pages get tags: MMIO, holes and (for writes)
  * pages that hold translated code or have a clean dirty bit go through the slow path every time. */
-#ifndef X86_TLB_BITS
+#ifdef VM_TINY_TLB               /* one entry for each half of the address space: NONE(0) lies in the upper, NONE(1) in the lower */
+#define X86_TLB_BITS 1
+#define X86_TLB_SHIFT 63
+#else
 #define X86_TLB_BITS 10
+#define X86_TLB_SHIFT 12
 #endif
 #define X86_TLB_ENTRIES (1u << X86_TLB_BITS)
-#define X86_TLB_INDEX(la) (((la) >> 12) & (X86_TLB_ENTRIES - 1))
+#define X86_TLB_INDEX(la) (((la) >> X86_TLB_SHIFT) & (X86_TLB_ENTRIES - 1))
 #define X86_TLB_NONE(index) ((index) ? UINT64_C(0) : ~UINT64_C(0))
 #define X86_PAGE_MASK (~UINT64_C(0xfff))
 

@@ -141,7 +141,7 @@ static vm_exit run(world *w, uint64_t budget, vm_exit *e)
 {
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.max_instructions = budget;
-    o.deadline_ns = 30000000000u;      /* a loaded host may be slow */
+    o.deadline_ns = 30000000000u * test_patience();      /* a loaded host may be slow */
     if (e->reason == VM_EXIT_IO)
         e->io.data = next(&w->seed);
     OK(vm_vcpu_run(w->cpu, &o, e));

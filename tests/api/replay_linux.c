@@ -109,12 +109,12 @@ static void record_boot(guest *g, record *rec)
     vm_run_options r = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
     pthread_t thread;
-    time_t end = time(NULL) + 50;
+    time_t end = time(NULL) + 50 * test_patience();
     o.skip_idle = true;
     boot(g, VM_BACKEND_JIT);
     OK(vm_record(g->m, rec->fd, &o));
     CHECK(pthread_create(&thread, NULL, typist, g) == 0);
-    r.deadline_ns = 10000000000u;
+    r.deadline_ns = 10000000000u * test_patience();
     while (count_of(g, "guest# ") < PROMPTS) {
         if (time(NULL) > end)
             FAIL("the guest does not get there: %s", g->text);

@@ -56,7 +56,7 @@ static const char *guest_file(const char *name)
 static void expect(guest *g, const char *text, unsigned seconds)
 {
     vm_run_options o = VM_RUN_OPTIONS_INIT;
-    time_t end = time(NULL) + seconds;
+    time_t end = time(NULL) + seconds * test_patience();
     o.deadline_ns = 20 * 1000 * 1000;
     g->wanted = text;
     for (;;) {

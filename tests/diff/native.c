@@ -2,14 +2,15 @@
 #define _GNU_SOURCE
 #include "native.h"
 
+#include <asm/ldt.h>
 #include <errno.h>
-#include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -19,15 +20,21 @@ struct context {
     native_state in;                    /* 0: gpr 0..127, rip 128, flags 136, xsave 192 */
     native_state out;                   /* 1024 */
     uint64_t host_rsp, host_rbp, host_rbx, host_r12, host_r13, host_r14, host_r15;   /* 2048 ... */
-    unsigned char stubs[256];           /* 2104: way back from 32-bit code */
+    uint64_t host_fs, fs, gs;           /* 2104: bases */
+    uint16_t selectors[8];              /* 2128 */
+    unsigned char stubs[256];           /* 2144: way back from 32- and 16-bit code */
 };
 _Static_assert(offsetof(struct context, in.xsave) == 192, "trampoline offsets");
 _Static_assert(offsetof(struct context, out) == 1024, "trampoline offsets");
 _Static_assert(offsetof(struct context, host_rsp) == 2048, "trampoline offsets");
+_Static_assert(offsetof(struct context, selectors) == 2128, "trampoline offsets");
 
 void native_enter(void);
 void native_leave(void);
-/* native_enter: keep what the ABI asks for, load all, go. native_leave: the way back. */
+void native_signal(int number, siginfo_t *info, void *p);
+__attribute__((used)) void native_on_signal(int number, siginfo_t *info, void *p);
+/* native_enter: keep what the ABI asks for, load all, go. native_leave: the way back. native_signal: the other way back; nothing
+ * may use FS, or count on flags, before they are the host's again. */
 __asm__(".intel_syntax noprefix\n"
         ".text\n"
         ".set C, 0x300000\n"
@@ -38,6 +45,11 @@ __asm__(".intel_syntax noprefix\n"
         "  mov eax, 7\n  xor edx, edx\n"
         "  mov ecx, C+192\n"
         "  xrstor64 [rcx]\n"
+        "  rdfsbase rax\n  mov [C+2104], rax\n"
+        "  mov es, [C+2128]\n  mov ss, [C+2132]\n  mov ds, [C+2134]\n  mov fs, [C+2136]\n  mov gs, [C+2138]\n"
+        "  cmp word ptr [C+2140], 0\n  je 1f\n"
+        "  mov rax, [C+2112]\n  wrfsbase rax\n  mov rax, [C+2120]\n  wrgsbase rax\n"
+        "1:\n"
         "  push qword ptr [C+136]\n  popfq\n"
         "  mov rax, [C+0]\n  mov rcx, [C+8]\n  mov rdx, [C+16]\n  mov rbx, [C+24]\n  mov rsp, [C+32]\n"
         "  mov rbp, [C+40]\n  mov rsi, [C+48]\n  mov rdi, [C+56]\n  mov r8, [C+64]\n  mov r9, [C+72]\n"
@@ -51,13 +63,21 @@ __asm__(".intel_syntax noprefix\n"
         "  mov [C+1104], r10\n  mov [C+1112], r11\n  mov [C+1120], r12\n  mov [C+1128], r13\n  mov [C+1136], r14\n"
         "  mov [C+1144], r15\n"
         "  mov rsp, [C+2048]\n"
-        "  pushfq\n  pop qword ptr [C+1160]\n  cld\n"
+        "  pushfq\n  pop qword ptr [C+1160]\n  push 2\n  popfq\n"
+        "  mov ecx, 0x2b\n  mov ds, ecx\n  mov es, ecx\n  mov ss, ecx\n"
+        "  xor ecx, ecx\n  mov fs, ecx\n  mov gs, ecx\n  mov rcx, [C+2104]\n  wrfsbase rcx\n"
         "  mov eax, 7\n  xor edx, edx\n"
         "  mov ecx, C+1216\n"
         "  xsave64 [rcx]\n"
         "  mov rbp, [C+2056]\n  mov rbx, [C+2064]\n  mov r12, [C+2072]\n"
         "  mov r13, [C+2080]\n  mov r14, [C+2088]\n  mov r15, [C+2096]\n"
         "  ret\n"
+        ".globl native_signal\n.hidden native_signal\n.type native_signal, @function\n"
+        "native_signal:\n"
+        "  push 2\n  popfq\n"
+        "  mov ecx, 0x2b\n  mov ds, ecx\n  mov es, ecx\n"
+        "  xor ecx, ecx\n  mov fs, ecx\n  mov gs, ecx\n  mov rcx, [C+2104]\n  wrfsbase rcx\n"
+        "  jmp native_on_signal\n"
         ".att_syntax\n");
 
 static struct context *const context = (struct context *)N_CONTEXT;
@@ -78,7 +98,7 @@ void native_fill(unsigned char *data, size_t bytes, uint64_t seed)
     }
 }
 
-static void on_signal(int number, siginfo_t *info, void *p)
+void native_on_signal(int number, siginfo_t *info, void *p)
 {
     static const int order[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                                    REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15 };
@@ -109,6 +129,8 @@ void native_code(unsigned char *page, const native_case *c)
         memcpy(p + 6, &back, 8);
     } else {
         uint32_t stub = (uint32_t)(uintptr_t)context->stubs;
+        if (c->bits == 16)
+            *p++ = 0x66;
         p[0] = 0xea;                                        /* jmp 33:stub */
         memcpy(p + 1, &stub, 4);
         memcpy(p + 5, "\x33\x00", 2);
@@ -127,10 +149,48 @@ static void make_stubs(void)
     uint64_t back = (uint64_t)(uintptr_t)native_leave, entry = N_CONTEXT + offsetof(struct context, stubs) + 32;
     memcpy(context->stubs, "\xff\x25\x00\x00\x00\x00", 6);
     memcpy(context->stubs + 6, &back, 8);
-    memcpy(context->stubs + 32, "\xff\x2c\x25", 3);         /* 64-bit: jmp far [stubs + 48] into 32-bit code */
+    memcpy(context->stubs + 32, "\xff\x2c\x25", 3);         /* 64-bit: jmp far [stubs + 48] into other code */
     uint32_t slot = (uint32_t)(entry + 16);
     memcpy(context->stubs + 35, &slot, 4);
-    memcpy(context->stubs + 52, "\x23\x00", 2);
+}
+
+/* LDT entry n is for segment n. */
+uint16_t native_selector(const native_case *c, unsigned segment)
+{
+    static const uint16_t flat[N_SEGMENTS] = { 0x2b, 0x23, 0x2b, 0x2b, 0, 0 };
+    if (c->bits == 64 && segment == N_CS)
+        return 0x33;
+    if (c->bits == 64 || !c->has_segments)
+        return flat[segment];
+    return c->seg[segment].attributes ? (uint16_t)(segment << 3 | 7) : 0;
+}
+
+/* The kernel's name of the descriptor; writing one is a system call, so that the last are remembered. */
+static void place_segment(unsigned n, const native_segment *s)
+{
+    static native_segment now[N_SEGMENTS];
+    bool is_code = s->attributes & 8, is_down = !is_code && s->attributes & 4;
+    struct user_desc d = { .entry_number = n, .base_addr = s->base,
+                           .limit = s->attributes & 0x8000 ? s->limit >> 12 : s->limit, .limit_in_pages = s->attributes >> 15,
+                           .seg_32bit = s->attributes >> 14 & 1, .contents = is_code ? 2 : is_down, .read_exec_only = !(s->attributes & 2),
+                           .useable = 1 };
+    if (!s->attributes || !memcmp(s, &now[n], sizeof *s))
+        return;
+    if (syscall(SYS_modify_ldt, 0x11, &d, sizeof d))
+        _exit(4);
+    now[n] = *s;
+}
+
+static void place_segments(const native_case *c)
+{
+    context->fs = c->seg[N_FS].base;
+    context->gs = c->seg[N_GS].base;
+    context->selectors[6] = c->bits == 64;
+    for (unsigned i = 0; i < N_SEGMENTS; i++) {
+        if (c->bits != 64 && c->has_segments)
+            place_segment(i, &c->seg[i]);
+        context->selectors[i] = native_selector(c, i);
+    }
 }
 
 static void run_case(const native_case *c, native_result *r)
@@ -143,12 +203,13 @@ static void run_case(const native_case *c, native_result *r)
     }
     current = r;
     context->in = c->in;
-    context->in.rip = N_CODE + c->start;
-    if (c->bits == 32) {
+    context->in.rip = native_rip(c);
+    place_segments(c);
+    if (c->bits != 64) {
         uint32_t target = (uint32_t)context->in.rip;
         memcpy(context->stubs + 48, &target, 4);
+        memcpy(context->stubs + 52, &context->selectors[N_CS], 2);
         context->in.rip = N_CONTEXT + offsetof(struct context, stubs) + 32;
-        __asm__ volatile("mov %0, %%ds\n\tmov %0, %%es" : : "r"(0x2b));        /* a 64-bit process may have null selectors there */
     }
     native_fill((unsigned char *)N_DATA, N_DATA_BYTES, c->memory_seed);
     place_code(c);
@@ -158,7 +219,7 @@ static void run_case(const native_case *c, native_result *r)
     if (sigsetjmp(escape, 1) == 0) {
         native_enter();
         r->out = context->out;
-        r->out.rip = N_CODE + c->start + c->length;
+        r->out.rip = native_rip(c) + c->length;
     }
     __asm__ volatile("cld\n\txrstor64 %0" : : "m"(rest), "a"(7), "d"(0) : "memory");
     memcpy(r->data, (void *)N_DATA, N_DATA_BYTES);
@@ -184,7 +245,7 @@ static _Noreturn void serve(int in, int out)
     (void)*(volatile unsigned char *)N_RO;                  /* present from now on, as the guest's is */
     make_stubs();
     sigaltstack(&ss, NULL);
-    struct sigaction sa = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK };
+    struct sigaction sa = { .sa_sigaction = native_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK };
     for (unsigned i = 0; i < sizeof signals / sizeof signals[0]; i++)
         sigaction(signals[i], &sa, NULL);
     while (read(in, &byte, 1) == 1) {

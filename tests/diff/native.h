@@ -21,10 +21,18 @@ typedef struct native_state {
     unsigned char xsave[832] __attribute__((aligned(64)));
 } native_state;
 
+enum { N_ES, N_CS, N_SS, N_DS, N_FS, N_GS, N_SEGMENTS };
+typedef struct native_segment {
+    uint32_t base, limit;
+    uint16_t attributes;                /* bytes 5 and 6 of a descriptor, as in vm_segment; 0: a null selector */
+} native_segment;
+
 typedef struct native_case {
     native_state in;
     unsigned char code[256];
-    unsigned start, length, bits;       /* code lies at N_CODE + start; bits 64 or 32 */
+    unsigned start, length, bits;       /* code lies at N_CODE + start; bits 64, 32 or 16 */
+    bool has_segments;                  /* else all are flat; in 64-bit code only FS.base and GS.base count */
+    native_segment seg[N_SEGMENTS];     /* SS not null; CS.base N_CODE or 0 */
     uint64_t memory_seed;
 } native_case;
 
@@ -51,6 +59,13 @@ void native_run(native_batch *b);
 void native_close(void);
 /* What the window holds at the start of a case. */
 void native_fill(unsigned char *data, size_t bytes, uint64_t seed);
+/* RIP of the first instruction, as the code sees it. */
+static inline uint64_t native_rip(const native_case *c)
+{
+    return N_CODE + c->start - (c->has_segments && c->bits != 64 ? c->seg[N_CS].base : 0);
+}
+/* The selector that a segment has in the child, which the code can store. */
+uint16_t native_selector(const native_case *c, unsigned segment);
 /* The code pages of a case, with the way back behind the snippet. */
 void native_code(unsigned char *page, const native_case *c);
 #endif
