@@ -51,6 +51,7 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
     }
     uint64_t count = cpu->gpr[X86_RCX] & s.mask;
     int work = cpu->careful & X86_CAREFUL_STEP ? 1 : VISIT;
+    const uint64_t code_writes = cpu->stat[X86_STAT_CODE_WRITES];
     bool more = true;
     while (count && more && work > 0) {
         uint64_t done = 0;
@@ -68,6 +69,8 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
         x86_io_retire(cpu);
         if (X86_UNLIKELY(atomic_load_explicit(&cpu->attention, memory_order_relaxed)))
             break;
+        if (X86_UNLIKELY(cpu->stat[X86_STAT_CODE_WRITES] != code_writes))
+            break;                                       /* perhaps into this instruction: it is fetched again */
     }
     if (count && more) {
         cpu->next_rip = cpu->rip;

@@ -198,3 +198,33 @@ EACH_BACKEND(retired_is_exact_in_callbacks)
     }
     vm_destroy(vm_vcpu_machine(cpu));
 }
+
+static int sum_up(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)cpu, (void)offset, (void)width;
+    *(uint64_t *)user += value;
+    return 0;
+}
+
+/* ffd: add ecx, 1  1000: setnp [rbx]  1003: dec r8d  1006: jne ffd  1008: hlt. The flags are made in one block, and a device is
+ * written in another, on the next page. */
+EACH_BACKEND(flags_of_another_block_reach_a_device)
+{
+    static const char code[] = "\x83\xc1\x01\x0f\x9b\x03\x41\xff\xc8\x75\xf5\xf4";
+    enum { ROUNDS = 300, AT = 0xffd };
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    uint64_t got = 0, odd = 0, rip = AT, rbx = 0x20000, rcx = 0, r8 = ROUNDS;
+    ops.write = sum_up;
+    vm_vcpu *cpu = MACHINE(&ops, NULL, "\xf4");
+    OK(vm_write(vm_vcpu_machine(cpu), AT, code, sizeof code - 1));
+    OK(vm_map_mmio(vm_vcpu_machine(cpu), rbx, 0x1000, &ops, &got, NULL));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &rip, 8));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RBX, &rbx, 8));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RCX, &rcx, 8));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_R8, &r8, 8));
+    run_to_halt(cpu);
+    for (unsigned i = 1; i <= ROUNDS; i++)
+        odd += (unsigned)__builtin_parity(i & 0xff);
+    CHECK_EQ(got, odd);
+    vm_destroy(vm_vcpu_machine(cpu));
+}
