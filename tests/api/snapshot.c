@@ -95,15 +95,19 @@ static vm_machine *make_empty(vm_backend backend)
     return m;
 }
 
-static vm_machine *make(vm_backend backend)
+static vm_machine *set_up(vm_machine *m)
 {
-    vm_machine *m = make_empty(backend);
     OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
     OK(vm_map_ram(m, DATA, DATA_PAGES * 4096, VM_PROT_RW, NULL));
     OK(vm_map_ram(m, BIG, BIG_BYTES, VM_PROT_RW, NULL));
     OK(vm_write(m, CODE, program, sizeof program));
     OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
     return m;
+}
+
+static vm_machine *make(vm_backend backend)
+{
+    return set_up(make_empty(backend));
 }
 
 static void set(vm_machine *m, int reg, uint64_t value)
@@ -748,11 +752,7 @@ TEST(across_kvm)
     o.backend = VM_BACKEND_INTERP;
     o.cpu_model = "kvm";
     OK(vm_create(&o, &m));
-    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
-    OK(vm_map_ram(m, DATA, DATA_PAGES * 4096, VM_PROT_RW, NULL));
-    OK(vm_map_ram(m, BIG, BIG_BYTES, VM_PROT_RW, NULL));
-    OK(vm_write(m, CODE, program, sizeof program));
-    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
+    set_up(m);
     go(m, 5);
     OK(vm_snapshot_take(m, &s));
     uint64_t first = state_of(m, false);
