@@ -141,8 +141,12 @@ typedef struct vm_run_options {
      * been delivered instead. RFLAGS.TF is not used. Other exits come first */
     bool     single_step;
     /* KVM: this thread has SIGURG blocked, and its signal mask does not change from run to run of this vCPU. Saves two
-     * system calls a run, which otherwise block that signal and restore the mask; a promise not kept loses kicks */
+     * system calls a run, which otherwise block that signal and restore the mask where the process has several threads;
+     * a promise not kept loses kicks */
     bool     has_signal_blocked;
+    /* IO, MMIO and UNMAPPED exits do not name their instruction: insn_length is 0, and on KVM rip may be behind the
+     * instruction and gva 0. Registers that are read afterwards are exact. For who only answers accesses, and often */
+    bool     is_brief;
 } vm_run_options;
 #define VM_RUN_OPTIONS_INIT VM_STRUCT_INIT(vm_run_options)
 

@@ -130,6 +130,13 @@ static int write_part(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned *width, u
     return X86_IO_DONE;
 }
 
+/* The program's own: a BARE machine has nothing there. Needs no lock, because maps do not change while a vCPU is in the
+ * guest. */
+static bool is_callers(const vm_vcpu *cpu, const vm_range *range)
+{
+    return !range && !cpu->machine->is_pc;
+}
+
 /* What nearly every access is: one callback. */
 static bool is_one_call(const vm_range *range, uint64_t at, unsigned n)
 {
@@ -148,14 +155,20 @@ static int read_parts(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, u
     return status;
 }
 
-int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+static int read_device(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
 {
-    *value = 0;
     vm_device_lock(cpu->machine);
     const vm_range *range = vm_find(cpu, gpa);
     int status = is_one_call(range, gpa, n) ? call_read(cpu, range->region, gpa - range->gpa, n, value)
                                             : read_parts(cpu, gpa, n, access, value);
     vm_device_unlock(cpu->machine);
+    return status;
+}
+
+int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
+{
+    *value = 0;
+    int status = is_callers(cpu, vm_find(cpu, gpa)) ? X86_IO_EXIT : read_device(cpu, gpa, n, access, value);
     cpu->x86.stat[X86_STAT_MMIO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, "read", gpa, n, *value, status);
@@ -184,17 +197,24 @@ static int write_parts(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
     return status;
 }
 
-int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+static int write_device(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
 {
-    cpu->x86.stat[X86_STAT_MMIO]++;
-    if (write_ram(cpu, vm_find(cpu, gpa), gpa, n, value) ||
-        (cpu->machine->events && vm_doorbell_ring(cpu->machine, false, gpa, n, value)))
-        return X86_IO_DONE;
     vm_device_lock(cpu->machine);
     const vm_range *range = vm_find(cpu, gpa);
     int status = is_one_call(range, gpa, n) ? call_write(cpu, range->region, gpa - range->gpa, n, value)
                                             : write_parts(cpu, gpa, n, value);
     vm_device_unlock(cpu->machine);
+    return status;
+}
+
+int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
+{
+    const vm_range *range = vm_find(cpu, gpa);
+    cpu->x86.stat[X86_STAT_MMIO]++;
+    if (write_ram(cpu, range, gpa, n, value) ||
+        (cpu->machine->events && vm_doorbell_ring(cpu->machine, false, gpa, n, value)))
+        return X86_IO_DONE;
+    int status = is_callers(cpu, range) ? X86_IO_EXIT : write_device(cpu, gpa, n, value);
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, "write", gpa, n, value, status);
     return status;
@@ -242,13 +262,9 @@ static int port_parts(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, ui
     return status;
 }
 
-static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
+static int port_device(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
 {
-    int status = X86_IO_DONE;
-    if (is_write && cpu->machine->events && vm_doorbell_ring(cpu->machine, true, port, n, *value)) {
-        cpu->x86.stat[X86_STAT_IO]++;
-        return status;
-    }
+    int status;
     vm_device_lock(cpu->machine);
     const vm_range *range = find_port(cpu, port);
     if (!is_one_call(range, port, n))
@@ -258,6 +274,16 @@ static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, u
     else
         status = call_read(cpu, range->region, port - range->gpa, n, value);
     vm_device_unlock(cpu->machine);
+    return status;
+}
+
+static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, uint64_t *value)
+{
+    if (is_write && cpu->machine->events && vm_doorbell_ring(cpu->machine, true, port, n, *value)) {
+        cpu->x86.stat[X86_STAT_IO]++;
+        return X86_IO_DONE;
+    }
+    int status = is_callers(cpu, find_port(cpu, port)) ? X86_IO_EXIT : port_device(cpu, port, n, is_write, value);
     cpu->x86.stat[X86_STAT_IO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, is_write ? "out" : "in", port, n, *value, status);

@@ -108,6 +108,12 @@ void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes);
 typedef struct vm_space { uint64_t key, version; } vm_space;
 #define VM_NMIS 2u                     /* as many are kept for a vCPU: one to be served, one to wait */
 #define VM_PARKS 16u                   /* as many are kept */
+/* The bytes of a record's instruction, and what was last found out about some. */
+#define VM_INSN_BYTES 15u
+typedef struct vm_measured {
+    uint8_t bytes[VM_INSN_BYTES], count, code_size, length;
+} vm_measured;
+
 struct vm_vcpu {
     x86_cpu x86;                       /* first */
     vm_machine *machine;
@@ -119,6 +125,7 @@ struct vm_vcpu {
     uint8_t sipi_vector, nmis_latched; bool init_pending, sipi_pending;    /* under device_lock; vm_pc_vcpu_event takes them */
     vm_exit pending;                   /* exit that waits for its completion */
     bool has_pending;
+    vm_measured measured;              /* exit.c: length_of() */
     struct vm_lapic *lapic;            /* PC */
     void *backend_data;
     vm_lock request_lock;              /* the two below */
@@ -156,7 +163,7 @@ struct vm_vcpu {
     unsigned run_depth;                /* runs inside each other */
     bool at_boundary;                  /* in a bound function: no instruction is under way, the vCPU may be run */
     bool has_budget; /* this run was given max_instructions: backends that cannot count must find another way */
-    bool has_signal_blocked; /* as in vm_run_options */
+    bool has_signal_blocked, is_brief; /* as in vm_run_options */
     bool holds_interrupts;             /* hardware interrupts and NMIs wait: a debugger is stepping */
 };
 static inline vm_vcpu *vm_vcpu_of(x86_cpu *cpu) { return (vm_vcpu *)cpu; }

@@ -93,15 +93,35 @@ static unsigned peek_code(vm_vcpu *cpu, uint64_t la, uint8_t *buffer, unsigned n
     return done;
 }
 
+/* The length of the instruction that begins these n bytes, 0: none. Loops meet the same again and again. */
+static unsigned length_of(vm_vcpu *cpu, const uint8_t *bytes, unsigned n)
+{
+    x86_insn insn;
+    vm_measured *last = &cpu->measured;
+    uint8_t size = cpu->x86.code_size;
+    if (last->count == n && last->code_size == size && !memcmp(last->bytes, bytes, n))
+        return last->length;
+    last->length = n && x86_decode(bytes, n, size, &insn) == 0 ? insn.length : 0;
+    last->count = (uint8_t)n;
+    last->code_size = size;
+    memcpy(last->bytes, bytes, n);
+    return last->length;
+}
+
 /* The bytes of the instruction at rip. `length` 0: find out. */
 static void fill_insn(vm_vcpu *cpu, vm_exit *exit, unsigned length)
 {
     x86_cpu *x = &cpu->x86;
-    uint64_t la = x->code_size == 8 ? x->rip : (uint32_t)(x->seg[X86_CS].base + x->rip);
-    unsigned n = peek_code(cpu, la, exit->insn_bytes, 15);
-    x86_insn insn;
-    if (!length && n && x86_decode(exit->insn_bytes, n, x->code_size, &insn) == 0)
-        length = insn.length;
+    unsigned n = VM_INSN_BYTES;
+    if (x->io_code) {
+        memcpy(exit->insn_bytes, x->io_code, VM_INSN_BYTES);
+        x->io_code = NULL;
+    } else {
+        uint64_t la = x->code_size == 8 ? x->rip : (uint32_t)(x->seg[X86_CS].base + x->rip);
+        n = peek_code(cpu, la, exit->insn_bytes, VM_INSN_BYTES);
+    }
+    if (!length)
+        length = length_of(cpu, exit->insn_bytes, n);
     exit->insn_length = length <= n ? (uint8_t)length : 0;
 }
 
@@ -128,7 +148,7 @@ void vm_exit_from_io(vm_vcpu *cpu, vm_exit *exit)
         exit->mmio = (vm_exit_mmio){ .gpa = a->gpa, .gva = a->gva, .width = a->width, .is_write = a->is_write,
                                      .is_fetch = a->is_fetch, .data = data };
     }
-    if (!a->is_fetch)
+    if (!a->is_fetch && !cpu->is_brief)
         fill_insn(cpu, exit, length_in_flight(x));
     cpu->has_pending = true;
     cpu->pending.reason = exit->reason;

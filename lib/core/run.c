@@ -371,6 +371,7 @@ static void show(vm_vcpu *cpu, const run *r)
     cpu->has_budget = o->max_instructions != 0 || cpu->machine->replay;            /* slices are exact */
     cpu->deadline = r->deadline;
     cpu->has_signal_blocked = o->has_signal_blocked;
+    cpu->is_brief = o->is_brief;
     x->has_deadline = r->deadline != UINT64_MAX;
     if (o->single_step != x->step_asked) {
         x->step_asked = o->single_step;

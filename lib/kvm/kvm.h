@@ -107,6 +107,8 @@ typedef struct kvm_vcpu {
     uint64_t shown[18];      /* gpr, rip, rflags as shown at an open exit: to see what a callback changed */
     bool in_run;             /* inside kvm_run: changes come from callbacks */
     uint64_t shown_next;     /* next_rip beside `shown` */
+    uint8_t code[16];        /* what stands at the instruction of this exit, */
+    bool has_code;           /* if kvm_resolve() has read it */
     kvm_known known[16];     /* instructions found by kvm_resolve */
     uint64_t boundary;       /* RIP at the last entry: surely the start of an instruction */
     uint64_t read_state[18]; /* `shown` at the last read exit; the write that follows may be of the same instruction */
@@ -131,7 +133,9 @@ typedef struct kvm_vcpu {
     bool is_shut_down;
     sigset_t host_mask; /* thread's mask that KVM's signal mask was made from */
     bool has_mask;
-    pthread_t thread;                 /* in kvm_run */
+    sigset_t callers_mask;            /* the thread's, to be restored */
+    _Atomic bool has_blocked;         /* this run can be left by the kick signal; */
+    pthread_t thread;                 /* it is sent to this thread */
     _Atomic int is_inside, is_kicked; /* it is in KVM_RUN; a signal was sent to it */
     bool has_foreign;                 /* a kick signal came that was not ours: given back */
     timer_t timer;                    /* for deadlines, bound to the thread timer_tid (0: none) */
@@ -163,7 +167,7 @@ bool kvm_flat_extend(vm_machine *m, uint64_t gpa);            /* true: gpa was n
 int kvm_flat_ready(vm_machine *m, uint64_t gpa);              /* tables exist and reach gpa; VM_OK or a status */
 int kvm_ioctl(int fd, unsigned long request, void *argument); /* retried on EINTR */
 
-bool kvm_is_hardware_ring0(void); /* guest ring 0 runs on the CPU, not in the host's emulator */
+bool kvm_is_hardware_ring0(int kvm_fd); /* guest ring 0 runs on the CPU, not in the host's emulator */
 
 /* kvm_dirty.c */
 void kvm_dirty_choose(kvm_machine *km); /* before the first vCPU */

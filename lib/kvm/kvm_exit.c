@@ -29,18 +29,26 @@ static bool is_port_exit(const kvm_vcpu *kv) { return kv->run->exit_reason == KV
 
 static x86_stop report(kvm_vcpu *kv, const x86_io_access *a) {
     x86_cpu *x = &kv->cpu->x86;
+    kv->is_reported = true;
+    x->io = *a;
+    x->io_count = x->io_pos = 0;
+    if (kv->cpu->is_brief) return X86_STOP_IO;
+    kv->has_code = false; /* a callback may have written there since */
     kvm_get_state(kv->cpu, VM_STATE_REGS);
     kvm_get_mode(kv);
-    x->io = *a;
     x->io.gva = a->is_port ? 0 : kvm_linear_of(kv, a->gpa, a->is_write);
-    x->io_count = x->io_pos = 0;
-    kv->is_reported = true;
+    x->io_code = kv->has_code ? kv->code : NULL;
     return X86_STOP_IO;
 }
 
+/* Of the sizes that accesses have; the others through memcpy, whose call costs more than the rest of this. */
 static uint64_t load(const uint8_t *from, unsigned n) {
     uint64_t v = 0;
-    memcpy(&v, from, n);
+    if (n == 1) return *from;
+    if (n == 4)
+        memcpy(&v, from, 4);
+    else
+        memcpy(&v, from, n);
     return v;
 }
 
@@ -357,6 +365,8 @@ static void show_before(kvm_vcpu *kv, uint64_t rip) {
     if (is_known(k, &now)) {
         x->rip = rip - k->length;
         x->next_rip = rip;
+        memcpy(kv->code, now.bytes + 16 - k->length, sizeof kv->code);
+        kv->has_code = true;
         return;
     }
     unsigned length = length_before(kv, rip, &before);
@@ -376,7 +386,7 @@ static void show_before(kvm_vcpu *kv, uint64_t rip) {
 void kvm_resolve(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     x86_insn at;
-    kv->rip_unresolved = false;
+    kv->rip_unresolved = kv->has_code = false;
     kvm_get_mode(kv);
     uint64_t rip = x->rip;
     bool is_repeating = (x->rflags & X86_FL_RF) && decode_at(kv, rip, &at) && (at.flags & X86_IF_STRING);
@@ -391,6 +401,7 @@ void kvm_resolve(kvm_vcpu *kv) {
     }
     x->rflags &= ~(uint64_t)X86_FL_RF;
     kvm_show(kv);
+    if (kv->cpu->has_pending) kv->cpu->pending.rip = x->rip; /* an exit that named no instruction */
 }
 
 uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa, bool is_write) {

@@ -19,7 +19,6 @@
 #include "kvm/kvm.h"
 #include "kvm/select.h"
 
-#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -84,15 +83,11 @@ static int open_kvm(int *out) {
 }
 
 /* Some hosts (guests themselves, without nested virtualisation) run only guest ring 3 on the CPU and emulate ring 0, at
- * about a million instructions a second: right, but slower than the JIT for anything with a kernel. Their CPUs show
- * neither VMX nor SVM, without which no KVM can do better. Asking the CPU costs microseconds where it is itself
- * virtual; timing a guest would cost every vm_create more. */
-__attribute__((weak)) bool kvm_is_hardware_ring0(void) { /* weak: tests pretend */
-    unsigned a, b, c, d;
-    __cpuid(1, a, b, c, d); /* every x86-64 has both leaves */
-    if (c & 1u << 5) return true;
-    __cpuid(0x80000001, a, b, c, d);
-    return c & 1u << 2;
+ * about a million instructions a second: right, but slower than the JIT for anything with a kernel. KVMs made of VMX or
+ * SVM, and only those, have nested guests whose state can be saved, from Linux 5.8 on; older ones are taken for such.
+ * Asking the CPU for VMX and SVM would say the same, but traps where the CPU is virtual. */
+__attribute__((weak)) bool kvm_is_hardware_ring0(int kvm_fd) { /* weak: tests pretend */
+    return check(kvm_fd, KVM_CAP_NESTED_STATE) || !check(kvm_fd, KVM_CAP_X86_USER_SPACE_MSR);
 }
 
 /* Whether the hardware walks the host's second level of tables; otherwise KVM keeps shadow page tables. */
@@ -116,18 +111,18 @@ static int query_open(const char *capability, uint64_t *value) {
     if (!strcmp(capability, "available"))
         *value = 1;
     else if (!strcmp(capability, "hardware-ring0"))
-        *value = kvm_is_hardware_ring0();
+        *value = kvm_is_hardware_ring0(fd);
     else if (!strcmp(capability, "max-vcpus"))
         *value = (uint64_t)check(fd, KVM_CAP_MAX_VCPUS);
     else if (!strcmp(capability, "max-slots"))
         *value = (uint64_t)check(fd, KVM_CAP_NR_MEMSLOTS);
     else if (!strcmp(capability, "dirty-ring"))
-        *value = kvm_is_hardware_ring0() ? (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING) : 0;
+        *value = kvm_is_hardware_ring0(fd) ? (uint64_t)check(fd, KVM_CAP_DIRTY_LOG_RING) : 0;
     else if (!strcmp(capability, "nested-paging"))
         *value = has_nested_paging();
     if (!strcmp(capability, "max-vcpus") && *value > VM_MAX_VCPUS) *value = VM_MAX_VCPUS;
     if (!strcmp(capability, "auto")) {
-        *value = kvm_is_hardware_ring0();
+        *value = kvm_is_hardware_ring0(fd);
         if (!*value)
             vm_fail(VM_E_UNSUPPORTED, "KVM is not chosen by itself: this host emulates guest ring 0 in software");
     }
@@ -593,8 +588,8 @@ static int take_model(vm_machine *m, kvm_machine *km) {
 }
 
 static void take_tsc(vm_machine *m, int vcpu) {
-    int khz = ioctl(vcpu, KVM_GET_TSC_KHZ, 0);
-    if (m->tsc_is_host || !m->is_pc || khz <= 0) return;
+    int khz = m->tsc_is_host || !m->is_pc ? 0 : ioctl(vcpu, KVM_GET_TSC_KHZ, 0);
+    if (khz <= 0) return;
     m->tsc_is_host = true;
     m->tsc_hz = (uint64_t)khz * 1000;
 }
@@ -641,7 +636,7 @@ int kvm_machine_create(vm_machine *m) {
         goto fail;
     }
     km->run_bytes = (size_t)bytes;
-    km->emulates_ring0 = !kvm_is_hardware_ring0();
+    km->emulates_ring0 = !kvm_is_hardware_ring0(km->kvm_fd);
     read_capabilities(km);
     rc = kvm_cpuid_read(km);
     if (rc) goto fail;

@@ -3,7 +3,9 @@
  * Kicks. A thread runs a vCPU with KVM_KICK_SIGNAL blocked and KVM lets it through inside KVM_RUN only
  * (KVM_SET_SIGNAL_MASK), so the signal ends KVM_RUN with EINTR whenever it comes, nobody's handler is involved, and
  * there is no moment between the last look at `attention` and the entry in which a kick could be lost. The thread's
- * mask is restored when the run returns; kick signals of somebody else's making are handed on then.
+ * mask is restored when the run returns; kick signals of somebody else's making are handed on then. While the process
+ * has one thread, only its signal handlers can kick: their signal ends KVM_RUN itself, or comes before and the kick
+ * sets immediate_exit, so nothing is blocked (unless a deadline's timer needs it), which spares two system calls a run.
  *
  * Open exits. KVM completes a port or memory access when it is entered again. An attention bit or a register that a
  * callback changed needs an instruction boundary first: then KVM is entered with immediate_exit, which completes and
@@ -23,6 +25,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#if __has_include(<sys/single_threaded.h>)
+#include <sys/single_threaded.h>
+#endif
 #include <sys/syscall.h>
 #include <unistd.h>
 #include "interp/interp.h"
@@ -44,18 +49,33 @@ x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
 
 /* ---- kicks ---- */
 
+/* The process has no thread but this one. */
+static bool is_alone(void) {
+#if __has_include(<sys/single_threaded.h>)
+    return __libc_single_threaded;
+#else
+    return false;
+#endif
+}
+
 void kvm_kick(vm_vcpu *cpu) {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     int saved = errno;
     if (kv && kv->is_inside) { /* then its thread lives */
-        kv->is_kicked = 1;
-        pthread_kill(kv->thread, KVM_KICK_SIGNAL);
+        kv->run->immediate_exit = 1;
+        if (kv->has_blocked) {
+            kv->is_kicked = 1;
+            pthread_kill(kv->thread, KVM_KICK_SIGNAL);
+        }
     }
     errno = saved;
 }
 
-static void block_kicks(kvm_vcpu *kv, sigset_t *old) {
-    sigset_t kick;
+static void block_kicks(kvm_vcpu *kv) {
+    sigset_t kick, *old = &kv->callers_mask;
+    if (kv->has_blocked || (is_alone() && !kv->has_mask && kv->cpu->deadline == UINT64_MAX)) return;
+    kv->thread = pthread_self();
+    kv->has_blocked = true;
     if (kv->cpu->has_signal_blocked && kv->has_mask) return;
     sigemptyset(&kick);
     sigaddset(&kick, KVM_KICK_SIGNAL);
@@ -84,7 +104,10 @@ static void drain_kicks(kvm_vcpu *kv) {
         if (!(info.si_code == SI_TKILL && info.si_pid == getpid()) && info.si_code != SI_TIMER) kv->has_foreign = true;
 }
 
-static void unblock_kicks(kvm_vcpu *kv, const sigset_t *old) {
+static void unblock_kicks(kvm_vcpu *kv) {
+    const sigset_t *old = &kv->callers_mask;
+    if (!kv->has_blocked) return;
+    kv->has_blocked = false;
     if (kv->is_timer_armed) {
         const struct itimerspec off = {.it_value = {0}};
         timer_settime(kv->timer, 0, &off, NULL);
@@ -133,8 +156,8 @@ static bool is_late(const kvm_vcpu *kv) { return kv->is_timer_armed && vm_host_n
 
 /* ---- one entry ---- */
 
-/* KVM_RUN. x86 is not touched; the shared page then has the registers. only_complete: no guest instruction beyond an
- * open one. */
+/* KVM_RUN: 0 or -errno. x86 is not touched; the shared page then has the registers. only_complete: no guest instruction
+ * beyond an open one. */
 static int enter(kvm_vcpu *kv, bool only_complete) {
     struct kvm_run *run = kv->run;
     bool wants_sregs = kv->sregs_wanted > 0, wants_events = kv->events_wanted > 0;
@@ -150,8 +173,7 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     kv->boundary = run->s.regs.regs.rip;
     kv->is_inside = 1;
     if (kv->cpu->x86.attention) run->immediate_exit = 1;
-    int rc = ioctl(kv->fd, KVM_RUN, 0);
-    int error = errno;
+    int rc = ioctl(kv->fd, KVM_RUN, 0) < 0 ? -errno : 0;
     atomic_store_explicit(&kv->is_inside, 0, memory_order_release);
     kv->exits++;
     kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;
@@ -164,8 +186,7 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     kv->events_wanted -= wants_events;
     kv->has_synced_sregs = kv->km->can_sync && wants_sregs;
     kv->has_synced_events = kv->km->can_sync && wants_events;
-    if (!kv->km->can_sync && kvm_ioctl(kv->fd, KVM_GET_REGS, &run->s.regs.regs) < 0) return -1;
-    errno = error;
+    if (!kv->km->can_sync && kvm_ioctl(kv->fd, KVM_GET_REGS, &run->s.regs.regs) < 0) return -errno;
     return rc;
 }
 
@@ -183,8 +204,10 @@ static kvm_open open_of(const struct kvm_run *run) {
 int kvm_settle(kvm_vcpu *kv) {
     for (unsigned i = 0; kv->open != KVM_OPEN_NONE; i++) {
         if (i == MAX_SETTLE) return vm_fail(VM_E_HOST, "KVM does not finish an instruction");
-        if (enter(kv, true) < 0) {
-            if (errno != EINTR && errno != EAGAIN) return vm_fail_errno(VM_E_HOST, "KVM_RUN");
+        int rc = enter(kv, true);
+        if (rc < 0) {
+            errno = -rc;
+            if (rc != -EINTR && rc != -EAGAIN) return vm_fail_errno(VM_E_HOST, "KVM_RUN");
             kv->open = KVM_OPEN_NONE;
         } else {
             kv->open = open_of(kv->run);
@@ -215,7 +238,7 @@ static void absorb(kvm_vcpu *kv) {
         kv->is_shown = false;
         return;
     }
-    memcpy(gpr, x->gpr, sizeof gpr);
+    if (is_merge) memcpy(gpr, x->gpr, sizeof gpr);
     kvm_regs_from(kv);
     kv->valid = VM_STATE_REGS | kv->dirty;
     if (is_merge) {
@@ -334,6 +357,7 @@ static bool needs_interpreter(kvm_vcpu *kv) {
 static int set_debug(kvm_vcpu *kv) {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_guest_debug d;
+    if (!x->has_until && !kv->debug.control) return VM_OK;
     memset(&d, 0, sizeof d);
     if (x->has_until) {
         kvm_get_state(kv->cpu, VM_STATE_SREGS);
@@ -355,8 +379,10 @@ static int set_debug(kvm_vcpu *kv) {
 static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed) {
     struct kvm_run *run = kv->run;
     run->request_interrupt_window = 0;
-    run->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86); /* KVM takes it from here at every entry */
-    kv->cr8 = (uint8_t)run->cr8;
+    if (is_changed || kv->cpu->machine->is_pc) { /* KVM takes it from here at every entry, and leaves it here */
+        kv->cr8 = kv->cpu->x86.env->cr8_read(&kv->cpu->x86);
+        run->cr8 = kv->cr8;
+    }
     if (!kv->cpu->machine->is_pc) return X86_STOP_NONE;
     if (kv->cpu->x86.nmi_pending && !kv->is_nmi_given) {
         kv->is_nmi_given = true;
@@ -513,10 +539,10 @@ static x86_stop run_guest(kvm_vcpu *kv) {
         }
         if (stop != X86_STOP_NONE) return stop;
         if (kv->open != KVM_OPEN_READ) kv->has_read_state = false;
+        block_kicks(kv); /* a callback may have made a thread */
         int rc = enter(kv, is_wanted || (kv->open != KVM_OPEN_NONE && (kv->regs_changed || kv->dirty)));
-        int error = errno;
         kv->open = KVM_OPEN_NONE;
-        if (rc < 0 && error != EINTR && error != EAGAIN) return entry_failed(kv, error);
+        if (rc < 0 && rc != -EINTR && rc != -EAGAIN) return entry_failed(kv, -rc);
         absorb(kv);
         sync_cr8(kv);
         kvm_collected(kv);
@@ -546,13 +572,11 @@ static x86_stop run_blocked(kvm_vcpu *kv) {
 
 x86_stop kvm_run(vm_vcpu *cpu) {
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
-    sigset_t old;
-    block_kicks(kv, &old);
-    kv->thread = pthread_self();
+    block_kicks(kv);
     kv->in_run = true;
     x86_stop stop = run_blocked(kv);
     kv->in_run = false;
-    unblock_kicks(kv, &old);
+    unblock_kicks(kv);
     return stop;
 }
 

@@ -376,6 +376,7 @@ struct x86_cpu {
     jmp_buf *fault_jmp;                /* where x86_raise goes */
     x86_stop stop;                     /* set with x86_leave(): the reason semantics left the loop */
     x86_io_access io;                  /* the access behind X86_STOP_IO */
+    const uint8_t *io_code;            /* the 15 bytes at rip then, where the backend has them; until the exit is recorded */
     x86_io_access io_log[X86_IO_LOG];
     bool has_deadline;                 /* the run loop wants to look at the clock now and then, even if nothing retires */
     uint8_t visits;                    /* to unfinished repeats */
