@@ -118,7 +118,7 @@ typedef struct kvm_vcpu {
     bool is_replaced;  /* ... all of the state: nothing of KVM's is wanted any more */
     bool has_events;   /* the shared page's events are part of the state (an event under way) */
     bool is_nmi_given;
-    int out_after;         /* does RIP stand after OUT at an exit? -1 not known yet */
+    int8_t rip_at[2];      /* exits of OUT, of OUTS: 1: RIP stands at it, -1: after it, 0: not known yet */
     unsigned sregs_wanted, events_wanted; /* how many more exits bring system registers, events along */
     bool makes_kernel;     /* the guest wrote EFER or a target of SYSCALL: kvm_limits.c */
     bool is_flat;          /* VM_MODE_FLAT64 is in force and CR3 points at our tables */
@@ -188,6 +188,7 @@ uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsig
 
 /* kvm_state.c */
 void kvm_msr_list(kvm_vcpu *kv);
+bool kvm_keeps_msr(const kvm_vcpu *kv, uint32_t msr);
 void kvm_get_state(vm_vcpu *cpu, unsigned parts);
 void kvm_get_mode(kvm_vcpu *kv); /* KVM_PART_MODE */
 void kvm_set_state(vm_vcpu *cpu, unsigned parts);
@@ -197,7 +198,7 @@ void kvm_regs_from(kvm_vcpu *kv); /* after KVM_RUN: synchronised registers to x8
 /* kvm_exit.c */
 x86_stop kvm_handle_io(kvm_vcpu *kv);
 x86_stop kvm_handle_mmio(kvm_vcpu *kv);
-x86_stop kvm_complete(kvm_vcpu *kv); /* give the results of a reported exit to KVM */
+x86_stop kvm_complete(kvm_vcpu *kv, bool is_interpreted); /* give the results of a reported exit to KVM */
 void kvm_resolve(kvm_vcpu *kv);      /* make x86.rip the instruction's */
 uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa,
                        bool is_write); /* of the access at gpa by the instruction at x86.rip; 0: unknown */

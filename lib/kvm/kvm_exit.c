@@ -129,8 +129,9 @@ x86_stop kvm_handle_mmio(kvm_vcpu *kv) {
 
 /* ---- completion of a reported exit ----
  * The run loop has put the result into io_log, or it has dropped the access (io_count = 0): then it is tried again,
- * which is what the interpreter does when it executes the instruction from its start. */
-x86_stop kvm_complete(kvm_vcpu *kv) {
+ * which is what the interpreter does when it executes the instruction from its start. Where it is the interpreter that
+ * goes on, what was read stays in io_log for it. */
+x86_stop kvm_complete(kvm_vcpu *kv, bool is_interpreted) {
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     bool is_answered = x->io_count == 1 && x->io_log[0].done && !kv->dirty;
@@ -150,6 +151,7 @@ x86_stop kvm_complete(kvm_vcpu *kv) {
         return X86_STOP_NONE;
     }
     if (!is_answered) return kvm_interpret(kv, 1);
+    if (is_interpreted) return X86_STOP_NONE;
     if (is_port_exit(kv))
         memcpy(io_data(kv), &x->io_log[0].data, run->io.size);
     else
@@ -305,11 +307,16 @@ static bool stands_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in) {
     return decode_at(kv, rip, in) && does_write(kv, in, rip);
 }
 
-/* An ambiguous OUT (the next instruction is the same one): let KVM finish it and see whether RIP moves. A finished
- * write needs nothing more from us. */
-static bool is_rip_after(kvm_vcpu *kv, uint64_t rip) {
-    if (kv->out_after < 0 && kvm_settle(kv) == VM_OK) kv->out_after = kv->run->s.regs.regs.rip == rip;
-    return kv->out_after != 0;
+/* An ambiguous OUT (`at` RIP, or `before` it): let KVM finish it and see whether RIP moves. A finished write needs nothing
+ * more from us. Where RIP stands depends on who did the access, the fast path for OUT or the emulator, but is the same
+ * each time; only for OUT to port 0x7E KVM takes the other way. */
+static bool is_rip_after(kvm_vcpu *kv, uint64_t rip, const x86_insn *at, const x86_insn *before) {
+    bool is_string = at->flags & X86_IF_STRING;
+    bool is_constant = is_string == !!(before->flags & X86_IF_STRING) && kv->run->io.port != 0x7e;
+    int8_t seen = is_constant ? kv->rip_at[is_string] : 0;
+    if (!seen && kvm_settle(kv) == VM_OK) seen = kv->run->s.regs.regs.rip == rip ? -1 : 1;
+    if (is_constant) kv->rip_at[is_string] = seen;
+    return seen <= 0;
 }
 
 /* String registers as before the iteration that made this access. */
@@ -371,7 +378,7 @@ static void show_before(kvm_vcpu *kv, uint64_t rip) {
     }
     unsigned length = length_before(kv, rip, &before);
     bool may_stand = is_port_exit(kv) && stands_at(kv, rip, &at);
-    if (!length || (may_stand && !is_rip_after(kv, rip))) return;
+    if (!length || (may_stand && !is_rip_after(kv, rip, &at, &before))) return;
     x->rip = rip - length;
     x->next_rip = rip;
     undo_stack(x, &before);

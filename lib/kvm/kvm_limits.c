@@ -6,6 +6,11 @@
  * exits when that happens, so such guests must not get there: what is beyond KVM is interpreted for as long as it is
  * so, which is a hundred times faster than the emulation anyway.
  *
+ * What shows a kernel in time are its writes to EFER and to the targets of SYSCALL, which these hosts' machines see, and
+ * a loaded task register. One case stays open: a guest that the program put into long mode itself (so EFER is never
+ * written), that makes page tables and gates of its own without an exit, loads no task register and then executes INT n
+ * in ring 3. It gets #UD there; nothing that KVM offers tells before. The interpreter or the JIT runs such a guest.
+ *
  * Whether the host is of this kind is asked once: set a state with legacy paging, see whether it is still there. On all
  * others nothing here is ever beyond.
  */
@@ -65,7 +70,7 @@ static bool has_kernel(kvm_vcpu *kv) {
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
     if (!(x->efer & X86_EFER_LME) || x->flat) return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);
-    return kv->makes_kernel || x->star || x->lstar || x->cstar || x->seg[X86_TR].base;
+    return kv->makes_kernel || x->star || x->lstar || x->cstar || x->seg[X86_TR].base || x->seg[X86_TR].sel;
 }
 
 /* The state about to be loaded is one that KVM would not run. */

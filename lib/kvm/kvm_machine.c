@@ -518,6 +518,16 @@ static void ask_for_failures(kvm_machine *km) {
     if (check(km->vm_fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE)) kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
 }
 
+/* Intel hosts whose CPUs cannot run real mode as it is (no "unrestricted guest") do it with the help of a page table and
+ * a task segment that KVM keeps in guest-physical memory: below the ROM, where a PC has nothing. Others ignore both. */
+#define HELPER_PAGES UINT64_C(0xfeffc000)
+static void place_helper_pages(kvm_machine *km) {
+    uint64_t identity = HELPER_PAGES;
+    if (check(km->vm_fd, KVM_CAP_SET_IDENTITY_MAP_ADDR)) kvm_ioctl(km->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity);
+    if (check(km->vm_fd, KVM_CAP_SET_TSS_ADDR))
+        kvm_ioctl(km->vm_fd, KVM_SET_TSS_ADDR, (void *)(uintptr_t)(HELPER_PAGES + 4096));
+}
+
 #ifndef KVM_CAP_DISABLE_QUIRKS2
 #define KVM_CAP_DISABLE_QUIRKS2 213
 #endif
@@ -553,11 +563,16 @@ static const uint32_t model_words[][3] = {
     {1, 0, 3}, {1, 0, 2}, {7, 0, 1}, {7, 0, 2}, {7, 0, 3}, {0x80000001, 0, 3}, {0x80000001, 0, 2}, {0xd, 1, 0},
 };
 
+/* What x86_model_cut() leaves in a model: features, and no longer physical addresses than the host's. */
+static uint32_t allowed_in_model(void *km, uint32_t leaf, uint32_t sub, unsigned reg) {
+    return leaf == 0x80000008 && reg == 0 ? kvm_supported(km, leaf, sub, reg) : kvm_cpuid_allowed(km, leaf, sub, reg);
+}
+
 /* A machine that began elsewhere comes to KVM with the CPU it has: it must be one that KVM can do. */
 static int check_model(vm_machine *m, kvm_machine *km) {
     x86_cpu *x = &m->vcpus[0]->x86;
     const struct x86_model *had = x->model;
-    struct x86_model *cut = x86_model_cut(had, kvm_cpuid_allowed, km);
+    struct x86_model *cut = x86_model_cut(had, allowed_in_model, km);
     int rc = cut ? VM_OK : vm_fail(VM_E_NOMEM, "no memory for a CPU model");
     for (size_t i = 0; rc == VM_OK && i < sizeof model_words / sizeof *model_words; i++) {
         const uint32_t *w = model_words[i];
@@ -583,7 +598,7 @@ static int check_model(vm_machine *m, kvm_machine *km) {
 static int take_model(vm_machine *m, kvm_machine *km) {
     if (m->vcpu_count) return check_model(m, km);
     if (m->own_model) return VM_OK;
-    m->own_model = x86_model_cut(x86_model_find(m->cpu_model), kvm_cpuid_allowed, km);
+    m->own_model = x86_model_cut(x86_model_find(m->cpu_model), allowed_in_model, km);
     return m->own_model ? VM_OK : vm_fail(VM_E_NOMEM, "no memory for a CPU model");
 }
 
@@ -600,7 +615,7 @@ int vm_kvm_model(vm_machine *m) {
     if (rc) return rc;
     rc = kvm_cpuid_read(&km);
     if (rc == VM_OK) {
-        m->own_model = x86_model_cut(x86_model_find(NULL), kvm_cpuid_allowed, &km);
+        m->own_model = x86_model_cut(x86_model_find(NULL), allowed_in_model, &km);
         if (!m->own_model) rc = vm_fail(VM_E_NOMEM, "no memory for a CPU model");
     }
     if (rc == VM_OK && m->is_pc) {
@@ -648,6 +663,7 @@ int kvm_machine_create(vm_machine *m) {
     filter_msrs(km);
     ask_for_failures(km);
     leave_hypercalls(km);
+    place_helper_pages(km);
     kvm_dirty_choose(km);
     m->backend_data = km;
     return VM_OK;
@@ -689,7 +705,6 @@ int kvm_vcpu_create(vm_vcpu *cpu) {
     if (!kv) return vm_fail(VM_E_NOMEM, "no memory for a KVM vCPU");
     kv->cpu = cpu;
     kv->km = km;
-    kv->out_after = -1;
     kv->soft_batch = 1;
     kvm_msr_list(kv);
     kv->valid = kv->dirty = VM_STATE_ALL;

@@ -261,9 +261,10 @@ static x86_stop deliver_queued(kvm_vcpu *kv) {
     struct kvm_vcpu_events *e = &kv->run->s.regs.events;
     x86_stop stop = X86_STOP_NONE;
     if (!kv->has_events) return stop;
-    if (e->exception.injected || (e->exception.pending))
+    bool is_software = e->exception.nr == X86_BP || e->exception.nr == X86_OF; /* RIP is still at the instruction, */
+    if (e->exception.pending || (e->exception.injected && !is_software))
         stop = x86_inject(x, e->exception.nr, e->exception.has_error_code, e->exception.error_code);
-    else if (e->interrupt.injected)
+    else if (e->interrupt.injected && !e->interrupt.soft) /* which does it again */
         stop = x86_deliver_interrupt(x, e->interrupt.nr, false);
     kv->has_events = false;
     return stop;
@@ -361,9 +362,9 @@ static int set_debug(kvm_vcpu *kv) {
     memset(&d, 0, sizeof d);
     if (x->has_until) {
         kvm_get_state(kv->cpu, VM_STATE_SREGS);
-        uint64_t base = x86_is_long(x) ? 0 : x->seg[X86_CS].base;
+        uint64_t base = x->seg[X86_CS].base;
         d.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
-        d.arch.debugreg[0] = base + x->until;
+        d.arch.debugreg[0] = x86_is_long(x) ? x->until : (uint32_t)(base + x->until);
         d.arch.debugreg[7] = 0x402; /* DR0, global, execution, one byte */
     }
     if (!memcmp(&d, &kv->debug, sizeof d)) return VM_OK;
@@ -422,7 +423,9 @@ static x86_stop handle_msr(kvm_vcpu *kv) {
     uint32_t msr = run->msr.index;
     bool is_read = run->exit_reason == KVM_EXIT_X86_RDMSR, ok;
     uint64_t value = run->msr.data;
-    if (is_apic_msr(msr)) {
+    if (run->msr.reason == KVM_MSR_EXIT_REASON_INVAL && kvm_keeps_msr(kv, msr)) {
+        ok = false; /* the host's CPU or KVM cannot hold that value */
+    } else if (is_apic_msr(msr)) {
         ok = is_read ? x->env->msr_read(x, msr, &value) : x->env->msr_write(x, msr, value);
     } else {
         kvm_get_state(kv->cpu, VM_STATE_ALL);
@@ -463,9 +466,12 @@ static x86_stop handle_debug(kvm_vcpu *kv) {
     return kvm_interpret(kv, 1);
 }
 
+/* What KVM's emulator does not know, and an interrupt or exception whose delivery meets a device or no memory, is done by
+ * the interpreter: the event is still queued in KVM. */
 static x86_stop handle_internal_error(kvm_vcpu *kv) {
     const struct kvm_run *run = kv->run;
     if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION) return emulation_failed(kv);
+    if (run->internal.suberror == KVM_INTERNAL_ERROR_DELIVERY_EV) return kvm_interpret(kv, 1);
     return kvm_host_failed(kv, "KVM internal error %u (0x%llx 0x%llx)", run->internal.suberror,
                            run->internal.ndata > 0 ? (unsigned long long)run->internal.data[0] : 0,
                            run->internal.ndata > 1 ? (unsigned long long)run->internal.data[1] : 0);
@@ -498,6 +504,10 @@ static x86_stop handle_exit(kvm_vcpu *kv) {
     case KVM_EXIT_FAIL_ENTRY:
         return kvm_host_failed(kv, "the hardware refused the guest's state (KVM_EXIT_FAIL_ENTRY, reason 0x%llx)",
                                (unsigned long long)run->fail_entry.hardware_entry_failure_reason);
+    case KVM_EXIT_UNKNOWN:
+        return kvm_host_failed(kv, "KVM does not know the hardware's exit 0x%llx",
+                               (unsigned long long)run->hw.hardware_exit_reason);
+    case KVM_EXIT_SYSTEM_EVENT: return kvm_host_failed(kv, "KVM system event %u", run->system_event.type);
     default: return kvm_host_failed(kv, "unknown KVM exit %u", run->exit_reason);
     }
 }
@@ -561,7 +571,7 @@ static x86_stop run_blocked(kvm_vcpu *kv) {
     bool is_soft = kv->is_soft_io || (kv->is_replaced && kv->cpu->x86.io_count);
     if (kv->is_replaced && kvm_settle(kv) != VM_OK) return X86_STOP_HOST;
     if (kv->is_reported)
-        stop = kvm_complete(kv);
+        stop = kvm_complete(kv, needs_interpreter(kv));
     else if (is_soft) /* the interpreter met that access: it takes the answer */
         stop = kvm_interpret(kv, 1);
     if (stop == X86_STOP_NONE && needs_interpreter(kv)) return kvm_interpret(kv, 0);

@@ -89,6 +89,12 @@ void kvm_msr_list(kvm_vcpu *kv) {
     for (unsigned i = 0; i < MSR_COUNT; i++) kv->msrs[i] = msr_table[i].number;
 }
 
+bool kvm_keeps_msr(const kvm_vcpu *kv, uint32_t msr) {
+    for (unsigned i = 0; i < kv->msr_count; i++)
+        if (kv->msrs[i] == msr) return true;
+    return false;
+}
+
 static void drop_msr(kvm_vcpu *kv, unsigned at) {
     memmove(&kv->msrs[at], &kv->msrs[at + 1], (kv->msr_count - at - 1) * sizeof kv->msrs[0]);
     kv->msr_count--;
@@ -256,7 +262,7 @@ static void seg_to(const x86_seg *from, struct kvm_segment *s) {
     s->avl = a >> 12 & 1;
     s->l = a >> 13 & 1;
     s->db = a >> 14 & 1;
-    s->g = a >> 15;
+    s->g = from->limit > 0xfffff || (a >> 15 && (from->limit & 0xfff) == 0xfff); /* else VMX does not enter */
     s->unusable = !s->present;
 }
 
@@ -286,7 +292,9 @@ static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e) {
     const x86_cpu *x = &kv->cpu->x86;
     if (!kv->has_events) memset(e, 0, sizeof *e);
     e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
-    e->interrupt.shadow = x->inhibit & 2 ? KVM_X86_SHADOW_INT_MOV_SS : x->inhibit & 1 ? KVM_X86_SHADOW_INT_STI : 0;
+    e->interrupt.shadow = x->inhibit & 2                              ? KVM_X86_SHADOW_INT_MOV_SS
+                          : (x->inhibit & 1) && (x->rflags & X86_FL_IF) ? KVM_X86_SHADOW_INT_STI
+                                                                        : 0; /* VMX enters with no other */
     e->nmi.masked = x->nmi_blocked;
     e->nmi.pending = x->nmi_pending;
     e->nmi.injected = 0;
@@ -322,6 +330,7 @@ static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
     for (unsigned i = 0; i < sizeof seg_order; i++) seg_to(&x->seg[seg_order[i]], &data[i]);
     tr_to(&x->seg[X86_TR], &s->tr, is_long);
     seg_to(&x->seg[X86_LDTR], &s->ldt);
+    if (!is_long) s->cs.l = 0; /* means nothing there, and KVM does not take it */
     s->gdt.base = x->gdtr.base, s->gdt.limit = x->gdtr.limit;
     s->idt.base = x->idtr.base, s->idt.limit = x->idtr.limit;
     memset(s->gdt.padding, 0, sizeof s->gdt.padding);

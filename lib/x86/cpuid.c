@@ -181,6 +181,9 @@ struct x86_model *x86_model_cut(const struct x86_model *base,
     *model = *base;
     for (size_t i = 0; i < sizeof places / sizeof places[0]; i++)
         model->words[places[i].word] &= allowed(user, places[i].leaf, places[i].sub, places[i].reg);
+    unsigned bits = allowed(user, 0x80000008, 0, 0) & 0xff;            /* of physical addresses */
+    if (bits >= 32 && bits < model->phys_bits)
+        model->phys_bits = (uint8_t)bits;
     if (!(model->words[X86_W_1_ECX] & B(26)))
         model->words[X86_W_D1_EAX] = 0;
     if (!(model->words[X86_W_1_ECX] & B(26)) || !(allowed(user, 0xd, 0, 0) & 4)) { /* no YMM state, nothing of AVX */

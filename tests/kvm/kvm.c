@@ -247,6 +247,44 @@ SETUP(outsides) {
     }
 }
 
+/* The answer to a read counts however the guest goes on: in KVM, or in the interpreter because of what the run asks for. */
+TEST(answers_reach_every_kind_of_run) {
+    static const struct {
+        vm_run_options o;
+        int reason;
+        uint64_t rip;
+    } runs[] = {
+        {{.size = sizeof(vm_run_options)}, VM_EXIT_HALT, 4},
+        {{.size = sizeof(vm_run_options), .is_brief = true}, VM_EXIT_HALT, 4},
+        {{.size = sizeof(vm_run_options), .deadline_ns = 10000000000u}, VM_EXIT_HALT, 4},
+        {{.size = sizeof(vm_run_options), .has_until = true, .until = CODE + 3}, VM_EXIT_UNTIL, 3},
+        {{.size = sizeof(vm_run_options), .exception_exits = 1u << 6}, VM_EXIT_HALT, 4},
+        {{.size = sizeof(vm_run_options), .single_step = true}, VM_EXIT_STEP, 2},
+        {{.size = sizeof(vm_run_options), .max_instructions = 2}, VM_EXIT_BUDGET, 3},
+    };
+    need_kvm();
+    for (size_t i = 0; i < 2 * sizeof runs / sizeof *runs; i++) {
+        bool is_port = i & 1; /* in al, 0x42, or mov al, [rdi]; then nop, hlt */
+        guest g = is_port ? OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xe4, 0x42, 0x90, 0xf4)
+                          : OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x8a, 0x07, 0x90, 0xf4);
+        vm_exit e = VM_EXIT_INIT;
+        set_reg(&g, VM_REG_RDI, 0x40000000);
+        set_reg(&g, VM_REG_RAX, 0x1100);
+        OK(vm_vcpu_run(g.cpu, i & 2 ? &runs[1].o : NULL, &e));
+        CHECK_EQ(e.reason, is_port ? VM_EXIT_IO : VM_EXIT_UNMAPPED);
+        if (is_port)
+            e.io.data = 0x5a;
+        else
+            e.mmio.data = 0x5a;
+        OK(vm_vcpu_run(g.cpu, &runs[i / 2].o, &e));
+        CHECK_EQ(e.reason, runs[i / 2].reason);
+        vm_regs r = regs_of(&g);
+        CHECK_EQ(r.rax, 0x115a);
+        CHECK_EQ(r.rip, CODE + runs[i / 2].rip);
+        vm_destroy(g.m);
+    }
+}
+
 /* ---- callbacks ---- */
 
 typedef struct device {

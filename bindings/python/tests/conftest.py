@@ -8,7 +8,7 @@ import pytest
 
 import libvm
 
-BACKENDS = [b for b in ("interp", "jit") if libvm.query(b, "available")]
+BACKENDS = [b for b in ("interp", "jit", "kvm") if libvm.query(b, "available")]
 MAPPED = 0x1000
 
 
@@ -37,8 +37,18 @@ def pytest_collectreport(report):
         print(report.longreprtext, f"FAIL python_collect: {report.nodeid}", sep="\n", flush=True)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "software(reason): for the software backends, with what KVM lacks")
+
+
+software = pytest.mark.software
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    mark = request.node.get_closest_marker("software")
+    if mark and request.param == "kvm":
+        pytest.skip(mark.args[0])
     return request.param
 
 

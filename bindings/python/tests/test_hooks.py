@@ -5,13 +5,15 @@ import gc
 import pytest
 
 import libvm
-from conftest import MAPPED, load
+from conftest import MAPPED, load, software
 
 KINDS = libvm.HookKind
+NO_HOOKS = "backend kvm serves no hooks"
 # mov eax, 5; mov [0x2000], eax; mov ebx, [0x2000]; dec eax; jnz back to the store; hlt
 LOOP = "b805000000 890425 00200000 8b1c25 00200000 ffc8 75ee f4"
 
 
+@software(NO_HOOKS)
 def test_every_kind(machine):
     seen = {}
 
@@ -28,6 +30,7 @@ def test_every_kind(machine):
     assert seen["BLOCK"][0][0] == MAPPED and len(seen["BLOCK"]) == 6 and len(seen["EDGE"]) == 5
 
 
+@software(NO_HOOKS)
 def test_ports_exceptions_and_the_rest(machine):
     seen = []
     cpu = machine.cpu
@@ -70,6 +73,7 @@ def test_ports_exceptions_and_the_rest(machine):
                     ("interrupt", 0x80, libvm.EventFlags.SOFT)]
 
 
+@software(NO_HOOKS)
 def test_stop_and_handles(machine):
     @machine.on_block(MAPPED + 5, MAPPED + 5)
     def stop(cpu, event):
@@ -90,6 +94,7 @@ def test_stop_and_handles(machine):
     machine.hook_remove(hook)
 
 
+@software(NO_HOOKS)
 def test_dropped_handle_stays(machine):
     count = []
     machine.hook_add(KINDS.BLOCK, lambda cpu, event: count.append(1))
@@ -98,6 +103,7 @@ def test_dropped_handle_stays(machine):
     assert len(count) == 6
 
 
+@software(NO_HOOKS)
 def test_kept_events(machine):
     kept = []
 
@@ -111,6 +117,7 @@ def test_kept_events(machine):
     assert kept[0].kind == KINDS.MEM_WRITE and "Event" in repr(kept[0]) and kept[0].error == 0
 
 
+@software(NO_HOOKS)
 def test_exception_in_a_callback(machine):
     @machine.on_block
     def broken(cpu, event):
@@ -126,6 +133,7 @@ def test_exception_in_a_callback(machine):
     assert cpu.run().reason == libvm.ExitReason.HALT
 
 
+@software(NO_HOOKS)
 @pytest.mark.parametrize("answer", ["x", 3, -1, True, 1.0, 1 << 70])
 def test_wrong_answers(machine, answer):
     machine.hook_add(KINDS.BLOCK, lambda cpu, event: answer)
@@ -140,6 +148,7 @@ def test_bad_hooks(machine):
             machine.hook_add(*args)
 
 
+@software(NO_HOOKS)
 def test_remove_from_itself(machine):
     count = []
 
@@ -152,6 +161,7 @@ def test_remove_from_itself(machine):
     assert len(count) == 1
 
 
+@software(NO_HOOKS)
 def test_add_map_and_redirect_from_a_callback(machine):
     @machine.on_insn(MAPPED, MAPPED)
     def redirect(cpu, event):
@@ -166,6 +176,7 @@ def test_add_map_and_redirect_from_a_callback(machine):
     assert cpu.rax == 42 and seen == [0x80000]
 
 
+@software(NO_HOOKS)
 def test_close_and_run_from_a_callback(machine):
     for forbidden in (machine.close, machine.cpu.run):
         hook = machine.hook_add(KINDS.BLOCK, lambda cpu, event: forbidden())

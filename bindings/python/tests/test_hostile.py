@@ -13,7 +13,7 @@ import time
 import pytest
 
 import libvm
-from conftest import MAPPED, load, run_python
+from conftest import MAPPED, load, run_python, software
 
 LOOP = "b90a000000 ffc9 75fc f4"                # mov ecx, 10; again: dec ecx; jnz again; hlt
 # What would wait, go for good, or end the process.
@@ -137,6 +137,7 @@ def attack(chance, name, thing, pool):
     return what, None
 
 
+@software("backend kvm serves no hooks")
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_arguments(backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)                          # some of it is taken for the name of a file

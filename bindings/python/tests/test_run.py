@@ -6,7 +6,7 @@ import time
 import pytest
 
 import libvm
-from conftest import MAPPED, load, run_python
+from conftest import MAPPED, load, run_python, software
 
 
 def test_registers(machine):
@@ -96,7 +96,11 @@ def test_exits(machine):
     assert cpu.rax == 0x42
     assert exit.reason == libvm.ExitReason.EXCEPTION and exit.vector == 6 and not exit.has_error
     assert "exception" in str(exit) and "exception" in repr(exit)
-    load(machine, "0f01c1 f4")
+
+
+@software("on kvm hypercalls go to the host's kernel")
+def test_hypercall(machine):
+    cpu = load(machine, "0f01c1 f4")
     cpu.rax, cpu.rbx = 7, 8
     exit = cpu.run()
     assert exit.reason == libvm.ExitReason.HYPERCALL and exit.number == 7 and exit.args[0] == 8
@@ -221,6 +225,7 @@ def test_breakpoint_at_the_end_of_a_slice(machine):
         assert cpu.run(timeout=5).reason == libvm.ExitReason.BREAKPOINT and cpu.rax == n
 
 
+@software("KVM records no blocks")
 def test_what_a_vcpu_keeps_without_its_object(machine):
     load(machine, "e460 eb00 f4")
     ring = machine.cpu.block_trace(16)
