@@ -42,7 +42,7 @@ typedef struct block_cache {
     block *pages[BLOCK_PAGES];
     uint8_t *chunk[BLOCK_CHUNKS];
     unsigned chunk_at, chunk_used;
-    x86_memo memo[X86_MEMOS];
+    x86_form forms[X86_FORMS];
     block *scratch;                      /* one block of BLOCK_INSNS, being built; also for code that cannot be cached */
 } block_cache;
 

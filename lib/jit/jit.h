@@ -246,7 +246,7 @@ typedef struct jit {
         x87_pointers[18]; /* image bytes 6..23 while the state is in registers: the host's own pointers mean nothing */
     uint8_t vec_ctx;      /* ...in this context */
     bool must_flush;      /* at the next block boundary */
-    x86_memo memo[X86_MEMOS];
+    x86_form forms[X86_FORMS];
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     uint8_t no_guard[1024];  /* by rip: CALLs that go to several places: traces end with them */
     bool has_avx, has_bmi2;

@@ -291,7 +291,7 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
 static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
     unsigned avail = 4096 - at, size = u->key & JIT_KEY_64 ? 8 : 4;
     if (u->crosses ? at != (u->rip & 0xfff) || x86_decode(u->bytes, 15, size, in)
-                   : !avail || x86_decode_again(u->j->memo, u->page + at, avail < 15 ? avail : 15, size, in))
+                   : !avail || x86_decode_again(u->j->forms, u->page + at, avail < 15 ? avail : 15, size, in))
         return false;
     x86_offer(u->cpu, in);
     return true;
@@ -315,7 +315,7 @@ static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in) {
     uint8_t bytes[15];
     if (!u->nmore || !page) return page && decode_at(u, offset, in);
     if (!next) {
-        if (x86_decode_again(u->j->memo, page + offset, first < 15 ? first : 15, u->key & JIT_KEY_64 ? 8 : 4, in)) return false;
+        if (x86_decode_again(u->j->forms, page + offset, first < 15 ? first : 15, u->key & JIT_KEY_64 ? 8 : 4, in)) return false;
     } else {
         memcpy(bytes, page + offset, first);
         memcpy(bytes + first, next, 15 - first);

@@ -198,6 +198,7 @@ static void take_layout(const ZydisDecodedInstruction *zi, x86_insn *in)
     in->disp_size = zi->raw.disp.size / 8;
     in->imm_off = (uint8_t)imm;
     in->imm_size = (uint8_t)((zi->raw.imm[0].size + zi->raw.imm[1].size) / 8);
+    in->imm_signed = zi->raw.imm[0].is_signed;
     unsigned after = modrm ? modrm : disp ? disp : imm ? imm : in->length;
     if (zi->mnemonic == ZYDIS_MNEMONIC_JMP || zi->mnemonic == ZYDIS_MNEMONIC_CALL)
         if (zi->meta.branch_type == ZYDIS_BRANCH_TYPE_FAR && !modrm)
@@ -442,44 +443,6 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
         in->osz = (zi.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) && !(in->rex & 8) ? 2 : 8;
     in->cc = in->opcode & 15;
     x86_specialise(in);
-    return 0;
-}
-
-static uint64_t first_bytes(unsigned n) { return n >= 8 ? ~UINT64_C(0) : (UINT64_C(1) << 8 * n) - 1; }
-
-/* Do the first n of 15 bytes agree? */
-static bool same_bytes(const uint8_t *a, const uint8_t *b, unsigned n)
-{
-    uint64_t x[2], y[2];
-    memcpy(&x[0], a, 8), memcpy(&x[1], a + 7, 8);
-    memcpy(&y[0], b, 8), memcpy(&y[1], b + 7, 8);
-    return !(((x[0] ^ y[0]) & first_bytes(n)) | (n > 7 ? (x[1] ^ y[1]) & first_bytes(n - 7) : 0));
-}
-
-/* The guest's next bytes, taken once: another vCPU may be writing them. Zeros follow the last of them. */
-static void take_code(uint8_t once[15], const uint8_t *bytes, unsigned avail)
-{
-    if (avail == 15) {
-        uint64_t low = x86_load_host(bytes, 8), high = x86_load_host(bytes + 7, 8);
-        memcpy(once, &low, 8), memcpy(once + 7, &high, 8);
-    } else {
-        for (unsigned i = 0; i < 15; i++)
-            once[i] = i < avail ? (uint8_t)x86_load_host(bytes + i, 1) : 0;
-    }
-}
-
-int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
-{
-    x86_memo *m = &memos[(uintptr_t)bytes % X86_MEMOS];
-    uint8_t once[15];
-    take_code(once, bytes, avail);
-    if (m->at != bytes || m->in.mode != code_size || m->in.length > avail || !same_bytes(m->in.bytes, once, m->in.length)) {
-        m->at = NULL;
-        if (x86_decode(once, avail, code_size, &m->in))
-            return -1;
-        m->at = bytes;
-    }
-    *in = m->in;
     return 0;
 }
 

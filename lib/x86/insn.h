@@ -63,19 +63,20 @@ struct x86_insn {
     uint8_t rex;               /* raw REX byte, 0 if none */
     uint8_t opcode_off, modrm_off, disp_off, disp_size, imm_off, imm_size;   /* byte offsets in `bytes`; *_off 0 = absent */
     uint8_t bytes[15];
+    bool imm_signed;           /* the immediate's bytes are sign-extended */
 };
 
 /* Decode at most `avail` bytes (<= 15). Returns 0 and fills *in (illegal encodings: exec raises #UD, length is what was
  * consumed), or -1 when the instruction is cut off by `avail` < 15 bytes (the caller supplies more, from the next page). */
 int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
-/* The same for bytes that may have been decoded before: code is asked for several times, as a block and by who looks ahead, and
- * code that changes itself changes little. An entry holds while the bytes at its address are those it was made from. */
-typedef struct x86_memo {
-    const uint8_t *at;
-    x86_insn in;
-} x86_memo;
-#define X86_MEMOS 2048
-int x86_decode_again(x86_memo *memos, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
+/* The same with a cache of forms (forms.c): what instructions are that differ in displacement and immediate alone. */
+typedef struct x86_form {
+    uint64_t key; /* the bytes of the form; 0: none */
+    x86_insn in;  /* one of the form */
+} x86_form;
+#define X86_FORM_BITS 12
+#define X86_FORMS (1 << X86_FORM_BITS)
+int x86_decode_again(x86_form *forms, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
 /* Fit it to the CPU's model (offer.c): instructions the model lacks become illegal, TZCNT and LZCNT become BSF and BSR. Call it
  * once on what is cached for a CPU. */
 void x86_offer(x86_cpu *cpu, x86_insn *in);
