@@ -120,6 +120,11 @@ static void frame_store(jit_writer *w, unsigned size, unsigned reg, unsigned slo
     frame_op(w, size, 0x89, reg, slot);
 }
 
+static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
+    e_rex(w, 4, 0, 0, reg);
+    e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
+}
+
 /* ---- flags ---- */
 
 static void emit_save(jit_writer *w) {
@@ -352,6 +357,30 @@ static void settle_sp(emitter *e) {
     e->sp = 0;
 }
 
+/* MOV between registers, or of an immediate, where one is in memory: an instruction instead of up to three. */
+static bool emit_frame_move(emitter *e, const x86_insn *in) {
+    jit_writer *w = e->w;
+    const x86_operand *to = &in->op[0], *from = &in->op[1];
+    if (!jit_insn_is_mov(in) || to->kind != X86_OP_GPR || to->reg >= 16 || to->size < 4) return false;
+    if (from->kind == X86_OP_IMM && IN_MEMORY(to->reg) && to->size == 8 && (int64_t)in->imm == (int32_t)in->imm) {
+        frame_op(w, 8, 0xc7, 0, JIT_FRAME_REG(to->reg));
+        e32(w, (uint32_t)in->imm);
+        return true;
+    }
+    if (from->kind != X86_OP_GPR || from->reg >= 16 || !(IN_MEMORY(to->reg) || IN_MEMORY(from->reg))) return false;
+    bool is_plain = to->size == 8 && !IN_MEMORY(from->reg);
+    unsigned reg = !IN_MEMORY(to->reg) ? home[to->reg] : is_plain ? home[from->reg] : T1;
+    if (!is_plain) emit_reg_load(w, to->size, reg, from->reg);
+    if (IN_MEMORY(to->reg)) frame_store(w, 8, reg, JIT_FRAME_REG(to->reg));
+    return true;
+}
+
+/* Does the instruction write the whole of a register without looking at it? */
+static bool only_writes(const x86_insn *in, unsigned k) {
+    if (k || !jit_insn_moves(in) || in->op[0].size < 4) return false;
+    return in->op[1].kind != X86_OP_GPR || (in->op[1].reg != in->op[0].reg && in->op[1].reg < 16);
+}
+
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
  * back. `o` is the access with its memory operand, or NULL. */
 static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
@@ -360,6 +389,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
     uint8_t spare[2] = {T1, T0}, used[2] = {0};
     unsigned nused = 0, nspare = in->flags & X86_IF_MEM ? 1 : 2;
     if (jit_insn_names_sp(in)) settle_sp(e);
+    if (emit_frame_move(e, in)) return;
     x86_rename_init(&map);
     map.gpr[X86_RSP] = R12;
     map.mem_kind = X86_RENAME_MEM_BASE;
@@ -384,7 +414,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
         used[nused] = o->reg;
         if (spare[nused] == T0) e->t0_group = -1;
         map.gpr[o->reg] = spare[nused];
-        frame_load(e->w, 8, spare[nused], JIT_FRAME_REG(o->reg));
+        if (!only_writes(in, k)) frame_load(e->w, 8, spare[nused], JIT_FRAME_REG(o->reg));
         nused++;
     }
     if (in->flags & X86_IF_LOCK) e8(e->w, 0xf0);
@@ -533,7 +563,8 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     }
     s->is_single = is_single;
     s->is_end = false;
-    s->is_quick = is_single && is_quick_form(e->u, &s->in, check);
+    s->in_shadow = jit_in_shadow(e->u, i);
+    s->is_quick = is_single && !s->in_shadow && is_quick_form(e->u, &s->in, check);
     return at;
 }
 static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
@@ -1124,6 +1155,35 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
     frame_store(e->w, 8, T1, JIT_FRAME_TMP);
 }
 
+static void emit_flags_tmp(emitter *e) {
+    jit_writer *w = e->w;
+    need_host(e);
+    before_clobber(e);
+    e8(w, 0x9c); /* pushfq */
+    emit_push_pop(w, T1, false);
+    e_alu_imm(w, 4, 4, T1, X86_FL_ARITH);
+    e_gs_load(w, 4, T0, JIT_OFF(rflags));
+    e_alu_imm(w, 4, 4, T0, (int32_t) ~(uint32_t)(X86_FL_ARITH | X86_FL_RF | X86_FL_VM));
+    e_rr(w, 4, 0x09, T0, T1); /* or */
+    frame_store(w, 8, T1, JIT_FRAME_TMP);
+    e->host = false;
+}
+
+static void emit_system(emitter *e, unsigned i) {
+    jit_writer *w = e->w;
+    const x86_operand *op = e->u->insn[i].op;
+    if (jit_insn_clears_if(&e->u->insn[i])) {
+        before_clobber(e);
+        e_r_gs(w, 4, 0x81, 4, JIT_OFF(rflags)); /* and */
+        e32(w, ~(uint32_t)X86_FL_IF);
+        e->host = false;
+        return;
+    }
+    unsigned reg = IN_MEMORY(op[0].reg) ? T1 : home[op[0].reg];
+    e_r_gs(w, 4, 0x0fb7, reg, (int32_t)(offsetof(x86_cpu, seg) + op[1].reg * sizeof(x86_seg) + offsetof(x86_seg, sel)));
+    if (reg == T1) frame_store(w, 8, T1, JIT_FRAME_REG(op[0].reg));
+}
+
 /* x87 keeps pointers to its last instruction and operand. Which it was is noted; C tells the image when it looks. */
 static void note_x87(emitter *e, unsigned i) {
     const x86_insn *in = &e->u->insn[i];
@@ -1278,6 +1338,11 @@ static void emit_op(emitter *e, unsigned k) {
         e->t0_group = -1;
         emit_canon(e, o);
         break;
+    case IR_FLAGS_TMP:
+        e->t0_group = -1;
+        emit_flags_tmp(e);
+        break;
+    case IR_SYSTEM: emit_system(e, o->insn); break;
     case IR_FALLBACK:
     case IR_FALLBACK_END:
         e->t0_group = -1;
@@ -1501,10 +1566,6 @@ static void emit_vec_reload(jit *j, unsigned level) {
 }
 
 static const uint8_t saved[] = {RBX, RBP, R12, R13, R14, R15};
-static void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
-    e_rex(w, 4, 0, 0, reg);
-    e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
-}
 
 /* void enter(const void *code): GS base is set. */
 static uint8_t *emit_enter(jit *j, unsigned vec) {

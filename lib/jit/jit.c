@@ -92,6 +92,7 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
         if (is_whole_data(&s[X86_FS])) key |= JIT_KEY_FS;
         if (is_whole_data(&s[X86_GS])) key |= JIT_KEY_GS;
     }
+    if (!cpu->cpl) key |= JIT_KEY_RING0;
     if (!(cpu->cr0 & X86_CR0_PG) || cpu->flat) key |= JIT_KEY_CHAIN;
     if ((key & JIT_KEY_CHAIN) && is_plain_mmu(j->vcpu->machine) && cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT])
         key |= JIT_KEY_WINDOW;
@@ -227,7 +228,6 @@ static void flush_all(jit *j) {
         memset(j->pages, 0, sizeof j->pages);
         memset(j->lines, 0, sizeof j->lines);
     }
-    j->all = NULL;
     j->kills++;
     clear_tables(j);
     j->w.p = j->code_start;
@@ -306,10 +306,7 @@ static void add_stop(jit *j, uint64_t rip) {
     j->stops[j->stop_next] = rip;
     j->stop_next = (j->stop_next + 1) % JIT_STOPS;
     if (j->stop_count < JIT_STOPS) j->stop_count++;
-    for (jit_block *b = j->all; b; b = b->all_next)
-        if (!b->is_dead && !((b->rip ^ rip) & X86_PAGE_MASK) &&
-            block_overlaps(b, (b->gpa & X86_PAGE_MASK) | (rip & 0xfff), 1))
-            kill_block(j, b);
+    jit_drop_code(j, rip, rip, false);
 }
 
 /* ---- translation ---- */
@@ -349,8 +346,6 @@ static uint64_t next_page_gpa(x86_cpu *cpu) {
 
 /* b is told when its bytes change. */
 static void watch(jit *j, jit_block *b) {
-    b->all_next = j->all;
-    j->all = b;
     b->page_next = j->pages[hash_page(b->gpa)];
     j->pages[hash_page(b->gpa)] = b;
     b->line_next = j->lines[hash_page(b->rip)];
@@ -591,6 +586,7 @@ jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
     if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
     count_up_to(j, cpu, s);
     jit_place_rip(cpu, s);
+    if (s->in_shadow) cpu->inhibit = 1;
     return s;
 }
 
@@ -607,7 +603,13 @@ static bool wants_leave(const jit *j, const x86_cpu *cpu) {
     return atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale;
 }
 
+/* STI's shadow is over: it covers one instruction. */
+static void end_shadow(x86_cpu *cpu) {
+    if (cpu->inhibit == 1) cpu->inhibit = 0;
+}
+
 void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
+    if (s->in_shadow) end_shadow(cpu);
     if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
     if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, -1);
@@ -653,7 +655,12 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
     }
     cpu->rip = cpu->next_rip;
     if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
+    if (s->in_shadow) end_shadow(cpu);
+    /* STI: no interrupt waits, and none is taken before the next edge, which is after the next instruction. */
+    const bool has_shadow = s->in.exec == x86_op_sti && !s->is_end && s->index + 1 < s->block->count && cpu->inhibit;
+    if (has_shadow) cpu->inhibit = 0;
     bool leaves = cpu->rip != next || must_leave(j, cpu, s);
+    if (has_shadow && leaves) cpu->inhibit = 1;
     jit_hook_after(cpu, s, leaves);
     return leaves;
 }

@@ -35,6 +35,7 @@
 #define JIT_KEY_WINDOW 0x0400u /* linear is physical: reads of the largest RAM region need only a bounds check */
 #define JIT_KEY_X87    0x0800u /* and so are the x87 registers; every x87 exception is masked. Implies VEC */
 #define JIT_KEY_PLAIN  0x1000u /* no groups, no loop copies: goes on where a group could not be looked up */
+#define JIT_KEY_RING0  0x2000u /* CPL 0 */
 #define JIT_KEY_SHAPE  0x70000u /* which hooks there are everywhere: an index into jit.shapes (hook.c) */
 #define JIT_TABLES     16      /* jump caches: by CTX | 64 | VEC */
 #define JIT_LISTED     256     /* of one's entries are listed, so that it is emptied or set aside without a search */
@@ -55,6 +56,7 @@ typedef struct jit_site {
     bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
     bool is_end;       /* the block ends with it */
     uint64_t target;   /* an indirect CALL inside a trace goes here */
+    bool in_shadow;    /* of an STI in the block: x86_cpu.inhibit as long as anybody may look */
     bool is_quick;     /* a device may be asked without all the state in x86_cpu: see ask_device() */
 } jit_site;            /* at multiples of 16 in the arena */
 
@@ -99,7 +101,7 @@ struct jit_block {
     uint8_t bails;         /* times C could not look a group up whole */
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
-    jit_block *hash_next, *page_next, *line_next, *all_next;
+    jit_block *hash_next, *page_next, *line_next;
     jit_block *twin; /* a ring: blocks without code that keep watch on the other pages it was made from */
     jit_link *in;
     uint8_t nlinks, nextents;
@@ -206,7 +208,7 @@ typedef struct jit {
     uint8_t *arena; /* blocks and sites */
     size_t arena_bytes, arena_used;
     size_t code_ready, arena_ready; /* committed by commit_ahead() */
-    jit_block *hash[JIT_HASH], *all;
+    jit_block *hash[JIT_HASH];
     jit_block *pages[JIT_PAGES], *lines[JIT_PAGES]; /* by page of gpa; of rip */
     jit_shape shapes[JIT_SHAPES]; /* [0]: no hooks */
     unsigned shape_count, shape;
@@ -346,9 +348,12 @@ bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in);
 bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_is_mov(const x86_insn *in);
+bool jit_insn_moves(const x86_insn *in); /* MOV, MOVZX, MOVSX, MOVSXD, MOVBE */
 bool jit_insn_pushes(const x86_insn *in); /* CALL */
 bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_divides(const x86_insn *in); /* DIV, IDIV */
+bool jit_insn_clears_if(const x86_insn *in); /* CLI */
+bool jit_in_shadow(const jit_unit *u, unsigned i); /* of an STI before it */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
 unsigned jit_insn_access(const x86_insn *in); /* X86_READ/X86_WRITE of the memory operand */

@@ -25,7 +25,9 @@ enum insn_class {
     C_JMP,
     C_JCC,
     C_LEAVE,
-    C_DIV
+    C_DIV,
+    C_PUSHF,
+    C_SYSTEM /* CLI, MOV from a segment register: little enough to be done inline */
 };
 
 #define M(name, class) [ZYDIS_MNEMONIC_##name] = class
@@ -58,6 +60,7 @@ static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
     M(JBE, C_JCC),        M(JL, C_JCC),         M(JLE, C_JCC),         M(JNB, C_JCC),       M(JNBE, C_JCC),
     M(JNL, C_JCC),        M(JNLE, C_JCC),       M(JNO, C_JCC),         M(JNP, C_JCC),       M(JNS, C_JCC),
     M(JNZ, C_JCC),        M(JO, C_JCC),         M(JP, C_JCC),          M(JS, C_JCC),        M(JZ, C_JCC),
+    M(CLI, C_SYSTEM),     M(PUSHFQ, C_PUSHF),
 };
 #undef M
 
@@ -171,6 +174,8 @@ static bool is_bit_string(const x86_insn *in) {
  * functions. */
 bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
 
+bool jit_insn_clears_if(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CLI; }
+
 bool jit_insn_names_sp(const x86_insn *in) {
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_GPR && in->op[i].reg == X86_RSP) return true;
@@ -178,6 +183,16 @@ bool jit_insn_names_sp(const x86_insn *in) {
 }
 
 bool jit_insn_is_mov(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_MOV; }
+bool jit_insn_moves(const x86_insn *in) {
+    switch (in->mnemonic) {
+    case ZYDIS_MNEMONIC_MOV:
+    case ZYDIS_MNEMONIC_MOVZX:
+    case ZYDIS_MNEMONIC_MOVSX:
+    case ZYDIS_MNEMONIC_MOVSXD:
+    case ZYDIS_MNEMONIC_MOVBE: return true;
+    default: return false;
+    }
+}
 bool jit_insn_pushes(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CALL; }
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
 bool jit_insn_divides(const x86_insn *in) { return classes[in->mnemonic] == C_DIV; }
@@ -204,6 +219,15 @@ static bool stack_form(const jit_unit *u, const x86_insn *in) {
     return u->key & JIT_KEY_64 ? in->osz == 8 : in->osz == 4 && (u->key & JIT_KEY_FLAT);
 }
 
+/* CLI where no IOPL matters; MOV of a selector to the whole of a register. */
+static bool is_system_form(const jit_unit *u, const x86_insn *in) {
+    if (in->mnemonic == ZYDIS_MNEMONIC_CLI) return u->key & JIT_KEY_RING0;
+    return in->mnemonic == ZYDIS_MNEMONIC_MOV && in->op[1].kind == X86_OP_SEG && in->op[0].kind == X86_OP_GPR &&
+           in->op[0].size >= 4 && in->op[0].reg != X86_RSP;
+}
+
+bool jit_in_shadow(const jit_unit *u, unsigned i) { return i && u->insn[i - 1].exec == x86_op_sti; }
+
 /* The class under which this very form is handled, or C_FALLBACK. */
 static unsigned class_of(const jit_unit *u, const x86_insn *in) {
     unsigned c = classes[in->mnemonic];
@@ -214,12 +238,14 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
         return C_MOVE;
     }
     if (jit_insn_is_x87(in) && (u->key & JIT_KEY_X87) && x87_form(u, in)) return C_MOVE;
+    if (is_system_form(u, in)) return C_SYSTEM;
     if (in->flags & (X86_IF_VEC | X86_IF_FPU | X86_IF_PRIV)) return C_FALLBACK;
     switch (c) {
     case C_PUSH:
         if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG) return C_FALLBACK;
         return in->flags & X86_IF_MEM ? C_FALLBACK
                                       : c; /* two accesses: a device must not be read again for the second */
+    case C_PUSHF: return stack_form(u, in) && (u->key & JIT_KEY_64) ? c : C_FALLBACK;
     case C_POP: return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
     case C_LEAVE:
     case C_RET:
@@ -258,6 +284,7 @@ bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
     switch (class_of(u, in)) {
     case C_FALLBACK:
     case C_PUSH:
+    case C_PUSHF:
     case C_POP:
     case C_CALL:
     case C_RET:
@@ -426,6 +453,7 @@ static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
     case ZYDIS_MNEMONIC_VPCMPISTRI: return 1u << X86_RCX;
     case ZYDIS_MNEMONIC_LEAVE: return 1u << X86_RSP | 1u << X86_RBP;
     case ZYDIS_MNEMONIC_PUSH:
+    case ZYDIS_MNEMONIC_PUSHFQ:
     case ZYDIS_MNEMONIC_POP:
     case ZYDIS_MNEMONIC_CALL:
     case ZYDIS_MNEMONIC_RET: return 1u << X86_RSP;
@@ -569,11 +597,17 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
     o->cc = in->cc;
 }
 
+/* STI shadows the next instruction, so it ends nothing: where it is a block's last, C leaves after it. */
+static bool ends_unit(const jit_unit *u, const x86_insn *in) {
+    if (is_system_form(u, in) || (in->exec == x86_op_sti && !u->path)) return false;
+    return in->flags & (X86_IF_BRANCH | X86_IF_END);
+}
+
 /* By the semantic function. #UD may be a hook's to emulate: then it goes on behind, as after a jump. */
 static void lift_fallback(jit_unit *u, unsigned i) {
     const x86_insn *in = &u->insn[i];
     bool goes_on = in->exec == x86_op_illegal && !u->cpu->cover.is_on;
-    add_op(u, (in->flags & (X86_IF_BRANCH | X86_IF_END)) && !goes_on ? IR_FALLBACK_END : IR_FALLBACK, i);
+    add_op(u, ends_unit(u, in) && !goes_on ? IR_FALLBACK_END : IR_FALLBACK, i);
     if (goes_on) add_op(u, IR_JUMP, i)->target = wrap(u, u->insn_rip[i] + in->length);
 }
 
@@ -582,6 +616,7 @@ static void lift_insn(jit_unit *u, unsigned i) {
     unsigned c = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), n = stack_bytes(u);
     switch (c) {
     case C_FALLBACK: lift_fallback(u, i); break;
+    case C_SYSTEM: add_op(u, IR_SYSTEM, i); break;
     case C_LEA: add_op(u, IR_LEA, i); break;
     case C_DIV:
         if (in->flags & X86_IF_MEM) lift_load_tmp(u, i, in->op[0].size);
@@ -589,6 +624,10 @@ static void lift_insn(jit_unit *u, unsigned i) {
         break;
     case C_NOP: break;
     case C_PUSH: lift_push(u, i, in); break;
+    case C_PUSHF:
+        add_op(u, IR_FLAGS_TMP, i);
+        lift_store_stack(u, i, IR_PUSH_TMP, 0, 0);
+        break;
     case C_POP: lift_pop(u, i, in); break;
     case C_LEAVE:
         add_op(u, IR_EA_BP, i);
@@ -756,7 +795,7 @@ static bool lift_next(jit_unit *u, trace *t) {
                 : (class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end))
         return true;
     lift_insn(u, i);
-    t->is_open = !(in->flags & (X86_IF_BRANCH | X86_IF_END));
+    t->is_open = !ends_unit(u, in);
     t->rip = wrap(u, t->rip + in->length);
     return true;
 }

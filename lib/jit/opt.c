@@ -168,7 +168,8 @@ static void place_check(group_pass *g, unsigned k) {
         c->window = c->access & X86_WRITE ? 2 : 1;
         return;
     }
-    if (!check_pointer(g, k, &p) || jit_insn_is_x87(&g->u->insn[c->insn])) /* x87 keeps each operand's address */
+    if (!check_pointer(g, k, &p) || jit_in_shadow(g->u, c->insn) /* no leaving in front of it */ ||
+        jit_insn_is_x87(&g->u->insn[c->insn])) /* x87 keeps each operand's address */
         return;
     g->offset_of[k] = p.offset;
     for (unsigned i = 0; i < g->count; i++) {
@@ -224,6 +225,7 @@ static void follow(group_pass *g, unsigned k) {
     const jit_op *o = &g->u->ops[k];
     switch (o->op) {
     case IR_NATIVE:
+    case IR_SYSTEM:
     case IR_LEA:
     case IR_ACCESS:
     case IR_DIV: follow_insn(g, o->insn); break;
