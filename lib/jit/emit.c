@@ -99,6 +99,7 @@ typedef struct emitter {
     unsigned tmp_reg; /* host register that holds the temporary, or RSP: it is in its slot */
     int t0_group;     /* slot of the group whose address T0 holds, or -1 */
     int32_t sp;       /* not yet added to the stack pointer: settle_sp() before anybody can look at it */
+    uint32_t insn_at[JIT_MAX_INSNS]; /* keep_insn(); 0: not yet */
     side_stub side[JIT_MAX_SIDES]; /* from here on not cleared for each block */
     div_stub div[JIT_MAX_INSNS];
     hook_stub hook[2 * JIT_MAX_INSNS];
@@ -540,13 +541,32 @@ static bool is_quick_form(const jit_unit *u, const x86_insn *in, const jit_op *c
            !(u->key & JIT_KEY_X87) && !u->cpu->cover.is_on;
 }
 
+/* In the arena, once for all of an instruction's sites. */
+static uint32_t keep_insn(emitter *e, unsigned i) {
+    if (!e->insn_at[i]) {
+        x86_insn *in = jit_take(e->j, sizeof *in);
+        *in = e->u->insn[i];
+        e->insn_at[i] = (uint32_t)((uint8_t *)in - e->j->arena);
+    }
+    return e->insn_at[i];
+}
+
 static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes) {
     jit *j = e->j;
-    jit_site *s = (jit_site *)(j->arena + j->arena_used);
-    uint32_t at = (uint32_t)j->arena_used;
-    j->arena_used += (bytes + 15) & ~(size_t)15;
-    s->in = e->u->insn[i];
+    const x86_insn *in = &e->u->insn[i];
+    bool is_whole = !check || bytes != sizeof(jit_site) || (is_single && check->access == (X86_READ | X86_WRITE));
+    uint32_t insn = is_whole ? keep_insn(e, i) : 0;
+    jit_site *s = jit_take(j, bytes);
+    uint32_t at = (uint32_t)((uint8_t *)s - j->arena);
+    s->insn = insn;
     s->rip = e->u->insn_rip[i];
+    s->next = s->rip + in->length;
+    s->target = in->op[0].kind == X86_OP_REL ? s->next + in->imm : 0;
+    if (in->mode != 8) s->next = (uint32_t)s->next, s->target = (uint32_t)s->target;
+    s->flags = in->flags;
+    s->mode = in->mode;
+    s->seg = in->seg;
+    s->divides = jit_insn_divides(in);
     s->block = e->block;
     s->index = (uint16_t)i;
     s->access = check ? check->access : 0;
@@ -564,7 +584,7 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     s->is_single = is_single;
     s->is_end = false;
     s->in_shadow = jit_in_shadow(e->u, i);
-    s->is_quick = is_single && !s->in_shadow && is_quick_form(e->u, &s->in, check);
+    s->is_quick = is_single && !s->in_shadow && is_quick_form(e->u, in, check);
     return at;
 }
 static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
@@ -632,6 +652,8 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) 
     s->jump[0] = e_jcc(w, CC_A);
     e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
 }
+
+static uint32_t offset_of(const emitter *e, const uint8_t *code) { return (uint32_t)(code - e->j->write_base); }
 
 static jit_link *new_link(emitter *e, uint64_t target, uint32_t key) {
     jit_link *l = &e->block->links[e->nlink++];
@@ -709,7 +731,7 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
     s->regen = s->save = !e->mem && e->recipe >= 0;
     s->either = e->mem && !e->image;
     s->site = new_site(e, check->insn, check, access->op == IR_ACCESS);
-    ((jit_site *)(e->j->arena + s->site))->target = access->target;
+    if (access->target) ((jit_site *)(e->j->arena + s->site))->target = access->target;
     emit_lookup(e, s, is_leader ? check->span : check->size,
                 (is_leader ? check->span_access : check->access) & X86_WRITE);
     if (is_leader) {
@@ -748,8 +770,9 @@ static void emit_leader_stub(emitter *e, slow_stub *s) {
     e_lea(w, 8, CNT, CNT, 0xff, 1, -(int32_t)i);
     jit_link *l = new_link(e, e->u->insn_rip[i], e->block->key | JIT_KEY_PLAIN);
     l->needs_mem_entry = true;
-    l->jump = e_jmp(w);
-    leave_stub *leave = new_leave(e, JIT_LEAVE_LINK, l->jump);
+    uint8_t *jump = e_jmp(w);
+    l->jump = offset_of(e, jump);
+    leave_stub *leave = new_leave(e, JIT_LEAVE_LINK, jump);
     leave->rip = l->target;
     leave->link = l;
     leave->save = leave->regen = false;
@@ -867,7 +890,7 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
 static void emit_leave_stub(emitter *e, leave_stub *s) {
     jit_writer *w = e->w;
     if (s->jump) e_patch(s->jump, w->p);
-    if (s->link) s->link->stub = w->p;
+    if (s->link) s->link->stub = offset_of(e, w->p);
     if (s->rip_in_tmp) {
         if (s->tmp_reg == RSP)
             frame_load(w, 8, T0, JIT_FRAME_TMP);
@@ -931,8 +954,9 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
     if (is_chained) {
         jit_link *l = new_link(e, target, e->block->key & ~JIT_KEY_PLAIN);
         l->needs_mem_entry = !same_page;
-        l->jump = counted && !is_live ? e_jcc(w, CC_NS) : e_jmp(w);
-        leave_stub *s = new_leave(e, JIT_LEAVE_LINK, l->jump);
+        uint8_t *jump = counted && !is_live ? e_jcc(w, CC_NS) : e_jmp(w);
+        l->jump = offset_of(e, jump);
+        leave_stub *s = new_leave(e, JIT_LEAVE_LINK, jump);
         s->rip = target;
         s->link = l;
         if (e->host) s->regen = false;
@@ -1228,9 +1252,9 @@ static void emit_hook(emitter *e, const jit_op *o) {
     jit_writer *w = e->w;
     jit *j = e->j;
     const jit_unit *u = e->u;
-    uint32_t at = (uint32_t)j->arena_used;
     hook_stub *s = &e->hook[e->nhook++];
-    jit_hook_site *h = (jit_hook_site *)(j->arena + new_site_of(e, o->insn, NULL, true, sizeof *h));
+    uint32_t at = new_site_of(e, o->insn, NULL, true, sizeof(jit_hook_site));
+    jit_hook_site *h = (jit_hook_site *)(j->arena + at);
     jit_hook_fill(u, h, o->insn);
     *s = (hook_stub){.site = at, .insn = o->insn, .is_direct = jit_hook_is_direct(u)};
     const bool asks = h->hook && h->state == JIT_HOOK_ENTRY && h->event.kind != VM_HOOK_INSN && h->event.kind != VM_HOOK_FETCH;
@@ -1439,7 +1463,7 @@ jit_block *jit_emit(jit_unit *u, int *failed) {
     *failed = -1;
     if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
         j->arena_bytes - j->arena_used < JIT_BLOCK_DATA + JIT_MAX_INSNS * sizeof(jit_edge) +
-                                             JIT_MAX_SITES * (sizeof(jit_site) + 16) + 2 * JIT_MAX_INSNS * sizeof(jit_hook_site))
+                                             JIT_MAX_SITES * sizeof(jit_site) + JIT_MAX_INSNS * sizeof(x86_insn) + 2 * JIT_MAX_INSNS * sizeof(jit_hook_site))
         return NULL;
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;

@@ -173,7 +173,7 @@ static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *e
     vm_vcpu_fetch(vcpu, VM_STATE_REGS); /* RIP */
     if (h->state != JIT_HOOK_ENTRY) cpu->block_state = h->state;
     if (h->state == X86_BLOCK_EDGE) cpu->edge_from = h->event.from;
-    unsigned answer = vm_hook_before(vcpu, &h->site.in, h->gpa);
+    unsigned answer = vm_hook_before(vcpu, jit_site_insn(cpu->jit, &h->site), h->gpa);
     if (answer == X86_HOOK_GO) cpu->block_state = X86_BLOCK_EDGE;
     return (vm_hook_result)answer;
 }
@@ -439,7 +439,7 @@ static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
         j->hook_stop = cpu->stop;
         cpu->stop = X86_STOP_NONE;
     } else if (answer == X86_HOOK_SKIP || is_moved) {
-        if (is_moved || (h->site.in.flags & (X86_IF_BRANCH | X86_IF_END)))
+        if (is_moved || (h->site.flags & (X86_IF_BRANCH | X86_IF_END)))
             x86_block_end(cpu, x86_rip_linear(cpu));
         else
             cpu->block_state = X86_BLOCK_MID;
@@ -464,7 +464,7 @@ static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answe
         cpu->hook_done = false;
         return;
     }
-    vm_hook_keep_redirect(j->vcpu, jit_next_rip(&h->site));
+    vm_hook_keep_redirect(j->vcpu, h->site.next);
     jit_hook_half_way(cpu);
     x86_hook_note(cpu);
     j->must_step = true;
@@ -518,8 +518,8 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
 /* A semantic function has executed the instruction of a site; `leaves`: the block is left after it. */
 void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves) {
     if (!(cpu->hook_mask & X86_HOOK_BLOCKS)) return;
-    if (s->in.flags & (X86_IF_BRANCH | X86_IF_END))
-        x86_block_end(cpu, s->in.mode == 8 ? s->rip : (uint32_t)s->rip);
+    if (s->flags & (X86_IF_BRANCH | X86_IF_END))
+        x86_block_end(cpu, s->mode == 8 ? s->rip : (uint32_t)s->rip);
     else if (leaves)
         cpu->block_state = X86_BLOCK_MID;
 }

@@ -189,7 +189,7 @@ static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
     if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) ||
         jit_is_stop(j, to->rip) || l->key != to->key || l->target != to->rip)
         return;
-    e_patch(l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
+    e_patch(j->write_base + l->jump, l->needs_mem_entry ? to->entry_mem : to->entry);
     l->to = to;
     l->next_in = to->in;
     to->in = l;
@@ -211,7 +211,7 @@ static void kill_block(jit *j, jit_block *b) {
     remove_from(&j->lines[hash_page(b->rip)], b, offsetof(jit_block, line_next));
     while (b->in) {
         jit_link *l = b->in;
-        e_patch(l->jump, l->stub);
+        e_patch(j->write_base + l->jump, j->write_base + l->stub);
         b->in = l->next_in;
         l->to = NULL;
     }
@@ -556,12 +556,13 @@ static void load_x87_pointers(jit *j, x86_cpu *cpu) {
     cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = 0;
     if (last) {
         const jit_site *s = (const jit_site *)(j->arena + last);
-        X86_FPU_FOP(cpu) = (uint16_t)((s->in.opcode & 7) << 8 | s->in.modrm);
-        X86_FPU_FIP(cpu) = s->in.mode == 8 ? s->rip : (uint32_t)s->rip;
+        const x86_insn *in = jit_site_insn(j, s);
+        X86_FPU_FOP(cpu) = (uint16_t)((in->opcode & 7) << 8 | in->modrm);
+        X86_FPU_FIP(cpu) = in->mode == 8 ? s->rip : (uint32_t)s->rip;
         X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
     }
     if (last_mem) {
-        const x86_insn *in = &((const jit_site *)(j->arena + last_mem))->in;
+        const x86_insn *in = jit_site_insn(j, (const jit_site *)(j->arena + last_mem));
         bool has_base = in->mode != 8 || in->seg == X86_FS || in->seg == X86_GS;
         uint64_t offset = cpu->jit_scratch[JIT_SLOT_X87_LA] - (has_base ? cpu->seg[in->seg].base : 0);
         X86_FPU_FDP(cpu) = in->mode == 8 ? offset : (uint32_t)offset;
@@ -639,13 +640,14 @@ static bool must_leave(const jit *j, const x86_cpu *cpu, const jit_site *s) {
 
 /* The whole instruction by its semantic function. True: leave the block after it. */
 static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
+    const x86_insn *in = jit_site_insn(j, s);
     uint64_t next = cpu->next_rip;
     cpu->stat[X86_STAT_FALLBACKS]++;
     for (;;) {
         cpu->io_pos = 0;
-        s->in.exec(cpu, &s->in);
+        in->exec(cpu, in);
         x86_io_retire(cpu);
-        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->in.flags & (X86_IF_REP | X86_IF_REPNE))) break;
+        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->flags & (X86_IF_REP | X86_IF_REPNE))) break;
         if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || s->block->is_dead) {
             cpu->jit_scratch[JIT_SLOT_R15]++; /* not finished: not retired */
             jit_hook_half_way(cpu);
@@ -654,10 +656,10 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
         cpu->next_rip = next;
     }
     cpu->rip = cpu->next_rip;
-    if (cpu->cover.is_on && (s->in.flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
+    if (cpu->cover.is_on && (s->flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
     if (s->in_shadow) end_shadow(cpu);
     /* STI: no interrupt waits, and none is taken before the next edge, which is after the next instruction. */
-    const bool has_shadow = s->in.exec == x86_op_sti && !s->is_end && s->index + 1 < s->block->count && cpu->inhibit;
+    const bool has_shadow = in->exec == x86_op_sti && !s->is_end && s->index + 1 < s->block->count && cpu->inhibit;
     if (has_shadow) cpu->inhibit = 0;
     bool leaves = cpu->rip != next || must_leave(j, cpu, s);
     if (has_shadow && leaves) cpu->inhibit = 1;
@@ -678,7 +680,7 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
     uint8_t *p = NULL;
     uint64_t last = la + s->span - 1;
     bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) &&
-                    (s->in.mode != 8 || x86_canonical(la));
+                    (s->mode != 8 || x86_canonical(la));
     if (is_whole && !s->in_window && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
         x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
         p = x86_tlb_hit(cpu, la, s->span, is_write);
@@ -689,9 +691,9 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
 
 /* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
 static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset) {
-    *seg = s->is_single || (s->in.flags & X86_IF_MEM) ? s->in.seg : X86_SS;
+    *seg = s->is_single || (s->flags & X86_IF_MEM) ? s->seg : X86_SS;
     *offset = *seg == X86_FS || *seg == X86_GS ? la - cpu->seg[*seg].base : la;
-    if (s->in.mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
+    if (s->mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
     *offset = (uint32_t)*offset;
     return *offset + s->size <= UINT64_C(1) << 32;
 }
@@ -765,7 +767,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
     x86_io_retire(cpu);
     j->bounce_active = false;
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);
-    if (!p && (jit_insn_divides(&s->in) || jit_hook_steps(cpu, s, la))) { /* a division may be done again: not of a device */
+    if (!p && (s->divides || jit_hook_steps(cpu, s, la))) { /* a division may be done again: not of a device */
         jit_end_helper(j, cpu, s);
         return (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index, JIT_LEAVE_STEP, s->rip);
     }
@@ -790,11 +792,11 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
 /* The store of a PUSH or CALL has killed its own block: what else the instruction does, for its bytes may have gone. */
 static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
     if (!s->block->is_dead) return 0;
-    bool is_64 = s->in.mode == 8;
+    bool is_64 = s->mode == 8;
     cpu->gpr[X86_RSP] = is_64 ? cpu->gpr[X86_RSP] - 8 : (uint32_t)(cpu->gpr[X86_RSP] - 4);
     uint64_t rip = cpu->next_rip;
-    if (!(s->in.flags & X86_IF_BRANCH)) return rip;
-    rip = s->in.op[0].kind == X86_OP_REL ? rip + s->in.imm : s->target ? s->target : cpu->jit_scratch[JIT_SLOT_TMP];
+    if (!(s->flags & X86_IF_BRANCH)) return rip;
+    rip = s->target ? s->target : cpu->jit_scratch[JIT_SLOT_TMP];
     cpu->rip = is_64 ? rip : (uint32_t)rip;
     if (cpu->cover.is_on) x86_cover_branch(cpu, s->rip);
     return cpu->rip;
@@ -851,8 +853,9 @@ static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at) {
 uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
-    if (s->in.exec == x86_op_illegal) return raise_ud(j, cpu, at);
-    if (s->in.exec == x86_op_hlt && !cpu->cpl && !(cpu->rflags & X86_FL_TF) && !cpu->hook_mask) return halt(j, cpu, s);
+    const x86_exec_fn exec = jit_site_insn(j, s)->exec;
+    if (exec == x86_op_illegal) return raise_ud(j, cpu, at);
+    if (exec == x86_op_hlt && !cpu->cpl && !(cpu->rflags & X86_FL_TF) && !cpu->hook_mask) return halt(j, cpu, s);
     jit_begin_helper(cpu, at);
     bool leaves = execute(j, cpu, s);
     jit_end_helper(j, cpu, s);

@@ -44,40 +44,39 @@ typedef struct jit_block jit_block;
 
 /* A place that may call C: what the helper must know to show exact state. */
 typedef struct jit_site {
-    x86_insn in;
-    uint64_t rip;
+    uint64_t rip, next; /* of the instruction; of that behind it */
     jit_block *block;
-    uint16_t index; /* instructions of the block retired before this one */
+    uint64_t target; /* where a CALL goes; 0: where the temporary says */
+    uint32_t insn;   /* in the arena: the instruction, for what executes it whole or tells hooks of it; 0: not kept */
+    uint16_t index;  /* instructions of the block retired before this one */
+    uint16_t flags;  /* the instruction's, X86_IF_* */
+    uint8_t mode, seg;
     uint8_t access, size, align;
     uint8_t leader_access, leader_size; /* a group's first access itself; size 0: no group */
+    uint8_t in_window;                  /* a group that must lie in a window (1 + which) */
     int16_t leader_disp;
     uint16_t span;
-    uint8_t in_window; /* a group that must lie in a window (1 + which) */
-    bool is_single;    /* the access is the whole instruction: a failed RMW is done by its semantic function */
-    bool is_end;       /* the block ends with it */
-    uint64_t target;   /* an indirect CALL inside a trace goes here */
-    bool in_shadow;    /* of an STI in the block: x86_cpu.inhibit as long as anybody may look */
-    bool is_quick;     /* a device may be asked without all the state in x86_cpu: see ask_device() */
+    bool divides;
+    bool is_single; /* the access is the whole instruction: a failed RMW is done by its semantic function */
+    bool is_end;    /* the block ends with it */
+    bool in_shadow; /* of an STI in the block: x86_cpu.inhibit as long as anybody may look */
+    bool is_quick;  /* a device may be asked without all the state in x86_cpu: see ask_device() */
 } jit_site;            /* at multiples of 16 in the arena */
 
-static inline uint64_t jit_next_rip(const jit_site *s) {
-    return s->in.mode == 8 ? s->rip + s->in.length : (uint32_t)(s->rip + s->in.length);
-}
 static inline void jit_place_rip(x86_cpu *cpu, const jit_site *s) {
     cpu->rip = s->rip;
-    cpu->next_rip = jit_next_rip(s);
+    cpu->next_rip = s->next;
     cpu->is_redirected = false;
 }
 
 /* A direct edge: a jmp that goes to its stub until linked. */
 typedef struct jit_link {
     jit_block *from, *to;
-    uint64_t target;
-    uint32_t key;  /* of the block it wants */
-    uint8_t *jump; /* rel32, writable view */
-    uint8_t *stub;
     struct jit_link *next_in; /* list of links into `to` */
-    bool needs_mem_entry;     /* provides flags in memory only */
+    uint64_t target;
+    uint32_t key;         /* of the block it wants */
+    uint32_t jump, stub;  /* rel32; both as offsets into the cache */
+    bool needs_mem_entry; /* provides flags in memory only */
 } jit_link;
 
 typedef struct jit_extent {
@@ -332,6 +331,7 @@ enum {
 
 /* How much of the guest's floating-point state is in the host's registers: 0 none, 1 vectors, 2 x87 too. */
 static inline unsigned jit_level(uint32_t key) { return key & JIT_KEY_X87 ? 2 : key & JIT_KEY_VEC ? 1 : 0; }
+static inline const x86_insn *jit_site_insn(const jit *j, const jit_site *s) { return (const x86_insn *)(j->arena + s->insn); }
 static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
 
 /* jit.c */

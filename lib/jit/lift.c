@@ -599,7 +599,7 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
 
 /* STI shadows the next instruction, so it ends nothing: where it is a block's last, C leaves after it. */
 static bool ends_unit(const jit_unit *u, const x86_insn *in) {
-    if (is_system_form(u, in) || (in->exec == x86_op_sti && !u->path)) return false;
+    if (is_system_form(u, in) || (in->exec == x86_op_sti && !u->path && !u->cpu->hook_mask)) return false;
     return in->flags & (X86_IF_BRANCH | X86_IF_END);
 }
 
