@@ -380,6 +380,9 @@ static void short_life(vm_backend backend)
 static void many_lives(const void *arg)
 {
     vm_backend backend = *(const vm_backend *)arg;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    test_skip("a sanitizer keeps memory that was freed");
+#endif
     for (int i = 0; i < 200; i++)                       /* let allocators reach their size */
         short_life(backend);
     long before = resident_pages();
