@@ -674,6 +674,8 @@ local VCPU = {}
 ---@field until_? integer stop before executing this address; also `["until"]`
 ---@field exceptions? integer[]|integer vectors that are exits: a list, or a mask
 ---@field single_step? boolean
+---@field signal_blocked? boolean the kick signal is blocked in this thread: two system calls less a run on KVM
+---@field brief? boolean exits of accesses do not name their instruction
 
 --- Runs until there is something to report.
 ---@param options? libvm.RunOptions

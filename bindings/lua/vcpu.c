@@ -406,11 +406,12 @@ static int vcpu_write(lua_State *L)
 
 /* ---- running ---- */
 
-/* { max_instructions, timeout (seconds), deadline_ns, until_ or ["until"], exceptions (list of vectors, or a mask) } */
+/* { max_instructions, timeout (seconds), deadline_ns, until_ or ["until"], exceptions (list of vectors, or a mask), single_step,
+ * signal_blocked, brief } */
 void lvm_check_run_options(lua_State *L, int arg, vm_run_options *options)
 {
     static const char *const known[] = { "max_instructions", "timeout", "deadline_ns", "until_", "until", "exceptions", "single_step",
-                                        NULL };
+                                        "signal_blocked", "brief", NULL };
     *options = (vm_run_options)VM_RUN_OPTIONS_INIT;
     if (lua_isnoneornil(L, arg))
         return;
@@ -418,6 +419,8 @@ void lvm_check_run_options(lua_State *L, int arg, vm_run_options *options)
     options->max_instructions = lvm_field_range(L, arg, "max_instructions", 0, INT64_MAX);
     options->deadline_ns = lvm_field_range(L, arg, "deadline_ns", 0, INT64_MAX);
     options->single_step = lvm_field_boolean(L, arg, "single_step");
+    options->has_signal_blocked = lvm_field_boolean(L, arg, "signal_blocked");
+    options->is_brief = lvm_field_boolean(L, arg, "brief");
     if (lvm_raw_field(L, arg, "timeout") != LUA_TNIL) {
         int ok;
         lua_Number seconds = lua_tonumberx(L, -1, &ok);

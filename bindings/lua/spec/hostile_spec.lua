@@ -68,7 +68,7 @@ describe("wrong arguments", function()
   local left_out = { sandbox_enter = true, serve = true, wait_for = true, send = true }
   local fields = { "backend", "platform", "vcpus", "mmu", "memory", "code_cache", "cpu_model", "memory_file", "memory_private",
                    "memory_advice", "max_instructions", "timeout", "until_",
-                   "exceptions", "single_step", "begin", "last", "gpa", "exact", "switch", "read", "write", "save", "restore", "clone", "destroy",
+                   "exceptions", "single_step", "signal_blocked", "brief", "begin", "last", "gpa", "exact", "switch", "read", "write", "save", "restore", "clone", "destroy",
                    "translate", "offset", "private", "kernel", "initrd", "cmdline", "fd", "address", "width", "match", "preserve", "stack",
                    "rax", "cr0", "cs", "mxcsr", "ymm", "on_exit", "runs_alone", "skip_idle", 1, 2, 3 }
 

@@ -414,6 +414,13 @@ describe("run", function()
       assert.equal(1002, cpu.retired)
     end)
 
+    it("names the instruction of an exit unless brief on " .. backend, function()
+      local m <close>, cpu = support.machine(backend, "e5 40 e5 40 f4")   -- in eax, 0x40, twice
+      assert.equal(2, #cpu:run().insn)
+      assert.equal(0, #cpu:run { brief = true, signal_blocked = false }.insn)
+      assert.equal("halt", cpu:run().reason)
+    end)
+
     it("gives exceptions on " .. backend, function()
       local m <close>, cpu = support.machine(backend, "31 c9 f7 f1")               -- xor ecx, ecx; div ecx
       local e = cpu:run { exceptions = { 0, 14 } }

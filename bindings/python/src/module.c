@@ -701,7 +701,8 @@ static bool call_with(const char *module, const char *function, PyObject *mine, 
 
 static int module_exec(PyObject *module)
 {
-    static const char *const keywords[] = { "max_instructions", "timeout", "until", "exception_exits", "single_step" };
+    static const char *const keywords[PV_RUN_OPTIONS] = { "max_instructions", "timeout", "until", "exception_exits", "single_step",
+                                                           "signal_blocked", "brief" };
     pv_state *st = PyModule_GetState(module);
     if (!make_errors(module, st))
         return -1;
@@ -710,7 +711,7 @@ static int module_exec(PyObject *module)
         if (!st->types[i] || PyModule_AddType(module, st->types[i]) < 0)
             return -1;
     }
-    for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
+    for (size_t i = 0; i < PV_RUN_OPTIONS; i++)
         if (!(st->kw[i] = PyUnicode_InternFromString(keywords[i])))
             return -1;
     st->machine_class = Py_NewRef((PyObject *)st->types[PV_T_MACHINE]);
@@ -749,7 +750,7 @@ static int module_clear(PyObject *module)
         Py_CLEAR(st->types[i]);
     for (int i = 0; i < 32; i++)
         Py_CLEAR(st->reasons[i]);
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < PV_RUN_OPTIONS; i++)
         Py_CLEAR(st->kw[i]);
     Py_CLEAR(st->machine_class);
     Py_CLEAR(st->vcpu_class);

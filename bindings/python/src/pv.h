@@ -59,13 +59,15 @@ typedef enum pv_type {
 } pv_type;
 
 struct pv_machine;
+enum { PV_RUN_OPTIONS = 7 };            /* as run_option() numbers them */
+
 typedef struct pv_state {
     PyObject *errors[PV_ERRORS];
     PyTypeObject *types[PV_TYPES];
     PyObject *machine_class, *vcpu_class, *console_class;       /* the package's subclasses, or the types */
     PyObject *constants;                /* module libvm.constants, imported when first needed */
     PyObject *reasons[32];              /* members of ExitReason */
-    PyObject *kw[8];                    /* names of run()'s keywords */
+    PyObject *kw[PV_RUN_OPTIONS];       /* names of run()'s keywords */
     unsigned forks;                     /* how often this process is a fork's child */
     bool ending;                        /* the interpreter shuts down */
     struct pv_machine *machines;

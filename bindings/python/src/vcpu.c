@@ -713,8 +713,9 @@ static bool run_option(int which, PyObject *o, vm_run_options *r)
     case 2: r->has_until = true; return pv_u64(o, &r->until);
     case 3: return to_vectors(o, &r->exception_exits);
     default: {
+        bool *const flags[] = { &r->single_step, &r->has_signal_blocked, &r->is_brief };
         int truth = PyObject_IsTrue(o);
-        r->single_step = truth > 0;
+        *flags[which - 4] = truth > 0;
         return truth >= 0;
     }
     }
@@ -730,12 +731,12 @@ static bool run_options(pv_state *st, PyObject *const *args, Py_ssize_t n, PyObj
     for (Py_ssize_t i = 0; i < keywords; i++) {
         PyObject *name = PyTuple_GetItem(names, i);
         int which = 0;
-        while (which < 5 && name != st->kw[which])
+        while (which < PV_RUN_OPTIONS && name != st->kw[which])
             which++;
-        for (int again = 0; which == 5 && again < 5; again++)
+        for (int again = 0; which == PV_RUN_OPTIONS && again < PV_RUN_OPTIONS; again++)
             if (PyUnicode_Compare(name, st->kw[again]) == 0)
                 which = again;
-        if (which == 5) {
+        if (which == PV_RUN_OPTIONS) {
             PyErr_Format(PyExc_TypeError, "run() has no option %R", name);
             return false;
         }
@@ -899,7 +900,8 @@ static PyGetSetDef getters[] = {
 
 static PyMethodDef methods[] = {
     { "run", PV_KW(vcpu_run), METH_FASTCALL | METH_KEYWORDS,
-      "run(*, max_instructions=None, timeout=None, until=None, exception_exits=None, single_step=False) -> Exit\n"
+      "run(*, max_instructions=None, timeout=None, until=None, exception_exits=None, single_step=False, "
+      "signal_blocked=False, brief=False) -> Exit\n"
       "Runs the guest until there is something to report." },
     { "kick", vcpu_kick, METH_NOARGS, "kick()\nMakes the current run, or the next one, stop. Any thread." },
     { "inject", vcpu_inject, METH_VARARGS, "inject(vector, error=None)\nMakes the guest take an event." },

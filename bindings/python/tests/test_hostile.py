@@ -111,7 +111,7 @@ def values(everything, gone, scratch):
 
 
 WORDS = ["fn", "begin", "end", "flags", "kind", "prot", "size", "gpa", "device", "private", "offset", "timeout", "max_instructions", "until", "rax",
-         "single_step", "exception_exits", "backend", "vcpus", "memory", "mmu", "cpu_model", "file", "signature", "on", "access", "kernel", "wings"]
+         "single_step", "signal_blocked", "brief", "exception_exits", "backend", "vcpus", "memory", "mmu", "cpu_model", "file", "signature", "on", "access", "kernel", "wings"]
 
 
 def attack(chance, name, thing, pool):

@@ -108,6 +108,13 @@ def test_hypercall(machine):
     assert cpu.run().reason == libvm.ExitReason.HALT and cpu.rax == 9
 
 
+def test_brief_exits_do_not_name_their_instruction(machine):
+    cpu = load(machine, "e540 e540 f4")
+    assert cpu.run().insn_length == 2
+    assert cpu.run(brief=True, signal_blocked=False).insn_length == 0
+    assert cpu.run().reason == libvm.ExitReason.HALT
+
+
 def test_limits(machine):
     cpu = load(machine, "48ffc0 ebfb")
     assert cpu.run(max_instructions=11).reason == libvm.ExitReason.BUDGET and cpu.rax == 6 and cpu.retired == 11
