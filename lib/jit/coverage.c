@@ -11,11 +11,9 @@
  *
  * With a block trace there are no edges inside blocks: each writes its target in order.
  */
-#include "jit/jit.h"
+#include "jit/frame.h"
 #include "x86/cover.h"
 
-#define T0 R14
-#define T1 R13
 #define COVER(field) ((int32_t)(offsetof(x86_cpu, cover) + offsetof(x86_cover, field)))
 
 static const x86_cover *cover_of(const jit_unit *u) { return &u->cpu->cover; }

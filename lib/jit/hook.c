@@ -14,16 +14,8 @@
  * that begins with a block hook does so at once, others at their edges.
  */
 #include "core/hook.h"
-#include "jit/jit.h"
+#include "jit/frame.h"
 #include "x86/cover.h"
-
-#define T0 R14
-#define T1 R13
-#define CNT R15
-
-static const struct { uint8_t host, guest; } registers[12] = {
-    {RAX, X86_RAX}, {RCX, X86_RCX}, {RDX, X86_RDX}, {RBX, X86_RBX}, {R12, X86_RSP}, {RBP, X86_RBP},
-    {RSI, X86_RSI}, {RDI, X86_RDI}, {R8, X86_R8},   {R9, X86_R9},   {R10, X86_R10}, {R11, X86_R11}};
 
 /* x86_cpu.hook_site: where the site is, and beside it */
 enum { IS_DIRECT = 1 /* all registers are in the frame, RIP is that of the site */, IS_FETCHED = 2 /* they no longer are */ };
@@ -277,8 +269,8 @@ static void move_home(jit_writer *w, unsigned direction, unsigned reg, unsigned 
 }
 
 static void store_registers(jit_writer *w, uint16_t which) {
-    for (unsigned i = 0; i < 12; i++)
-        if (which >> registers[i].guest & 1) move_home(w, TO_FRAME, registers[i].host, registers[i].guest);
+    for (unsigned g = 0; g < X86_R12; g++)
+        if (which >> g & 1) move_home(w, TO_FRAME, home[g], g);
 }
 
 /* The flags as the emitter keeps them, by way of RAX, which is in the frame already. */
@@ -319,9 +311,8 @@ static uint8_t *after_call(jit_writer *w, bool flags) {
     e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
     uint8_t *leave = e_jcc(w, CC_NE);
     if (flags) restore_flags(w);
-    for (unsigned i = 0; i < 12; i++)
-        if (registers[i].host != RBX && registers[i].host != RBP && registers[i].host != R12)
-            move_home(w, FROM_FRAME, registers[i].host, registers[i].guest);
+    for (unsigned g = 0; g < X86_R12; g++)
+        if (home[g] != RBX && home[g] != RBP && home[g] != R12) move_home(w, FROM_FRAME, home[g], g);
     return leave;
 }
 

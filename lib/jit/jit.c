@@ -29,7 +29,6 @@
 #define _GNU_SOURCE 1
 #endif
 #include <cpuid.h>
-#include <errno.h>
 #include <stdlib.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -37,10 +36,6 @@
 #include "interp/interp.h"
 #include "jit/jit.h"
 #include "mmu/mmu.h"
-#include "x86/access.h"
-#include "x86/cover.h"
-#include "x86/ops.h"
-#include "x86/simd.h"
 
 #define SLICE      16384
 #define EXACT_TAIL 2400 /* more than a page of one-byte blocks with live flags can overshoot */
@@ -69,7 +64,7 @@ static bool is_whole_data(const x86_seg *s) {
     return s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
 }
 
-static bool vec_allowed(const x86_cpu *cpu) {
+bool jit_vec_allowed(const x86_cpu *cpu) {
     return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) &&
            (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
 }
@@ -77,8 +72,8 @@ static bool vec_allowed(const x86_cpu *cpu) {
 /* Strategies under which an address without paging is physical. */
 static bool is_plain_mmu(const vm_machine *m) { return vm_mmu_is_plain(m); }
 
-static bool x87_allowed(const x86_cpu *cpu) {
-    return vec_allowed(cpu) && (X86_FPU_FCW(cpu) & 0x3f) == 0x3f && !(X86_FPU_FSW(cpu) & 0x80);
+bool jit_x87_allowed(const x86_cpu *cpu) {
+    return jit_vec_allowed(cpu) && (X86_FPU_FCW(cpu) & 0x3f) == 0x3f && !(X86_FPU_FSW(cpu) & 0x80);
 }
 
 static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
@@ -98,9 +93,9 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
         key |= JIT_KEY_WINDOW;
     if (cpu->cpl == 3 && (cpu->cr0 & X86_CR0_AM) && (cpu->rflags & X86_FL_AC)) key |= JIT_KEY_AC;
     if (j->has_vec && j->vec_ctx != cpu->ctx) j->has_vec = j->has_x87 = false;
-    if (j->has_vec && vec_allowed(cpu)) {
+    if (j->has_vec && jit_vec_allowed(cpu)) {
         key |= JIT_KEY_VEC;
-        if (j->has_x87 && x87_allowed(cpu)) key |= JIT_KEY_X87;
+        if (j->has_x87 && jit_x87_allowed(cpu)) key |= JIT_KEY_X87;
         if ((cpu->cr4 & X86_CR4_OSXSAVE) && (cpu->xcr0 & 6) == 6 && j->has_avx) key |= JIT_KEY_AVX;
     }
     return key;
@@ -116,7 +111,6 @@ static bool wants_interpreter(const jit *j, x86_cpu *cpu) {
 
 /* ---- blocks: finding, linking, dropping ---- */
 
-static unsigned hash_block(uint64_t rip) { return (unsigned)(rip * UINT64_C(0x9e3779b97f4a7c15) >> 48); }
 static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 26) & (JIT_PAGES - 1)); }
 
 bool jit_is_stop(const jit *j, uint64_t rip) {
@@ -202,11 +196,11 @@ static void remove_from(jit_block **head, jit_block *b, size_t link) {
     if (*p) *p = *(jit_block **)(void *)((uint8_t *)b + link);
 }
 
-static void kill_block(jit *j, jit_block *b) {
+void jit_kill_block(jit *j, jit_block *b) {
     b->is_dead = true;
     j->kills++;
-    if (b->twin && !b->twin->is_dead) kill_block(j, b->twin);
-    remove_from(&j->hash[hash_block(b->rip)], b, offsetof(jit_block, hash_next));
+    if (b->twin && !b->twin->is_dead) jit_kill_block(j, b->twin);
+    remove_from(&j->hash[jit_hash_block(b->rip)], b, offsetof(jit_block, hash_next));
     remove_from(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, page_next));
     remove_from(&j->lines[hash_page(b->rip)], b, offsetof(jit_block, line_next));
     while (b->in) {
@@ -277,7 +271,7 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
         for (jit_block *b = j->pages[hash_page(gpa)]; b; b = next) {
             next = b->page_next;
             if (block_overlaps(b, gpa, n)) {
-                kill_block(j, b);
+                jit_kill_block(j, b);
                 any = true;
             }
         }
@@ -294,7 +288,7 @@ void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa) {
         jit_block *next, **head = is_gpa ? j->pages : j->lines;
         for (jit_block *b = head[hash_page(at)]; b; b = next) {
             next = is_gpa ? b->page_next : b->line_next;
-            if (overlaps_on(b, is_gpa ? b->gpa : b->rip, at, last - at + 1)) kill_block(j, b);
+            if (overlaps_on(b, is_gpa ? b->gpa : b->rip, at, last - at + 1)) jit_kill_block(j, b);
         }
         if (last == hi) return;
     }
@@ -322,8 +316,6 @@ void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page) {
     for (unsigned k = 0; k < u->nextents; k++)
         if (u->extents[k].page == page) b->extents[b->nextents++] = u->extents[k];
 }
-
-static void note_code_page(jit *j, uint64_t gpa);
 
 /* Guest-physical address of code at la; raises the fetch's faults. */
 static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
@@ -353,7 +345,7 @@ static void watch(jit *j, jit_block *b) {
 }
 
 static void publish(jit *j, jit_block *b) {
-    unsigned h = hash_block(b->rip);
+    unsigned h = jit_hash_block(b->rip);
     watch(j, b);
     b->hash_next = j->hash[h];
     j->hash[h] = b;
@@ -370,7 +362,7 @@ static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa) {
     return twin;
 }
 
-static jit_block *translate_with(jit *j, jit_unit *u, int *failed) {
+static jit_block *translate_with(jit_unit *u, int *failed) {
     if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
     u->no_groups |= u->nhooked != 0;
     jit_optimise(u);
@@ -388,10 +380,10 @@ static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t ke
     u->key = key;
     u->page = page;
     u->forced = 0;
-    u->no_groups = (key & JIT_KEY_PLAIN) || cpu->watch || j->no_groups[hash_block(u->rip) & 1023];
+    u->no_groups = (key & JIT_KEY_PLAIN) || cpu->watch || j->no_groups[jit_hash_block(u->rip) & 1023];
     for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
         int failed = -1;
-        jit_block *b = translate_with(j, u, &failed);
+        jit_block *b = translate_with(u, &failed);
         if (b) {
             publish(j, b);
             cpu->stat[X86_STAT_DECODED] += u->count;
@@ -413,7 +405,7 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
     x86_cpu *cpu = &j->vcpu->x86;
     unsigned prot = 0;
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
-    if (key & JIT_KEY_WINDOW) note_code_page(j, gpa & X86_PAGE_MASK);
+    if (key & JIT_KEY_WINDOW) jit_note_code_page(j, gpa & X86_PAGE_MASK);
     if (j->must_flush) flush_all(j);
     const uint8_t *page = cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot);
     if (!page || !(prot & X86_EXEC)) return NULL;
@@ -434,8 +426,8 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
     const uint8_t *b = cpu->env->page(cpu, gpa2, &prot[1]);
     if (!b || !(prot[1] & X86_EXEC)) return NULL;
     if (key & JIT_KEY_WINDOW) {
-        note_code_page(j, gpa & X86_PAGE_MASK);
-        note_code_page(j, gpa2);
+        jit_note_code_page(j, gpa & X86_PAGE_MASK);
+        jit_note_code_page(j, gpa2);
     }
     if (j->must_flush) flush_all(j);
     memcpy(u->bytes, a + (gpa & 0xfff), first);
@@ -465,411 +457,12 @@ static jit_block *find_block(jit *j, uint32_t key) {
     x86_look_for_stop(cpu, cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[X86_CS].base + cpu->rip));
     uint64_t gpa = fetch_gpa(cpu, cpu->rip);
     if (is_forbidden(cpu, gpa) || (cpu->exec_varies && (gpa & 0xfff) > 4096 - 15)) return NULL;
-    for (jit_block *b = j->hash[hash_block(cpu->rip)]; b; b = b->hash_next)
+    for (jit_block *b = j->hash[jit_hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
     if ((j->on_hot_page = is_hot(j, gpa))) return NULL;
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
-}
-
-/* ---- helpers called by emitted code ---- */
-
-/* One flag-setting operation of the host: AL = OF, AH = the others. */
-#define HOST_FLAGS(op, a, b, out) __asm__(op "; lahf; seto %%al" : "=&a"(out), "+r"(a) : "r"(b) : "cc")
-
-/* The flags of a recipe left in memory, computed by the host. */
-#define LAZY_FLAGS(type, kind, x, y, out)                                                                              \
-    do {                                                                                                               \
-        type a = (type)(x), b = (type)(y);                                                                             \
-        if ((kind) == JIT_RECIPE_SUB)                                                                                  \
-            a += b;                                                                                                    \
-        else if ((kind) == JIT_RECIPE_ADD)                                                                             \
-            a -= b;                                                                                                    \
-        if ((kind) == JIT_RECIPE_CMP || (kind) == JIT_RECIPE_SUB)                                                      \
-            HOST_FLAGS("cmp %2, %1", a, b, out);                                                                       \
-        else if ((kind) == JIT_RECIPE_ADD)                                                                             \
-            HOST_FLAGS("add %2, %1", a, b, out);                                                                       \
-        else if ((kind) == JIT_RECIPE_TEST)                                                                            \
-            HOST_FLAGS("test %2, %1", a, b, out);                                                                      \
-        else                                                                                                           \
-            HOST_FLAGS("test %1, %1", a, b, out);                                                                      \
-    } while (0)
-
-static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
-    uint64_t x = cpu->jit_scratch[JIT_SLOT_FLAG_A], y = cpu->jit_scratch[JIT_SLOT_FLAG_B], out;
-    unsigned kind = (recipe & 0x7f) - 1;
-    if (recipe & JIT_LAZY_IMM) y = (uint64_t)(int64_t)(int16_t)(recipe >> 16);
-    if ((recipe >> 8 & 0xff) == 4)
-        LAZY_FLAGS(uint32_t, kind, x, y, out);
-    else
-        LAZY_FLAGS(uint64_t, kind, x, y, out);
-    return out & 0xffff;
-}
-
-void jit_load_flags(x86_cpu *cpu) {
-    uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS] & 0xffffffff;
-    if ((f & 0xff) > 1) f = lazy_flags(cpu, f);
-    cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
-}
-void jit_store_flags(x86_cpu *cpu) {
-    cpu->jit_scratch[JIT_SLOT_FLAGS] = (cpu->rflags & (X86_FL_ARITH & 0xff)) << 8 | (cpu->rflags >> 11 & 1);
-}
-
-static uint64_t *frame_of(const x86_cpu *cpu) { return (uint64_t *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_FRAME]; }
-
-enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8, FRAME_HOMES = 12 * 8 };
-
-static void copy_frame(x86_cpu *cpu) {
-    const uint64_t *frame = frame_of(cpu);
-    memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], FRAME_REGS);
-    memcpy(&cpu->jit_scratch[JIT_SLOT_FLAGS], &frame[JIT_FRAME_FLAGS], FRAME_FLAGS);
-}
-
-void jit_fetch_frame(x86_cpu *cpu, bool has_homes) {
-    copy_frame(cpu);
-    if (has_homes) memcpy(cpu->gpr, &frame_of(cpu)[JIT_FRAME_HOMES], FRAME_HOMES);
-    jit_load_flags(cpu);
-}
-
-/* What C may have changed, to the frame. */
-static void store_frame(const x86_cpu *cpu) {
-    uint64_t *frame = frame_of(cpu);
-    memcpy(&frame[JIT_FRAME_R12], &cpu->gpr[X86_R12], FRAME_REGS);
-    frame[JIT_FRAME_FLAGS] = cpu->jit_scratch[JIT_SLOT_FLAGS];
-    memcpy(&frame[JIT_FRAME_LIMIT], &cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT], FRAME_LIMITS);
-}
-
-/* Count what has retired since the last time; `index` instructions of the current block have. */
-void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index) {
-    int64_t r15 = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] - index, done = j->r15_start - r15;
-    cpu->budget -= done;
-    cpu->retired += (uint64_t)done;
-    j->r15_start = r15;
-}
-
-/* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
-static void load_x87_pointers(jit *j, x86_cpu *cpu) {
-    memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
-    uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST],
-             last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
-    cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = 0;
-    if (last) {
-        const jit_site *s = (const jit_site *)(j->arena + last);
-        const x86_insn *in = jit_site_insn(j, s);
-        X86_FPU_FOP(cpu) = (uint16_t)((in->opcode & 7) << 8 | in->modrm);
-        X86_FPU_FIP(cpu) = in->mode == 8 ? s->rip : (uint32_t)s->rip;
-        X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
-    }
-    if (last_mem) {
-        const x86_insn *in = jit_site_insn(j, (const jit_site *)(j->arena + last_mem));
-        bool has_base = in->mode != 8 || in->seg == X86_FS || in->seg == X86_GS;
-        uint64_t offset = cpu->jit_scratch[JIT_SLOT_X87_LA] - (has_base ? cpu->seg[in->seg].base : 0);
-        X86_FPU_FDP(cpu) = in->mode == 8 ? offset : (uint32_t)offset;
-        X86_FPU_FDS(cpu) = cpu->seg[in->seg].sel;
-    }
-}
-static void keep_x87_pointers(jit *j, const x86_cpu *cpu) {
-    memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
-}
-
-/* Everything retires up to the site's instruction. */
-static void count_up_to(jit *j, x86_cpu *cpu, const jit_site *s) {
-    cpu->hook_site = 0;
-    jit_count_retired(j, cpu, s->index);
-    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
-}
-
-jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
-    jit *j = cpu->jit;
-    jit_site *s = (jit_site *)(j->arena + at);
-    jit_fetch_frame(cpu, false);
-    if (s->block->key & JIT_KEY_X87) load_x87_pointers(j, cpu);
-    count_up_to(j, cpu, s);
-    jit_place_rip(cpu, s);
-    if (s->in_shadow) cpu->inhibit = 1;
-    return s;
-}
-
-/* Somebody wants the run loop: let the next edge leave. */
-static void hurry(jit *j, x86_cpu *cpu) {
-    int64_t extra = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + 1;
-    if (extra > 0) {
-        cpu->jit_scratch[JIT_SLOT_R15] -= (uint64_t)extra;
-        j->r15_start -= extra;
-    }
-}
-
-static bool wants_leave(const jit *j, const x86_cpu *cpu) {
-    return atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale;
-}
-
-/* STI's shadow is over: it covers one instruction. */
-static void end_shadow(x86_cpu *cpu) {
-    if (cpu->inhibit == 1) cpu->inhibit = 0;
-}
-
-void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
-    if (s->in_shadow) end_shadow(cpu);
-    if (s->block->key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
-    x86_io_retire(cpu); /* what was read has been handed over: no replay */
-    if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, -1);
-    jit_store_flags(cpu);
-    store_frame(cpu);
-    if (wants_leave(j, cpu) || s->block->is_dead) {
-        cpu->jit_scratch[JIT_SLOT_LEAVE] = 1; /* single accesses look here; others leave at the next edge */
-        hurry(j, cpu);
-    }
-}
-
-/* Leave the block with n of its instructions done, for rip. After end_helper(). */
-static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigned reason, uint64_t rip) {
-    if (s->block->nedges) jit_cover_add(cpu, s->block, n, 1);
-    cpu->jit_scratch[JIT_SLOT_R15] -= n;
-    cpu->jit_scratch[JIT_SLOT_REASON] = reason;
-    cpu->rip = rip;
-    return JIT_OUT;
-}
-
-/* Something of what the block of s was made for has changed. */
-static bool must_leave(const jit *j, const x86_cpu *cpu, const jit_site *s) {
-    return s->block->is_dead || j->must_flush || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
-           ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? x87_allowed(cpu) : vec_allowed(cpu))) ||
-           atomic_load_explicit(&cpu->attention, memory_order_relaxed);
-}
-
-/* The whole instruction by its semantic function. True: leave the block after it. */
-static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
-    const x86_insn *in = jit_site_insn(j, s);
-    uint64_t next = cpu->next_rip;
-    cpu->stat[X86_STAT_FALLBACKS]++;
-    for (;;) {
-        cpu->io_pos = 0;
-        in->exec(cpu, in);
-        x86_io_retire(cpu);
-        if (cpu->next_rip != cpu->rip || next == cpu->rip || !(s->flags & (X86_IF_REP | X86_IF_REPNE))) break;
-        if (atomic_load_explicit(&cpu->attention, memory_order_relaxed) || s->block->is_dead) {
-            cpu->jit_scratch[JIT_SLOT_R15]++; /* not finished: not retired */
-            jit_hook_half_way(cpu);
-            return true;
-        }
-        cpu->next_rip = next;
-    }
-    cpu->rip = cpu->next_rip;
-    if (cpu->cover.is_on && (s->flags & X86_IF_BRANCH)) x86_cover_branch(cpu, s->rip);
-    if (s->in_shadow) end_shadow(cpu);
-    /* STI: no interrupt waits, and none is taken before the next edge, which is after the next instruction. */
-    const bool has_shadow = in->exec == x86_op_sti && !s->is_end && s->index + 1 < s->block->count && cpu->inhibit;
-    if (has_shadow) cpu->inhibit = 0;
-    bool leaves = cpu->rip != next || must_leave(j, cpu, s);
-    if (has_shadow && leaves) cpu->inhibit = 1;
-    jit_hook_after(cpu, s, leaves);
-    return leaves;
-}
-
-/* A group of this block could not be looked up: if that is its habit, make it again without. */
-static void note_bail(jit *j, jit_block *b) {
-    if (b->is_dead || ++b->bails < 64) return;
-    j->no_groups[hash_block(b->rip) & 1023] = 1;
-    kill_block(j, b);
-}
-
-/* The span of a group at la, or NULL to go on in a block without groups. Faults are the first access's own. */
-static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
-    bool is_write = s->access & X86_WRITE;
-    uint8_t *p = NULL;
-    uint64_t last = la + s->span - 1;
-    bool is_whole = !((la ^ last) & X86_PAGE_MASK) && !(s->align > 1 && (la & (s->align - 1u))) &&
-                    (s->mode != 8 || x86_canonical(la));
-    if (is_whole && !s->in_window && !(p = x86_tlb_hit(cpu, la, s->span, is_write))) {
-        x86_direct(cpu, la + (uint64_t)s->leader_disp, s->leader_size, s->leader_access);
-        p = x86_tlb_hit(cpu, la, s->span, is_write);
-    }
-    if (!p) note_bail(j, s->block);
-    return p;
-}
-
-/* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
-static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset) {
-    *seg = s->is_single || (s->flags & X86_IF_MEM) ? s->seg : X86_SS;
-    *offset = *seg == X86_FS || *seg == X86_GS ? la - cpu->seg[*seg].base : la;
-    if (s->mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
-    *offset = (uint32_t)*offset;
-    return *offset + s->size <= UINT64_C(1) << 32;
-}
-
-static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
-    unsigned seg;
-    uint64_t offset;
-    if (!is_in_range(cpu, s, la, &seg, &offset)) x86_linear(cpu, seg, offset, s->size, s->access);
-}
-
-/* The access at bounce_la itself. Callbacks see exact state: the registers are in x86_cpu, and what is still in the frame
- * comes when somebody asks (hook.c). So if nobody changes anything, nothing but the access has to be done. */
-static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at) {
-    uint64_t *value = j->bounce;
-    unsigned n = s->size;
-    int status;
-    jit_place_rip(cpu, s);
-    cpu->hook_site = at;
-    if (s->access == X86_WRITE) /* read as it was stored, which is faster */
-        status = cpu->env->phys_write(cpu, j->bounce_gpa, j->bounce_la, n, x86_load_host((uint8_t *)value, n));
-    else
-        status = cpu->env->phys_read(cpu, j->bounce_gpa, j->bounce_la, n, X86_READ, value);
-    if (status == X86_IO_DONE && !wants_leave(j, cpu) && !s->block->is_dead) {
-        cpu->hook_site = 0;
-        return;
-    }
-    jit_get_state(j->vcpu, VM_STATE_ALL);
-    count_up_to(j, cpu, s);
-    if (status != X86_IO_DONE)
-        x86_io_leave(cpu, j->bounce_gpa, j->bounce_la, n, x86_load_host((uint8_t *)value, n), s->access);
-    jit_end_helper(j, cpu, s);
-}
-
-/* Is the address a device's that has been met before? Then the bounce buffer, with what the device answered. */
-static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at) {
-    jit_site *s = (jit_site *)(j->arena + at);
-    j->bounce_is_device = s->is_quick && x86_tlb_device(cpu, cpu->ctx, la, s->access, &j->bounce_gpa) &&
-                          !(cpu->careful | cpu->watch) && (la & 0xfff) + s->size <= 4096;
-    if (!j->bounce_is_device) return NULL;
-    j->bounce_la = la;
-    j->bounce_active = s->access == X86_WRITE;
-    if (!j->bounce_active) ask_device(j, cpu, s, at);
-    return (uint8_t *)j->bounce;
-}
-
-/* Does the MMU strategy know the page? Then nobody sees that it was asked, and the guest's registers stay where they are. */
-static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la) {
-    bool is_write = s->access & X86_WRITE;
-    unsigned n = s->leader_size ? s->span : s->size, seg;
-    uint64_t offset;
-    if ((cpu->careful | cpu->watch) || s->in_window || (s->align > 1 && (la & (s->align - 1u))) || (la & 0xfff) + n > 4096 ||
-        !is_in_range(cpu, s, la, &seg, &offset) || !vm_mmu_refill(cpu, la, is_write ? X86_WRITE : X86_READ))
-        return NULL;
-    j->bounce_active = false;
-    return x86_tlb_hit(cpu, la, n, is_write);
-}
-
-uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
-    jit *j = cpu->jit;
-    uint8_t *host = find_device(j, cpu, la, at);
-    if (!host && vm_mmu_can_refill(j->vcpu)) host = find_known(j, cpu, (jit_site *)(j->arena + at), la);
-    if (host) return host;
-    jit_site *s = jit_begin_helper(cpu, at);
-    if (s->leader_size) {
-        uint8_t *span = find_span(j, cpu, s, la);
-        jit_end_helper(j, cpu, s);
-        return span;
-    }
-    if (s->align > 1 && (la & (s->align - 1u))) x86_raise_error(cpu, X86_GP, 0);
-    check_range(cpu, s, la);
-    x86_io_retire(cpu);
-    j->bounce_active = false;
-    uint8_t *p = x86_direct(cpu, la, s->size, s->access);
-    if (!p && (s->divides || jit_hook_steps(cpu, s, la))) { /* a division may be done again: not of a device */
-        jit_end_helper(j, cpu, s);
-        return (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index, JIT_LEAVE_STEP, s->rip);
-    }
-    if (!p && s->access == (X86_READ | X86_WRITE)) {
-        bool leaves = execute(j, cpu, s);
-        jit_end_helper(j, cpu, s);
-        return leaves ? (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : NULL;
-    }
-    if (!p) {
-        if (s->access & X86_READ)
-            x86_read_linear(cpu, la, j->bounce, s->size);
-        else
-            x86_probe_write(cpu, la, s->size);
-        j->bounce_la = la;
-        j->bounce_active = true;
-        p = (uint8_t *)j->bounce;
-    }
-    jit_end_helper(j, cpu, s);
-    return p;
-}
-
-/* The store of a PUSH or CALL has killed its own block: what else the instruction does, for its bytes may have gone. */
-static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
-    if (!s->block->is_dead) return 0;
-    bool is_64 = s->mode == 8;
-    cpu->gpr[X86_RSP] = is_64 ? cpu->gpr[X86_RSP] - 8 : (uint32_t)(cpu->gpr[X86_RSP] - 4);
-    uint64_t rip = cpu->next_rip;
-    if (!(s->flags & X86_IF_BRANCH)) return rip;
-    rip = s->target ? s->target : cpu->jit_scratch[JIT_SLOT_TMP];
-    cpu->rip = is_64 ? rip : (uint32_t)rip;
-    if (cpu->cover.is_on) x86_cover_branch(cpu, s->rip);
-    return cpu->rip;
-}
-
-uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
-    jit *j = cpu->jit;
-    if (!j->bounce_active) return 0;
-    if (j->bounce_is_device) {
-        ask_device(j, cpu, (jit_site *)(j->arena + at), at);
-        return 0;
-    }
-    jit_site *s = jit_begin_helper(cpu, at);
-    x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
-    uint64_t rip = s->is_single ? cpu->next_rip : finish_push(cpu, s);
-    if (s->block->is_dead) jit_hook_after(cpu, s, true);
-    jit_end_helper(j, cpu, s);
-    if (!s->block->is_dead) return 0;
-    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, rip);
-}
-
-/* HLT that does nothing but stop: what its semantic function does, without its long way out. */
-static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s) {
-    copy_frame(cpu);
-    jit_place_rip(cpu, s);
-    cpu->hook_site = 0;
-    cpu->halted = true;
-    cpu->inhibit = 0;
-    x86_io_retire(cpu);
-    j->hook_stop = X86_STOP_HALT;
-    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_HOOKED, cpu->next_rip);
-}
-
-/* #UD where it is known beforehand, for hooks that emulate instructions: a longjmp to caught() takes longer, and if one has
- * done so the block goes on. When nothing has retired the run loop looks at its deadline. */
-static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at) {
-    jit_site *s = jit_begin_helper(cpu, at);
-    const uint64_t retired = cpu->retired, next = cpu->next_rip;
-    jit_hook_half_way(cpu);
-    cpu->fault = (x86_fault){.vector = X86_UD};
-    x86_stop stop = x86_deliver_fault(cpu);
-    if (!stop && cpu->retired == retired) stop = X86_STOP_ATTENTION;
-    if (!stop && !s->is_end && cpu->rip == next && !must_leave(j, cpu, s)) {
-        cpu->retired = retired; /* the block's end counts it */
-        cpu->budget++;
-        jit_end_helper(j, cpu, s);
-        return 0;
-    }
-    j->hook_stop = stop;
-    jit_end_helper(j, cpu, s);
-    return leave_block(cpu, s, s->index, JIT_LEAVE_HOOKED, cpu->rip);
-}
-
-uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
-    jit *j = cpu->jit;
-    jit_site *s = (jit_site *)(j->arena + at);
-    const x86_exec_fn exec = jit_site_insn(j, s)->exec;
-    if (exec == x86_op_illegal) return raise_ud(j, cpu, at);
-    if (exec == x86_op_hlt && !cpu->cpl && !(cpu->rflags & X86_FL_TF) && !cpu->hook_mask) return halt(j, cpu, s);
-    jit_begin_helper(cpu, at);
-    bool leaves = execute(j, cpu, s);
-    jit_end_helper(j, cpu, s);
-    return leaves || s->is_end ? leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, cpu->rip) : 0;
-}
-
-/* A callback has asked for the run loop: leave after the instruction whose access it was. */
-uint64_t jit_help_after(x86_cpu *cpu, uint32_t at) {
-    jit *j = cpu->jit;
-    uint64_t next = cpu->next_rip; /* as the callback left it */
-    jit_site *s = jit_begin_helper(cpu, at);
-    jit_hook_after(cpu, s, true);
-    jit_end_helper(j, cpu, s);
-    return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, next);
 }
 
 /* ---- the run loop's side ---- */
@@ -906,13 +499,13 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
     cpu->jit_scratch[JIT_SLOT_LEAVE] = 0;
     j->r15_start = slice;
     jit_store_flags(cpu);
-    if (key & JIT_KEY_X87) keep_x87_pointers(j, cpu);
+    if (key & JIT_KEY_X87) jit_keep_x87_pointers(j, cpu);
     cpu->hook_site = 0;
     j->in_code = true;
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
     j->in_code = false;
     cpu->hook_site = 0;
-    if (key & JIT_KEY_X87) load_x87_pointers(j, cpu);
+    if (key & JIT_KEY_X87) jit_load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, 0);
     jit_load_flags(cpu);
     return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
@@ -964,7 +557,7 @@ static bool is_loop(const jit_block *b) {
 
 /* Is rip where slices end again and again? */
 static bool is_sampled(jit *j, uint64_t rip) {
-    unsigned h = hash_block(rip) & 255, wanted = j->slice < SLICE ? 1 : 4;
+    unsigned h = jit_hash_block(rip) & 255, wanted = j->slice < SLICE ? 1 : 4;
     if (j->samples[h].rip != rip) {
         j->samples[h].rip = rip;
         j->samples[h].count = 0;
@@ -986,7 +579,7 @@ static void find_pages(jit *j, uint32_t key, const uint64_t *path, unsigned coun
         const uint8_t *host = cpu->env->page(cpu, la, &prot);
         if (!host || !(prot & X86_EXEC)) continue;
         cpu->env->code_page(cpu, la);
-        note_code_page(j, la);
+        jit_note_code_page(j, la);
         u->more[u->nmore].la = la;
         u->more[u->nmore++].host = host;
     }
@@ -1001,7 +594,7 @@ static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigne
     if (!page || !(prot & X86_EXEC)) return;
     find_pages(j, old->key, path, count);
     if (!j->must_flush) {
-        kill_block(j, old);
+        jit_kill_block(j, old);
         u->path = path;
         u->path_count = count;
         jit_block *b = translate_unit(j, old->rip, old->gpa, old->key, page);
@@ -1015,11 +608,11 @@ static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigne
         }
         u->path = NULL;
     } else
-        j->samples[hash_block(old->rip) & 255].count = 0;
+        j->samples[jit_hash_block(old->rip) & 255].count = 0;
     u->nmore = 0;
 }
 
-bool jit_has_no_guard(const jit *j, uint64_t rip) { return j->no_guard[hash_block(rip) & 1023]; }
+bool jit_has_no_guard(const jit *j, uint64_t rip) { return j->no_guard[jit_hash_block(rip) & 1023]; }
 
 /* The CALL at rip went elsewhere: the interpreter makes it. If that is its habit, the trace goes. */
 static void note_miss(jit *j, x86_cpu *cpu) {
@@ -1027,9 +620,9 @@ static void note_miss(jit *j, x86_cpu *cpu) {
     jit_block *b = (jit_block *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
     j->step_one = true;
     if (b->is_dead || ++b->bails < MOST) return;
-    j->no_guard[hash_block(cpu->rip) & 1023] = 1;
-    kill_block(j, b);
-    j->samples[hash_block(b->rip) & 255].count = 0; /* another trace may be better */
+    j->no_guard[jit_hash_block(cpu->rip) & 1023] = 1;
+    jit_kill_block(j, b);
+    j->samples[jit_hash_block(b->rip) & 255].count = 0; /* another trace may be better */
 }
 
 /* A slice has ended in front of code that is hot: note where execution goes from here, and translate that way. */
@@ -1053,80 +646,6 @@ static x86_stop sample(jit *j, uint32_t key) {
     return X86_STOP_NONE;
 }
 
-/* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there
- * may soon be more of it. */
-static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
-    enum { MARGIN = 64, LEAST = 64 };
-    uint64_t pages = r->bytes >> 12, begin = 0, best = 0, best_pages = 0;
-    const _Atomic uint8_t *flags = r->region->page_flags + (r->offset >> 12);
-    for (uint64_t i = 0; i <= pages; i++) {
-        if (i < pages && !(flags[i] & (VM_PAGE_CODE | VM_PAGE_CLEAN))) continue;
-        uint64_t end = i < pages && i > begin + 4 * MARGIN ? i - MARGIN : i;
-        uint64_t first = begin && end > begin + 4 * MARGIN ? begin + MARGIN : begin;
-        if (end - first > best_pages) best = first, best_pages = end - first;
-        begin = i + 1;
-    }
-    uint64_t gpa = r->gpa + (best << 12), bytes = best_pages << 12;
-    int64_t d = delta + (int64_t)(best << 12);
-    if (best_pages < LEAST || d != (int32_t)d) return;
-    j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] = bytes - 255;
-    j->must_flush |= gpa != j->window_gpa[1] || d != j->window_delta[1];
-    j->window_gpa[1] = gpa;
-    j->window_delta[1] = (int32_t)d;
-}
-
-static bool is_window_region(const vm_range *r) {
-    const vm_region *g = r->region;
-    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) &&
-           r->bytes >= 4096;
-}
-
-/* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen.
- */
-static void place_windows(jit *j) {
-    const vm_machine *m = j->vcpu->machine;
-    uint64_t *slot = j->vcpu->x86.jit_scratch;
-    const vm_range *best = NULL;
-    for (size_t i = 0; i < m->view.count; i++) {
-        const vm_range *r = &m->view.ranges[i];
-        if (is_window_region(r) && (!best || r->bytes > best->bytes)) best = r;
-    }
-    slot[JIT_SLOT_WINDOW_LIMIT] = slot[JIT_SLOT_WRITE_LIMIT] = 0;
-    if (!best) return;
-    const uint8_t *host = best->region->host + best->offset;
-    int64_t delta = host - (const uint8_t *)&j->vcpu->x86;
-    vm_range r = *best;
-    if (r.bytes > (UINT64_C(1) << 31)) r.bytes = UINT64_C(1) << 31;
-    if (delta != (int32_t)delta || delta > INT32_MAX - 512) return;
-    slot[JIT_SLOT_WINDOW_LIMIT] = r.bytes - 255;
-    j->must_flush |= r.gpa != j->window_gpa[0] || delta != j->window_delta[0];
-    j->window_gpa[0] = r.gpa;
-    j->window_delta[0] = (int32_t)delta;
-    if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log && !m->track) find_write_window(j, &r, delta);
-}
-
-static void find_windows(jit *j) {
-    uint64_t *limit = &j->vcpu->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT];
-    j->window_stale = false;
-    if (j->vcpu->x86.watch) { /* blocks that rely on windows wait */
-        limit[0] = limit[1] = 0;
-        return;
-    }
-    place_windows(j);
-    for (unsigned w = 0; w < 2; w++) {
-        j->must_flush |= limit[w] < j->window_limit[w];
-        j->window_limit[w] = limit[w];
-    }
-}
-
-/* A page of the write window holds code now: cut the window. */
-static void note_code_page(jit *j, uint64_t gpa) {
-    if (gpa - j->window_gpa[1] < j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] + 255) {
-        find_windows(j);
-        j->must_flush = true;
-    }
-}
-
 static void jit_map_changed(vm_machine *m) {
     vm_backend_interp.map_changed(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
@@ -1142,7 +661,7 @@ static x86_stop run_loop(jit *j) {
     x86_cpu *cpu = &j->vcpu->x86;
     jit_link *link = NULL;
     for (;;) {
-        if (j->window_stale) find_windows(j);
+        if (j->window_stale) jit_find_windows(j);
         if (j->must_flush) {
             flush_all(j);
             link = NULL;
@@ -1181,11 +700,11 @@ static x86_stop run_loop(jit *j) {
                 return stop;
             }
             else if (reason == JIT_LEAVE_VEC) {
-                j->has_vec = vec_allowed(cpu);
+                j->has_vec = jit_vec_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
                 j->step_one = !j->has_vec;
             } else if (reason == JIT_LEAVE_X87) {
-                j->has_vec = j->has_x87 = x87_allowed(cpu);
+                j->has_vec = j->has_x87 = jit_x87_allowed(cpu);
                 j->vec_ctx = cpu->ctx;
                 j->step_one = !j->has_x87;
             }

@@ -443,5 +443,15 @@ uint64_t jit_help_after(x86_cpu *cpu, uint32_t site); /* leaves */
 bool jit_is_stop(const jit *j, uint64_t rip);
 bool jit_has_no_guard(const jit *j, uint64_t rip);
 void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa);
+void jit_kill_block(jit *j, jit_block *b);
+static inline unsigned jit_hash_block(uint64_t rip) { return (unsigned)(rip * UINT64_C(0x9e3779b97f4a7c15) >> 48); }
+bool jit_vec_allowed(const x86_cpu *cpu);
+bool jit_x87_allowed(const x86_cpu *cpu);
+void jit_load_x87_pointers(jit *j, x86_cpu *cpu);
+void jit_keep_x87_pointers(jit *j, const x86_cpu *cpu);
+
+/* window.c */
+void jit_find_windows(jit *j);
+void jit_note_code_page(jit *j, uint64_t gpa); /* it holds code now: the write window is cut */
 
 #endif

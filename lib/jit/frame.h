@@ -1,0 +1,51 @@
+/* frame.h - the register plan of emit.c's essay in names, and the frame on the host's stack: what code and thunks are
+ * emitted with. */
+#ifndef LIBVM_JIT_FRAME_H
+#define LIBVM_JIT_FRAME_H
+#include "jit/jit.h"
+
+#define T0             R14
+#define T1             R13
+#define CNT            R15
+#define IN_MEMORY(reg) ((reg) >= X86_R12)
+#define GPR(n)         ((int32_t)(offsetof(x86_cpu, gpr) + 8 * (n)))
+
+static const uint8_t home[16] = {RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9, R10, R11, 0xff, 0xff, 0xff, 0xff};
+
+/* What blocks use most lies at [RSP + displacement]. */
+
+#define JIT_FRAME_REG(guest) (JIT_FRAME_R12 + (guest) - X86_R12)
+
+static inline void frame_op(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned slot) {
+    e_r_mem(w, size, op, reg, RSP, 0xff, 1, (int32_t)(8 * slot));
+}
+static inline void frame_load(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+    frame_op(w, size, 0x8b, reg, slot);
+}
+static inline void frame_store(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+    frame_op(w, size, 0x89, reg, slot);
+}
+
+static inline void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
+    e_rex(w, 4, 0, 0, reg);
+    e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
+}
+
+/* The host's flags to their slot. */
+static inline void emit_save(jit_writer *w) {
+    e_mov(w, 8, T1, RAX);
+    e8(w, 0x9f);                           /* lahf */
+    e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
+    frame_store(w, 4, RAX, JIT_FRAME_FLAGS); /* what is above AX does not matter */
+    e8(w, 0x49), e8(w, 0x95);                /* xchg rax, T1: who calls C finds them there afterwards */
+}
+
+/* `pushed`: bytes on the stack above the frame. */
+static inline void emit_restore_from(jit_writer *w, int32_t pushed) {
+    e_mov(w, 8, T1, RAX);
+    e_r_mem(w, 4, 0x8b, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + pushed);
+    e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */
+    e8(w, 0x9e);              /* sahf */
+    e_mov(w, 8, RAX, T1);
+}
+#endif
