@@ -7,7 +7,7 @@
  * so, which is a hundred times faster than the emulation anyway.
  *
  * What shows a kernel in time are its writes to EFER and to the targets of SYSCALL, which these hosts' machines see, and
- * a loaded task register. One case stays open: a guest that the program put into long mode itself (so EFER is never
+ * a task register with a base (boot code loads an empty one). One case stays open: a guest that the program put into long mode itself (so EFER is never
  * written), that makes page tables and gates of its own without an exit, loads no task register and then executes INT n
  * in ring 3. It gets #UD there; nothing that KVM offers tells before. The interpreter or the JIT runs such a guest.
  *
@@ -70,7 +70,7 @@ static bool has_kernel(kvm_vcpu *kv) {
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
     if (!(x->efer & X86_EFER_LME) || x->flat) return false;
     kvm_get_state(kv->cpu, VM_STATE_MSRS);
-    return kv->makes_kernel || x->star || x->lstar || x->cstar || x->seg[X86_TR].base || x->seg[X86_TR].sel;
+    return kv->makes_kernel || x->star || x->lstar || x->cstar || x->seg[X86_TR].base;
 }
 
 /* The state about to be loaded is one that KVM would not run. */
