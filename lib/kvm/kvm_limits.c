@@ -7,9 +7,10 @@
  * so, which is a hundred times faster than the emulation anyway.
  *
  * What shows a kernel in time are its writes to EFER and to the targets of SYSCALL, which these hosts' machines see, and
- * a task register with a base (boot code loads an empty one). One case stays open: a guest that the program put into long mode itself (so EFER is never
- * written), that makes page tables and gates of its own without an exit, loads no task register and then executes INT n
- * in ring 3. It gets #UD there; nothing that KVM offers tells before. The interpreter or the JIT runs such a guest.
+ * a task register with a base (boot code loads an empty one). One case stays open: a guest that the program put into
+ * long mode itself (so EFER is never written), that makes page tables and gates of its own without an exit, loads no
+ * such task register and then executes INT n in ring 3. It gets #UD there; nothing that KVM offers tells before. The
+ * interpreter or the JIT runs such a guest.
  *
  * Whether the host is of this kind is asked once: set a state with legacy paging, see whether it is still there. On all
  * others nothing here is ever beyond.
