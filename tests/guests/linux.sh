@@ -3,7 +3,8 @@
 # the linux_* scripts with $backend set. Skips, with the reason, what cannot be had here.
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-.}
-vmrun=$builddir/examples/vmrun
+# TEST_MMU: a strategy for all of them.
+vmrun="$builddir/examples/vmrun${TEST_MMU:+ --mmu $TEST_MMU}"
 guests=${LIBVM_GUESTS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/libvm/guests}
 limit=${GUEST_TIMEOUT:-300}
 work=$(mktemp -d) || exit 1
@@ -44,7 +45,7 @@ linux() {
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
         return
     fi
-    timeout -k 5 $((limit + 20)) "$vmrun" --backend "$backend" --timeout "$limit" --memory 512M --cpus "$cpus" --kernel "$kernel" \
+    timeout -k 5 $((limit + 20)) $vmrun --backend "$backend" --timeout "$limit" --memory 512M --cpus "$cpus" --kernel "$kernel" \
         --initrd "$guests/initramfs-$arch" --append "console=ttyS0 run=\"$commands\"" "$@" >"$work/out" 2>&1 </dev/null
     status=$?
     sum=$(md5sum <"$guests/busybox-$arch" | cut -c 1-32)
@@ -58,7 +59,7 @@ run_until() {
     pattern=$1 file=$2
     shift 2
     : >"$file"
-    "$vmrun" --backend "$backend" --timeout "$limit" "$@" >"$work/out" 2>&1 </dev/null &
+    $vmrun --backend "$backend" --timeout "$limit" "$@" >"$work/out" 2>&1 </dev/null &
     pid=$!
     while kill -0 $pid 2>/dev/null && ! grep -aqE "$pattern" "$file"; do sleep 0.2; done
     kill $pid 2>/dev/null
@@ -106,13 +107,13 @@ until_text() {
     fi
 }
 
-if ! "$vmrun" --help >/dev/null; then
+if ! $vmrun --help >/dev/null; then
     echo "FAIL $backend/vmrun: it does not start"
     exit 0
 fi
 # A boot sector that does `mov al, 7; out 0xf4, al` tells whether the backend is there at all.
 { printf '\260\007\346\364\364'; head -c 505 /dev/zero; printf '\125\252'; } >"$work/probe"
-"$vmrun" --backend "$backend" --timeout 20 --kernel "$work/probe" >"$work/out" 2>&1 </dev/null
+$vmrun --backend "$backend" --timeout 20 --kernel "$work/probe" >"$work/out" 2>&1 </dev/null
 if [ $? -ne 7 ]; then
     echo "skip $backend/guests: $(head -n 1 "$work/out" | cut -c 1-200)"
     exit 0

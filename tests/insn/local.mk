@@ -22,7 +22,8 @@ check_PROGRAMS += tests/insn/insn_snapshots
 tests_insn_insn_snapshots_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/snapshots.inc tests/insn/warm.inc
 tests_insn_insn_snapshots_CPPFLAGS = $(AM_CPPFLAGS) -DINSN_SNAPSHOTS
 
-# The instruction tests under every MMU strategy: make check-mmu.
-check-mmu: tests/insn/insn tests/diff/paging
-	for s in shadow ept flat; do TEST_MMU=$$s tests/insn/insn | grep -v ^ok; done; tests/diff/paging
+# The instruction tests and the real guests under every MMU strategy: make check-mmu.
+check-mmu: tests/insn/insn tests/diff/paging examples/vmrun
+	for s in shadow ept flat; do echo "$$s:"; export TEST_MMU=$$s; tests/insn/insn | grep -v ^ok; $(srcdir)/tests/guests/linux_jit; done
+	tests/diff/paging
 .PHONY: check-mmu
