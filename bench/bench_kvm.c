@@ -30,13 +30,15 @@ enum {
     STACK = 0x80000
 };
 
-static _Noreturn void die(const char *what) {
+static _Noreturn void die(const char *what)
+{
     fprintf(stderr, "bench_kvm: %s (%s)\n", what, vm_errmsg());
     exit(1);
 }
 #define MUST(condition) ((condition) ? (void)0 : die(#condition))
 
-static double clock_of(clockid_t id) {
+static double clock_of(clockid_t id)
+{
     struct timespec t;
     clock_gettime(id, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
@@ -56,7 +58,8 @@ typedef struct bare {
     struct kvm_cpuid2 *cpuid;
 } bare;
 
-static struct kvm_cpuid2 *read_cpuid(int kvm) {
+static struct kvm_cpuid2 *read_cpuid(int kvm)
+{
     struct kvm_cpuid2 *c = calloc(1, sizeof *c + 256 * sizeof c->entries[0]);
     MUST(c);
     c->nent = 256;
@@ -64,7 +67,8 @@ static struct kvm_cpuid2 *read_cpuid(int kvm) {
     return c;
 }
 
-static bare bare_open(void) {
+static bare bare_open(void)
+{
     bare b;
     MUST((b.kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC)) >= 0);
     MUST((b.vm = ioctl(b.kvm, KVM_CREATE_VM, 0)) >= 0);
@@ -80,7 +84,8 @@ static bare bare_open(void) {
     return b;
 }
 
-static void bare_close(bare *b) {
+static void bare_close(bare *b)
+{
     munmap(b->run, (size_t)b->run_bytes);
     munmap(b->ram, RAM);
     close(b->cpu);
@@ -89,7 +94,8 @@ static void bare_close(bare *b) {
     free(b->cpuid);
 }
 
-static void bare_start(bare *b, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi) {
+static void bare_start(bare *b, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi)
+{
     static const struct kvm_segment flat = {
         .limit = 0xffffffff, .selector = 0x10, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1};
     struct kvm_sregs s;
@@ -112,7 +118,8 @@ typedef struct guest {
     vm_region *ram;
 } guest;
 
-static guest guest_open(void) {
+static guest guest_open(void)
+{
     guest g;
     vm_options o = VM_OPTIONS_INIT;
     o.backend = VM_BACKEND_KVM;
@@ -122,7 +129,8 @@ static guest guest_open(void) {
     return g;
 }
 
-static void guest_start(guest *g, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi) {
+static void guest_start(guest *g, const uint8_t *code, size_t bytes, uint64_t rdx, uint64_t rdi)
+{
     vm_regs r = VM_REGS_INIT;
     MUST(vm_write(g->m, CODE, code, bytes) == VM_OK);
     MUST(vm_vcpu_set_mode(g->cpu, VM_MODE_FLAT32) == VM_OK);
@@ -142,7 +150,8 @@ typedef struct counter {
     uint64_t sum;
 } counter;
 
-static int count_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int count_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     counter *c = user;
     (void)offset, (void)width;
     c->sum += value;
@@ -152,7 +161,8 @@ static int count_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
 
 static const vm_io_ops count_ops = {.size = sizeof(vm_io_ops), .write = count_write};
 
-static double bare_exits(bare *b, uint64_t *sum) {
+static double bare_exits(bare *b, uint64_t *sum)
+{
     double start = cpu_now();
     for (unsigned i = 0; i < EXITS; i++) {
         if (ioctl(b->cpu, KVM_RUN, 0) < 0) die("KVM_RUN");
@@ -166,7 +176,8 @@ static double bare_exits(bare *b, uint64_t *sum) {
     return EXITS / (cpu_now() - start);
 }
 
-static double callback_exits(guest *g, counter *c) {
+static double callback_exits(guest *g, counter *c)
+{
     vm_exit e = VM_EXIT_INIT;
     c->left = EXITS;
     double start = cpu_now();
@@ -175,7 +186,8 @@ static double callback_exits(guest *g, counter *c) {
 }
 
 /* is_brief: the record need not name the instruction, as KVM's does not. */
-static double returned_exits(guest *g, uint64_t *sum, bool is_brief) {
+static double returned_exits(guest *g, uint64_t *sum, bool is_brief)
+{
     vm_exit e = VM_EXIT_INIT;
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.is_brief = is_brief;
@@ -188,7 +200,8 @@ static double returned_exits(guest *g, uint64_t *sum, bool is_brief) {
 }
 
 static FILE *json;
-static void result(const char *name, const char *unit, double ours, double base, double goal, bool is_most) {
+static void result(const char *name, const char *unit, double ours, double base, double goal, bool is_most)
+{
     double ratio = ours / base;
     static const char *separator = "";
     printf("%-40s %12.1f %-9s base %12.1f   ratio %.3f (goal %s %.2f)\n", name, ours, unit, base, ratio,
@@ -201,7 +214,8 @@ static void result(const char *name, const char *unit, double ours, double base,
     separator = ",";
 }
 
-static void bench_exits(bool is_port) {
+static void bench_exits(bool is_port)
+{
     static const uint8_t port_loop[] = {0xee, 0xeb, 0xfd}, mmio_loop[] = {0x88, 0x07, 0xeb, 0xfc};
     const uint8_t *code = is_port ? port_loop : mmio_loop;
     size_t bytes = is_port ? sizeof port_loop : sizeof mmio_loop;
@@ -240,7 +254,8 @@ static void bench_exits(bool is_port) {
 
 static const uint8_t halt[] = {0xf4};
 
-static double bare_life(void) {
+static double bare_life(void)
+{
     double start = now();
     bare b = bare_open();
     bare_start(&b, halt, sizeof halt, 0, 0);
@@ -249,7 +264,8 @@ static double bare_life(void) {
     return (now() - start) * 1e6;
 }
 
-static double guest_life(void) {
+static double guest_life(void)
+{
     vm_exit e = VM_EXIT_INIT;
     double start = now();
     guest g = guest_open();
@@ -259,7 +275,8 @@ static double guest_life(void) {
     return (now() - start) * 1e6;
 }
 
-static void bench_creation(void) {
+static void bench_creation(void)
+{
     double ours = 0, base = 0;
     for (unsigned i = 0; i < LIVES; i++) {
         base = least(bare_life(), base);
@@ -293,7 +310,8 @@ extern const uint8_t bench_guest[], bench_guest_end[];
 enum { TURNS = 20000000, WINDOW = 0x20000 };
 
 /* Long mode at ring 3 with page tables for 2 MiB; ports open (IOPL 3) so that OUT ends it. */
-static void ring3_start(guest *g) {
+static void ring3_start(guest *g)
+{
     const uint64_t entries[][2] = {
         {TABLES, (TABLES + 0x1000) | 7}, {TABLES + 0x1000, (TABLES + 0x2000) | 7}, {TABLES + 0x2000, 0x87}};
     vm_sregs s = VM_SREGS_INIT;
@@ -317,7 +335,8 @@ static void ring3_start(guest *g) {
     MUST(vm_vcpu_set_regs(g->cpu, &r) == VM_OK);
 }
 
-static void bench_ring3(void) {
+static void bench_ring3(void)
+{
     double ours = 0, base = 0;
     static uint64_t window[8192];
     guest g = guest_open();
@@ -345,7 +364,8 @@ static void bench_ring3(void) {
 
 /* ---- registers ---- */
 
-static void bench_registers(void) {
+static void bench_registers(void)
+{
     static const uint8_t loop[] = {0xee, 0xeb, 0xfd};
     guest g = guest_open();
     vm_exit e = VM_EXIT_INIT;
@@ -363,7 +383,8 @@ static void bench_registers(void) {
     vm_destroy(g.m);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     uint64_t available = 0, is_hardware = 0;
     if (argc == 3 && !strcmp(argv[1], "--json")) json = fopen(argv[2], "w");
     if (vm_query(VM_BACKEND_KVM, "available", &available) != VM_OK || !available) {

@@ -31,7 +31,8 @@ enum { FROM_AFL = 198, TO_AFL = 199, MAP_BYTES = 1 << 16, FOREVER_MS = 600000, A
 #define CAN_MAP_SIZE (0x40000000u | (MAP_BYTES - 1) << 1)
 #define CAN_SHARED   0x01000000u
 
-static uint8_t *attach(const char *variable) {
+static uint8_t *attach(const char *variable)
+{
     const char *id = getenv(variable);
     uint8_t *p = id ? shmat(atoi(id), NULL, 0) : (void *)-1;
     return p == (void *)-1 ? NULL : p;
@@ -45,7 +46,8 @@ static int put(uint32_t word) { return write(TO_AFL, &word, 4) == 4; }
 static pid_t sleeper;
 
 /* It must not outlive the server, nor hold descriptors whose closing somebody waits for. */
-static void start_sleeper(void) {
+static void start_sleeper(void)
+{
     pid_t server = getpid();
     sleeper = fork();
     if (sleeper) return;
@@ -61,7 +63,8 @@ static int sleeper_lives(void) { return waitpid(sleeper, NULL, WNOHANG) == 0; }
 
 static uint32_t status_of(int result) { return result > 0 ? (uint32_t)result : result < 0 ? SIGKILL : 0; }
 
-static int run_here(target *t, const uint8_t *data, uint32_t size) {
+static int run_here(target *t, const uint8_t *data, uint32_t size)
+{
     if (!put((uint32_t)sleeper)) return -1;
     int result = target_run(t, data, size, FOREVER_MS, sleeper_lives);
     if (result == TARGET_BROKEN) return -1;
@@ -71,7 +74,8 @@ static int run_here(target *t, const uint8_t *data, uint32_t size) {
 }
 
 /* The machine has not run yet: each child finds it as it was loaded, and dies with what it did. */
-static int run_forked(target *t, const uint8_t *data, uint32_t size) {
+static int run_forked(target *t, const uint8_t *data, uint32_t size)
+{
     int status = 0;
     pid_t child = fork();
     if (child < 0) return -1;
@@ -86,7 +90,8 @@ static int run_forked(target *t, const uint8_t *data, uint32_t size) {
     return put((uint32_t)child) && waitpid(child, &status, 0) == child && put((uint32_t)status) ? 0 : -1;
 }
 
-static int serve(target *t, uint8_t *map, const uint8_t *shared, int forks) {
+static int serve(target *t, uint8_t *map, const uint8_t *shared, int forks)
+{
     uint32_t word;
     if (!put(CAN_OPTIONS | CAN_MAP_SIZE | (shared ? CAN_SHARED : 0))) return 1;
     if (shared && (!get(&word) || word != (CAN_OPTIONS | CAN_SHARED))) return 1;
@@ -109,7 +114,8 @@ static int serve(target *t, uint8_t *map, const uint8_t *shared, int forks) {
     return 0;
 }
 
-static int run_files(target *t, char **files) {
+static int run_files(target *t, char **files)
+{
     int crashes = 0;
     for (; *files; files++) {
         size_t size;
@@ -128,7 +134,8 @@ static int run_files(target *t, char **files) {
     return crashes;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     const char *function = "fuzz_target";
     vm_backend backend = VM_BACKEND_JIT;
     int forks = 0, i = 1, code;

@@ -29,7 +29,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
 
 /* The program's path is taken out of the arguments; libFuzzer runs itself again with all of them, hence the environment. */
-int LLVMFuzzerInitialize(int *argc, char ***argv) {
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
     const char *path = getenv("FUZZ_PROGRAM");
     if (*argc > 1 && (*argv)[1][0] != '-') {
         path = (*argv)[1];
@@ -49,7 +50,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     return 0;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     char text[256];
     int result = target_run(&t, data, size, LIMIT_MS, NULL);
     if (result == 0) return 0;
@@ -62,7 +64,8 @@ static uint32_t random_state;
 static uint32_t rnd(void) { return (random_state = random_state * 1103515245 + 12345) >> 8; }
 
 /* Write `to` where `from` stands in the data, looking from a random place on. */
-static int replace(uint8_t *data, size_t size, uint64_t from, uint64_t to, size_t n) {
+static int replace(uint8_t *data, size_t size, uint64_t from, uint64_t to, size_t n)
+{
     if (n > size) return 0;
     for (size_t i = 0, at = rnd() % size; i < size; i++, at = (at + 1) % size)
         if (at + n <= size && !memcmp(data + at, &from, n)) {
@@ -72,7 +75,8 @@ static int replace(uint8_t *data, size_t size, uint64_t from, uint64_t to, size_
     return 0;
 }
 
-static int use_comparison(uint8_t *data, size_t size) {
+static int use_comparison(uint8_t *data, size_t size)
+{
     log_head = 0;
     (void)target_run(&logged, data, size, LIMIT_MS, NULL);
     uint64_t count = log_head < LOG ? log_head : LOG;
@@ -87,7 +91,8 @@ static int use_comparison(uint8_t *data, size_t size) {
     return 0;
 }
 
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed)
+{
     random_state = seed;
     if (size && rnd() % 8 == 0 && use_comparison(data, size)) return size;
     return LLVMFuzzerMutate(data, size, max_size);

@@ -22,7 +22,8 @@ static uint32_t checksum;
 
 void fuzz_target(const uint8_t *data, size_t size);
 
-static int header(picture *p, const uint8_t *d, unsigned n) {
+static int header(picture *p, const uint8_t *d, unsigned n)
+{
     if (p->has_header || n != 3 || !d[0] || !d[1] || d[0] > 64 || d[1] > 64) return -1;
     if (d[2] != 1 && d[2] != 2 && d[2] != 4 && d[2] != 5 && d[2] != 8) return -1;
     p->width = d[0], p->height = d[1], p->depth = d[2];
@@ -30,13 +31,15 @@ static int header(picture *p, const uint8_t *d, unsigned n) {
     return 0;
 }
 
-__attribute__((noinline)) static uint32_t mix(const uint8_t *colours, unsigned count) {
+__attribute__((noinline)) static uint32_t mix(const uint8_t *colours, unsigned count)
+{
     uint32_t sum = 0;
     for (unsigned i = 0; i < count; i++) sum = sum * 31 + (uint32_t)(colours[3 * i] << 16 | colours[3 * i + 1] << 8 | colours[3 * i + 2]);
     return sum;
 }
 
-__attribute__((noinline)) static int palette(picture *p, const uint8_t *d, unsigned n) {
+__attribute__((noinline)) static int palette(picture *p, const uint8_t *d, unsigned n)
+{
     uint8_t colours[16 * 3];
     if (n < 2) return -1;
     unsigned start = d[0], count = d[1], most = 1u << (p->depth > 4 ? p->depth == 5 ? 5 : 4 : p->depth);
@@ -47,7 +50,8 @@ __attribute__((noinline)) static int palette(picture *p, const uint8_t *d, unsig
     return 0;
 }
 
-static int pixels(picture *p, const uint8_t *d, unsigned n) {
+static int pixels(picture *p, const uint8_t *d, unsigned n)
+{
     unsigned room = (unsigned)p->width * p->height, at = 0;
     for (unsigned i = 0; i < n;) {
         unsigned code = d[i++], run = code < 128 ? code : code - 127;
@@ -61,7 +65,8 @@ static int pixels(picture *p, const uint8_t *d, unsigned n) {
     return 0;
 }
 
-static int text(picture *p, const uint8_t *d, unsigned n) {
+static int text(picture *p, const uint8_t *d, unsigned n)
+{
     static const char key[] = "title=";
     for (unsigned i = 0; i < 6; i++)
         if (i >= n || d[i] != (uint8_t)key[i]) return 0;
@@ -69,7 +74,8 @@ static int text(picture *p, const uint8_t *d, unsigned n) {
     return 0;
 }
 
-static int chunk(picture *p, unsigned type, const uint8_t *d, unsigned n) {
+static int chunk(picture *p, unsigned type, const uint8_t *d, unsigned n)
+{
     if (type != 'H' && !p->has_header) return -1;
     switch (type) {
     case 'H': return header(p, d, n);
@@ -84,7 +90,8 @@ static int chunk(picture *p, unsigned type, const uint8_t *d, unsigned n) {
     }
 }
 
-void fuzz_target(const uint8_t *data, size_t size) {
+void fuzz_target(const uint8_t *data, size_t size)
+{
     picture *p = &the_picture;
     if (size < 4 || data[0] != 'V' || data[1] != 'P' || data[2] != 'I' || data[3] != 'C') return;
     for (size_t at = 4; at + 3 <= size && !p->has_end;) {

@@ -3,7 +3,8 @@
 #include <libvm/libvm.h>
 #include <stdio.h>
 
-int main(void) {
+int main(void)
+{
     static const uint8_t code[] = {0x48, 0x8d, 0x04, 0x37,              /* lea rax, [rdi + rsi] */
                                    0x48, 0x0f, 0xaf, 0xc0, 0xf4};       /* imul rax, rax; hlt */
     vm_machine *m;

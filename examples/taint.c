@@ -30,19 +30,22 @@ static unsigned next_recent;
 static size_t input_bytes;
 static target t;
 
-static cell *find(uint64_t address) {
+static cell *find(uint64_t address)
+{
     unsigned i = (unsigned)(address * UINT64_C(0x9e3779b97f4a7c15) >> 48);
     while (cells[i].address && cells[i].address != address) i = (i + 1) % HASH;
     return &cells[i];
 }
 
-static uint32_t origin_of(uint64_t address) {
+static uint32_t origin_of(uint64_t address)
+{
     uint64_t begin = TARGET_INPUT_END - input_bytes;
     if (address - begin < input_bytes) return (uint32_t)(address - begin) + 1;
     return find(address)->origin;
 }
 
-static void set_origin(uint64_t address, uint32_t origin) {
+static void set_origin(uint64_t address, uint32_t origin)
+{
     cell *c = find(address);
     if (!c->address) {
         if (!origin || used > HASH / 2) return;
@@ -52,7 +55,8 @@ static void set_origin(uint64_t address, uint32_t origin) {
     c->origin = origin;
 }
 
-static void note_reader(uint32_t origin, const char *name) {
+static void note_reader(uint32_t origin, const char *name)
+{
     if (!origin || origin > MAX_INPUT) return;
     for (unsigned i = 0; i < READERS; i++) {
         reader *r = &readers[origin - 1][i];
@@ -63,7 +67,8 @@ static void note_reader(uint32_t origin, const char *name) {
     }
 }
 
-static vm_hook_result on_read(void *user, vm_vcpu *cpu, const vm_hook_event *e) {
+static vm_hook_result on_read(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
     uint64_t rip = 0;
     read_value *r = &recent[next_recent++ % RECENT];
     (void)user;
@@ -82,7 +87,8 @@ static vm_hook_result on_read(void *user, vm_vcpu *cpu, const vm_hook_event *e) 
     return VM_HOOK_CONTINUE;
 }
 
-static vm_hook_result on_write(void *user, vm_vcpu *cpu, const vm_hook_event *e) {
+static vm_hook_result on_write(void *user, vm_vcpu *cpu, const vm_hook_event *e)
+{
     (void)user, (void)cpu;
     for (unsigned i = 0; i < e->bytes; i++) set_origin(e->address + i, 0);
     for (unsigned back = 1; back <= RECENT && back <= next_recent; back++) {
@@ -95,14 +101,16 @@ static vm_hook_result on_write(void *user, vm_vcpu *cpu, const vm_hook_event *e)
     return VM_HOOK_CONTINUE;
 }
 
-static int add_hook(vm_hook_kind kind, vm_hook_fn fn) {
+static int add_hook(vm_hook_kind kind, vm_hook_fn fn)
+{
     vm_hook_desc d = VM_HOOK_INIT;
     d.kind = kind;
     d.fn = fn;
     return vm_hook_add(t.m, &d, NULL);
 }
 
-static void print(const uint8_t *input) {
+static void print(const uint8_t *input)
+{
     for (size_t i = 0; i < input_bytes && i < MAX_INPUT; i++) {
         printf("%5zu  %02x %c ", i, input[i], input[i] > 32 && input[i] < 127 ? input[i] : ' ');
         for (unsigned k = 0; k < READERS && readers[i][k].name; k++)
@@ -111,7 +119,8 @@ static void print(const uint8_t *input) {
     }
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     const char *function = "fuzz_target";
     char text[256];
     int i = 1;

@@ -10,7 +10,8 @@
 
 enum { PAGE = 4096, SLICE_MS = 5 };
 
-uint8_t *target_read_file(const char *path, size_t *bytes) {
+uint8_t *target_read_file(const char *path, size_t *bytes)
+{
     FILE *f = fopen(path, "rb");
     uint8_t *data = NULL;
     long end = -1;
@@ -27,13 +28,15 @@ uint8_t *target_read_file(const char *path, size_t *bytes) {
     return data;
 }
 
-static int fail(const char *path, const char *why) {
+static int fail(const char *path, const char *why)
+{
     fprintf(stderr, "%s: %s\n", path, why);
     return -1;
 }
 
 /* Memory for one segment of the file, and its bytes. */
-static int load_segment(target *t, const Elf64_Phdr *p, size_t file_bytes) {
+static int load_segment(target *t, const Elf64_Phdr *p, size_t file_bytes)
+{
     uint64_t begin = p->p_vaddr & ~UINT64_C(4095), end = (p->p_vaddr + p->p_memsz + PAGE - 1) & ~UINT64_C(4095);
     unsigned prot = (p->p_flags & PF_R ? VM_PROT_R : 0) | (p->p_flags & PF_W ? VM_PROT_W : 0) |
                     (p->p_flags & PF_X ? VM_PROT_X : 0);
@@ -42,12 +45,14 @@ static int load_segment(target *t, const Elf64_Phdr *p, size_t file_bytes) {
     return vm_write(t->m, p->p_vaddr, t->file + p->p_offset, p->p_filesz);
 }
 
-static int by_address(const void *a, const void *b) {
+static int by_address(const void *a, const void *b)
+{
     const target_symbol *x = a, *y = b;
     return x->address < y->address ? -1 : x->address > y->address;
 }
 
-static void load_symbols(target *t, const Elf64_Ehdr *e, size_t file_bytes) {
+static void load_symbols(target *t, const Elf64_Ehdr *e, size_t file_bytes)
+{
     if (e->e_shoff > file_bytes || (file_bytes - e->e_shoff) / sizeof(Elf64_Shdr) < e->e_shnum) return;
     const Elf64_Shdr *sections = (const void *)(t->file + e->e_shoff);
     for (unsigned i = 0; i < e->e_shnum; i++) {
@@ -69,7 +74,8 @@ static void load_symbols(target *t, const Elf64_Ehdr *e, size_t file_bytes) {
     }
 }
 
-const target_symbol *target_find(const target *t, uint64_t address) {
+const target_symbol *target_find(const target *t, uint64_t address)
+{
     size_t low = 0, high = t->symbol_count;
     while (low < high) {
         size_t mid = (low + high) / 2;
@@ -81,7 +87,8 @@ const target_symbol *target_find(const target *t, uint64_t address) {
     return low && address - t->symbols[low - 1].address < t->symbols[low - 1].bytes ? &t->symbols[low - 1] : NULL;
 }
 
-static int load(target *t, const char *path, const char *function) {
+static int load(target *t, const char *path, const char *function)
+{
     size_t bytes = 0;
     t->file = target_read_file(path, &bytes);
     if (!t->file) return fail(path, "cannot be read");
@@ -99,7 +106,8 @@ static int load(target *t, const char *path, const char *function) {
     return t->entry ? 0 : fail(path, "the function is not in its symbol table");
 }
 
-int target_open(target *t, const char *path, const char *function, vm_backend backend) {
+int target_open(target *t, const char *path, const char *function, vm_backend backend)
+{
     vm_options o = VM_OPTIONS_INIT;
     vm_region *input;
     static const uint8_t halt = 0xf4;
@@ -122,7 +130,8 @@ int target_open(target *t, const char *path, const char *function, vm_backend ba
     return 0;
 }
 
-void target_close(target *t) {
+void target_close(target *t)
+{
     vm_destroy(t->m);
     free(t->symbols);
     free(t->file);
@@ -130,7 +139,8 @@ void target_close(target *t) {
 }
 
 /* The signal that a process of an operating system would have got. */
-static int signal_of(const vm_exit *e) {
+static int signal_of(const vm_exit *e)
+{
     if (e->reason != VM_EXIT_EXCEPTION) return SIGSEGV;
     switch (e->exception.vector) {
     case 0:
@@ -144,7 +154,8 @@ static int signal_of(const vm_exit *e) {
     }
 }
 
-int target_run(target *t, const void *data, size_t size, unsigned ms, int (*go_on)(void)) {
+int target_run(target *t, const void *data, size_t size, unsigned ms, int (*go_on)(void))
+{
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     if (size > TARGET_INPUT_MAX) size = TARGET_INPUT_MAX;
     uint64_t address = TARGET_INPUT_END - size, bytes = size;
@@ -163,7 +174,8 @@ int target_run(target *t, const void *data, size_t size, unsigned ms, int (*go_o
     return signal_of(&t->exit);
 }
 
-void target_describe(const target *t, int result, char *text, size_t bytes) {
+void target_describe(const target *t, int result, char *text, size_t bytes)
+{
     const target_symbol *s = target_find(t, t->exit.rip);
     char at[120], why[80] = "";
     snprintf(at, sizeof at, "%#" PRIx64 "%s%.60s", t->exit.rip, s ? " in " : "", s ? s->name : "");

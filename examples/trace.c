@@ -15,7 +15,8 @@
 
 enum { RING = 1 << 20, LIMIT_MS = 60000 };
 
-static void print_block(const target *t, uint64_t address, uint64_t times) {
+static void print_block(const target *t, uint64_t address, uint64_t times)
+{
     const target_symbol *s = target_find(t, address);
     printf("%#" PRIx64, address);
     if (s) printf(" %s+%#" PRIx64, s->name, address - s->address);
@@ -23,7 +24,8 @@ static void print_block(const target *t, uint64_t address, uint64_t times) {
     printf("\n");
 }
 
-static void print_trace(const target *t, const uint64_t *ring, uint64_t head) {
+static void print_trace(const target *t, const uint64_t *ring, uint64_t head)
+{
     uint64_t at = head > RING ? head - RING : 0, times;
     if (at) printf("... %" PRIu64 " blocks before\n", at);
     for (; at < head; at += times) {
@@ -33,7 +35,8 @@ static void print_trace(const target *t, const uint64_t *ring, uint64_t head) {
     }
 }
 
-static void print_summary(const target *t, const uint64_t *ring, uint64_t head) {
+static void print_summary(const target *t, const uint64_t *ring, uint64_t head)
+{
     uint64_t *counts = calloc(t->symbol_count + 1, sizeof *counts);
     for (uint64_t at = head > RING ? head - RING : 0; counts && at < head; at++) {
         const target_symbol *s = target_find(t, ring[at % RING]);
@@ -44,7 +47,8 @@ static void print_summary(const target *t, const uint64_t *ring, uint64_t head) 
     free(counts);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     const char *function = "fuzz_target";
     int is_summary = 0, i = 1;
     uint64_t *ring = calloc(RING, sizeof *ring), head = 0;

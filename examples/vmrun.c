@@ -52,7 +52,8 @@ static struct termios saved_terminal;
 static volatile sig_atomic_t terminal_is_raw;
 
 /* A message on a line of its own; a raw terminal needs its carriage returns. */
-static int complain(const char *format, ...) {
+static int complain(const char *format, ...)
+{
     va_list args;
     va_start(args, format);
     fputs(terminal_is_raw ? "\r\nvmrun: " : "vmrun: ", stderr);
@@ -64,18 +65,21 @@ static int complain(const char *format, ...) {
 
 /* ---- the terminal ---- */
 
-static void restore_terminal(void) {
+static void restore_terminal(void)
+{
     if (terminal_is_raw) tcsetattr(STDIN_FILENO, TCSAFLUSH, &saved_terminal);
     terminal_is_raw = 0;
 }
 
-static void restore_and_die(int number) {
+static void restore_and_die(int number)
+{
     restore_terminal();
     signal(number, SIG_DFL);
     raise(number);
 }
 
-static void make_terminal_raw(void) {
+static void make_terminal_raw(void)
+{
     static const int deadly[] = {SIGHUP, SIGINT, SIGQUIT, SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGTERM};
     if (!isatty(STDIN_FILENO) || tcgetattr(STDIN_FILENO, &saved_terminal) != 0) return;
     for (size_t i = 0; i < sizeof deadly / sizeof *deadly; i++) signal(deadly[i], restore_and_die);
@@ -88,7 +92,8 @@ static void make_terminal_raw(void) {
 
 /* ---- the end of a run ---- */
 
-static void decide(vmrun *r, verdict v, int status) {
+static void decide(vmrun *r, verdict v, int status)
+{
     pthread_mutex_lock(&r->lock);
     if (r->verdict == RUNNING) {
         r->verdict = v;
@@ -98,14 +103,16 @@ static void decide(vmrun *r, verdict v, int status) {
     pthread_mutex_unlock(&r->lock);
 }
 
-static void report_death(vm_vcpu *cpu, const vm_exit *exit) {
+static void report_death(vm_vcpu *cpu, const vm_exit *exit)
+{
     char line[256];
     vm_exit_format(exit, line, sizeof line);
     complain("vCPU %u stopped: %s", vm_vcpu_index(cpu), line);
 }
 
 /* True while the vCPU should run on. */
-static bool handle_exit(vmrun *r, vm_vcpu *cpu, const vm_exit *exit) {
+static bool handle_exit(vmrun *r, vm_vcpu *cpu, const vm_exit *exit)
+{
     switch (exit->reason) {
     case VM_EXIT_POWEROFF: decide(r, POWERED_OFF, 0); return false;
     case VM_EXIT_RESET: decide(r, RESET_ASKED, 0); return false;
@@ -117,7 +124,8 @@ static bool handle_exit(vmrun *r, vm_vcpu *cpu, const vm_exit *exit) {
 
 typedef struct vcpu_start { vmrun *run; vm_vcpu *cpu; } vcpu_start;
 
-static void *run_vcpu(void *argument) {
+static void *run_vcpu(void *argument)
+{
     vcpu_start start = *(vcpu_start *)argument;
     free(argument);
     vm_exit exit = VM_EXIT_INIT;
@@ -133,7 +141,8 @@ static void *run_vcpu(void *argument) {
 
 /* ---- the console ---- */
 
-static void write_all(int fd, const uint8_t *bytes, size_t count) {
+static void write_all(int fd, const uint8_t *bytes, size_t count)
+{
     while (count) {
         ssize_t n = write(fd, bytes, count);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
@@ -149,7 +158,8 @@ static void write_all(int fd, const uint8_t *bytes, size_t count) {
 static void console_output(void *user, const uint8_t *bytes, size_t count) { write_all(STDOUT_FILENO, bytes, count); }
 static void debug_output(void *user, const uint8_t *bytes, size_t count) { write_all(((vmrun *)user)->debug_fd, bytes, count); }
 
-static void send_input(vmrun *r, const uint8_t *bytes, size_t count) {
+static void send_input(vmrun *r, const uint8_t *bytes, size_t count)
+{
     while (count && !r->stopping) {
         int taken = vm_serial_input(r->machine, 0, bytes, count);
         if (taken < 0 && taken != VM_E_BUSY) return;
@@ -159,13 +169,15 @@ static void send_input(vmrun *r, const uint8_t *bytes, size_t count) {
     }
 }
 
-static void console_help(void) {
+static void console_help(void)
+{
     static const char text[] = "\r\nCtrl-A X  leave\r\nCtrl-A H  this help\r\nCtrl-A A  send Ctrl-A\r\n";
     write_all(STDOUT_FILENO, (const uint8_t *)text, sizeof text - 1);
 }
 
 /* Ctrl-A is the escape key, on a terminal only. Returns false when the user leaves. */
-static bool feed(vmrun *r, const uint8_t *bytes, size_t count, bool *escaped) {
+static bool feed(vmrun *r, const uint8_t *bytes, size_t count, bool *escaped)
+{
     for (size_t i = 0; i < count; i++) {
         if (!terminal_is_raw) { send_input(r, bytes + i, count - i); return true; }
         if (!*escaped) {
@@ -184,7 +196,8 @@ static bool feed(vmrun *r, const uint8_t *bytes, size_t count, bool *escaped) {
     return true;
 }
 
-static void *run_console(void *argument) {
+static void *run_console(void *argument)
+{
     vmrun *r = argument;
     bool escaped = false;
     struct pollfd fds[2] = {{.fd = r->wake[0], .events = POLLIN}, {.fd = STDIN_FILENO, .events = POLLIN}};
@@ -202,19 +215,22 @@ static void *run_console(void *argument) {
 
 /* ---- under a debugger: its stub drives the vCPUs, on one thread of ours ---- */
 
-static int gdb_reset(void *user, vm_machine *m) {
+static int gdb_reset(void *user, vm_machine *m)
+{
     vmrun *r = user;
     int status = vm_reset(m);
     return status == VM_OK ? vm_boot_image(m, &r->boot) : status;
 }
 
-static vm_gdb_action gdb_exit(void *user, vm_vcpu *cpu, vm_exit *exit) {
+static vm_gdb_action gdb_exit(void *user, vm_vcpu *cpu, vm_exit *exit)
+{
     vmrun *r = user;
     (void)cpu;
     return exit->reason == VM_EXIT_RESET && r->no_reboot ? VM_GDB_END : VM_GDB_DEFAULT;
 }
 
-static void *run_gdb(void *argument) {
+static void *run_gdb(void *argument)
+{
     vmrun *r = argument;
     vm_exit exit = VM_EXIT_INIT;
     if (vm_gdb_serve(r->gdb, &exit) != VM_OK) {
@@ -228,7 +244,8 @@ static void *run_gdb(void *argument) {
     return NULL;
 }
 
-static bool open_gdb(vmrun *r) {
+static bool open_gdb(vmrun *r)
+{
     vm_gdb_options o = VM_GDB_OPTIONS_INIT;
     if (!r->gdb_address) return true;
     o.runs_alone = r->gdb_runs;
@@ -245,7 +262,8 @@ static bool open_gdb(vmrun *r) {
 
 /* ---- running ---- */
 
-static bool start_vcpus(vmrun *r) {
+static bool start_vcpus(vmrun *r)
+{
     unsigned count = vm_vcpu_count(r->machine);
     if (r->gdb) return pthread_create(&r->vcpu_threads[0], NULL, run_gdb, r) == 0;
     for (unsigned i = 0; i < count; i++) {
@@ -263,7 +281,8 @@ static bool start_vcpus(vmrun *r) {
     return true;
 }
 
-static void stop_vcpus(vmrun *r) {
+static void stop_vcpus(vmrun *r)
+{
     unsigned count = vm_vcpu_count(r->machine);
     r->stopping = true;
     if (r->gdb) {
@@ -275,7 +294,8 @@ static void stop_vcpus(vmrun *r) {
     for (unsigned i = 0; i < count; i++) pthread_join(r->vcpu_threads[i], NULL);
 }
 
-static struct timespec end_of(double seconds) {
+static struct timespec end_of(double seconds)
+{
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     if (seconds > 1e9) seconds = 1e9;
@@ -285,7 +305,8 @@ static struct timespec end_of(double seconds) {
     return t;
 }
 
-static void wait_for_verdict(vmrun *r, const struct timespec *end) {
+static void wait_for_verdict(vmrun *r, const struct timespec *end)
+{
     pthread_mutex_lock(&r->lock);
     while (r->verdict == RUNNING) {
         int error = r->timeout > 0 ? pthread_cond_timedwait(&r->changed, &r->lock, end) : pthread_cond_wait(&r->changed, &r->lock);
@@ -298,7 +319,8 @@ static void wait_for_verdict(vmrun *r, const struct timespec *end) {
 }
 
 /* A kick that arrived after its thread had left stays pending: the run after a reset sees it as one empty turn. */
-static bool restart(vmrun *r) {
+static bool restart(vmrun *r)
+{
     if (vm_reset(r->machine) != VM_OK || vm_boot_image(r->machine, &r->boot) != VM_OK) {
         complain("after a reset: %s", vm_errmsg());
         r->status = EXIT_BAD_INPUT;
@@ -309,7 +331,8 @@ static bool restart(vmrun *r) {
     return true;
 }
 
-static void run(vmrun *r) {
+static void run(vmrun *r)
+{
     struct timespec end = end_of(r->timeout);
     do {
         if (!start_vcpus(r)) return;
@@ -324,7 +347,8 @@ static void run(vmrun *r) {
     }
 }
 
-static void print_stats(vmrun *r, double seconds) {
+static void print_stats(vmrun *r, double seconds)
+{
     fprintf(stderr, "\n%-16s %s, %s, %u vCPU%s, %.3f s\n", "vmrun", vm_backend_name(vm_machine_backend(r->machine)),
             vm_mmu_current(r->machine), vm_vcpu_count(r->machine), vm_vcpu_count(r->machine) == 1 ? "" : "s", seconds);
     const char *name, *text;
@@ -362,7 +386,8 @@ static const char help_text[] =
     "Exit status: 0 the guest powered off (or Ctrl-A X, or a reset with --no-reboot); the code it wrote to the exit\n"
     "device at port 0xF4; 124 timeout; 1 bad input; 2 the guest stopped for good (triple fault, HLT with interrupts off).\n";
 
-static bool parse_size(const char *text, uint64_t *bytes) {
+static bool parse_size(const char *text, uint64_t *bytes)
+{
     char *end;
     errno = 0;
     unsigned long long value = strtoull(text, &end, 0);
@@ -380,11 +405,13 @@ static bool parse_size(const char *text, uint64_t *bytes) {
     return true;
 }
 
-static bool parse_number(const char *text, uint64_t max, uint64_t *value) {
+static bool parse_number(const char *text, uint64_t max, uint64_t *value)
+{
     return parse_size(text, value) && *value <= max && strspn(text, "0123456789") == strlen(text);
 }
 
-static bool parse_backend(const char *text, vm_backend *backend) {
+static bool parse_backend(const char *text, vm_backend *backend)
+{
     static const char *const names[] = {"auto", "kvm", "jit", "interp"};
     static const vm_backend values[] = {VM_BACKEND_AUTO, VM_BACKEND_KVM, VM_BACKEND_JIT, VM_BACKEND_INTERP};
     for (unsigned i = 0; i < 4; i++)
@@ -408,7 +435,8 @@ static const struct option long_options[] = {
     {"version", no_argument, NULL, OPT_VERSION},       {NULL, 0, NULL, 0}};
 
 /* One option; 0, or the exit status for a value that makes no sense. */
-static int take_option(vmrun *r, int option, const char *value) {
+static int take_option(vmrun *r, int option, const char *value)
+{
     uint64_t number = 0;
     char *end;
     switch (option) {
@@ -449,7 +477,8 @@ static int take_option(vmrun *r, int option, const char *value) {
 }
 
 /* -1: go on; otherwise the exit status. */
-static int parse_command_line(vmrun *r, int argc, char **argv) {
+static int parse_command_line(vmrun *r, int argc, char **argv)
+{
     int option;
     while ((option = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
         if (option == OPT_HELP || option == 'h') { fputs(help_text, stdout); return 0; }
@@ -462,7 +491,8 @@ static int parse_command_line(vmrun *r, int argc, char **argv) {
     return -1;
 }
 
-static int prepare(vmrun *r) {
+static int prepare(vmrun *r)
+{
     if (vm_create(&r->machine_options, &r->machine) != VM_OK) return complain("%s", vm_errmsg());
     if (r->has_trace && vm_trace_set(r->machine, r->trace, NULL, NULL) != VM_OK) return complain("%s", vm_errmsg());
     if (vm_serial_output(r->machine, 0, console_output, r) != VM_OK) return complain("%s", vm_errmsg());
@@ -478,7 +508,8 @@ static int prepare(vmrun *r) {
     return -1;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     vmrun r = {.machine_options = VM_OPTIONS_INIT, .boot = VM_BOOT_OPTIONS_INIT, .wake = {-1, -1}, .debug_fd = -1};
     r.machine_options.platform = VM_PLATFORM_PC;
     r.machine_options.ram_bytes = UINT64_C(512) << 20;

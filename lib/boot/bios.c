@@ -14,7 +14,8 @@ extern const uint8_t vm_boot_services_begin[], vm_boot_services_end[];
 
 /* The image ends at 4 GiB, read-only; its last 128 KiB are visible below 1 MiB too, in RAM, as firmware expects that it can
  * make them writable. Only firmware loaded by this function is at that address, so loading again replaces it. */
-int vm_bios_load(vm_machine *m, const char *path) {
+int vm_bios_load(vm_machine *m, const char *path)
+{
     vm_image image;
     int status = vm_image_open(&image, path);
     if (status != VM_OK) return status;
@@ -40,7 +41,8 @@ struct service_range { uint64_t base, bytes; uint32_t type; } __attribute__((pac
 
 static uint16_t bounded(uint64_t value, uint16_t max) { return value > max ? max : (uint16_t)value; }
 
-static int put_vectors(vm_machine *m, const uint16_t *offsets) {
+static int put_vectors(vm_machine *m, const uint16_t *offsets)
+{
     static const uint8_t vectors[] = {0x10, 0x11, 0x12, 0x13, 0x15, 0x16, 0x1a};      /* in the order of the offsets */
     uint16_t table[512];
     for (unsigned v = 0; v < 256; v++) {
@@ -52,7 +54,8 @@ static int put_vectors(vm_machine *m, const uint16_t *offsets) {
 }
 
 /* The BIOS data area, as far as guests look at it: serial ports, extended BIOS data, equipment, KiB below that data, video mode. */
-static int put_data_area(vm_machine *m) {
+static int put_data_area(vm_machine *m)
+{
     struct {
         uint16_t serial[4], parallel[3], ebda, equipment;
         uint8_t test;
@@ -67,7 +70,8 @@ static int put_data_area(vm_machine *m) {
 
 /* The top of the page is the reset vector, which systems jump to for a restart. It asks for one (reset control register);
  * behind it lie a date and the model byte of a PC AT, as in every firmware. */
-static void put_reset_vector(uint8_t *page) {
+static void put_reset_vector(uint8_t *page)
+{
     static const uint8_t top[32] = {0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee,     /* mov $0xcf9, %dx; mov $6, %al; out %al, %dx */
                                     0xf4, 0xeb, 0xfd,                       /* hlt; jmp to it */
                                     [16] = 0xe9, 0xed, 0xff,                /* F000:FFF0: jmp to the top of this */
@@ -75,7 +79,8 @@ static void put_reset_vector(uint8_t *page) {
     memcpy(page + (SERVICES_END - SERVICES_GPA) - sizeof top, top, sizeof top);
 }
 
-int vm_boot_services(vm_placer *placer) {
+int vm_boot_services(vm_placer *placer)
+{
     uint8_t page[SERVICES_END - SERVICES_GPA] = {0};
     size_t code = (size_t)(vm_boot_services_end - vm_boot_services_begin);
     uint64_t low_end = vm_pc_low_end(placer->machine), above = low_end > 0x100000 ? low_end - 0x100000 : 0;
@@ -100,12 +105,14 @@ int vm_boot_services(vm_placer *placer) {
 
 /* Raw images whose first sector carries the boot signature: read to 0x7C00 as a whole, so that what follows the sector is
  * there as well (there is no disk to load it from). */
-bool vm_sector_recognise(const vm_image *image) {
+bool vm_sector_recognise(const vm_image *image)
+{
     uint16_t flag;
     return vm_image_u16(image, 510, &flag) && flag == 0xaa55;
 }
 
-int vm_sector_load(vm_machine *m, const vm_image *image) {
+int vm_sector_load(vm_machine *m, const vm_image *image)
+{
     vm_placer placer;
     int status = vm_placer_init(&placer, m);
     if (status == VM_OK) status = vm_place_at(&placer, SECTOR_GPA, image->bytes, true, image->path);

@@ -7,7 +7,8 @@
 
 /* The struct rule of the public interface: what the caller's size covers is taken; bytes this version does not know must
  * be zero. */
-static int take_struct(void *own, size_t own_bytes, const void *given, const char *name) {
+static int take_struct(void *own, size_t own_bytes, const void *given, const char *name)
+{
     uint32_t bytes;
     memcpy(&bytes, given, sizeof bytes);
     if (bytes < sizeof bytes || bytes > 4096) return vm_fail(VM_E_INVALID, "%s: size %u", name, bytes);
@@ -19,7 +20,8 @@ static int take_struct(void *own, size_t own_bytes, const void *given, const cha
     return VM_OK;
 }
 
-static int check_machine(vm_machine *m, const char *function) {
+static int check_machine(vm_machine *m, const char *function)
+{
     if (!m) return vm_fail(VM_E_INVALID, "%s: machine is NULL", function);
     if (!m->pc) return vm_fail(VM_E_UNSUPPORTED, "%s: not a PC machine", function);
     for (unsigned i = 0; i < m->vcpu_count; i++)
@@ -27,7 +29,8 @@ static int check_machine(vm_machine *m, const char *function) {
     return vm_replay_forbids(m, function);
 }
 
-static int boot_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_options *o) {
+static int boot_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_options *o)
+{
     const char *cmdline = o->cmdline ? o->cmdline : "";
     if (vm_linux_recognise(kernel)) return vm_linux_load(m, kernel, o->initrd, cmdline, o->linux_entry);
     if (o->linux_entry)
@@ -41,13 +44,15 @@ static int boot_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_opti
 
 /* ---- with firmware: the kernel is an item of the configuration device ---- */
 
-static int give_blob(vm_machine *m, uint16_t size_key, uint16_t data_key, const void *data, uint64_t bytes) {
+static int give_blob(vm_machine *m, uint16_t size_key, uint16_t data_key, const void *data, uint64_t bytes)
+{
     uint32_t size = (uint32_t)bytes;
     int status = vm_pc_fwcfg_item(m, size_key, &size, sizeof size);
     return status == VM_OK ? vm_pc_fwcfg_item(m, data_key, data, (size_t)bytes) : status;
 }
 
-static int give_initrd(vm_machine *m, const char *path) {
+static int give_initrd(vm_machine *m, const char *path)
+{
     vm_image image;
     int status = path ? vm_image_open(&image, path) : VM_OK;
     if (!path || status != VM_OK) return status;
@@ -57,7 +62,8 @@ static int give_initrd(vm_machine *m, const char *path) {
 }
 
 /* Set-up code and kernel proper are separate items, as firmware that implements the Linux boot protocol expects. */
-static int give_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_options *o) {
+static int give_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_options *o)
+{
     const char *cmdline = o->cmdline ? o->cmdline : "";
     uint8_t sectors = 0;
     uint64_t setup = 0;
@@ -69,7 +75,8 @@ static int give_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_opti
     return status == VM_OK ? give_initrd(m, o->initrd) : status;
 }
 
-static int boot(vm_machine *m, const vm_boot_options *o) {
+static int boot(vm_machine *m, const vm_boot_options *o)
+{
     vm_image kernel;
     int status = VM_OK;
     if (o->kernel) {
@@ -81,7 +88,8 @@ static int boot(vm_machine *m, const vm_boot_options *o) {
     return status == VM_OK && o->bios ? vm_bios_load(m, o->bios) : status;
 }
 
-VM_API int vm_boot_image(vm_machine *m, const vm_boot_options *options) {
+VM_API int vm_boot_image(vm_machine *m, const vm_boot_options *options)
+{
     vm_boot_options o;
     int status = check_machine(m, "vm_boot_image");
     if (status != VM_OK) return status;
@@ -94,7 +102,8 @@ VM_API int vm_boot_image(vm_machine *m, const vm_boot_options *options) {
     return boot(m, &o);
 }
 
-VM_API int vm_boot_linux(vm_machine *m, const vm_linux_boot *boot) {
+VM_API int vm_boot_linux(vm_machine *m, const vm_linux_boot *boot)
+{
     vm_linux_boot b;
     vm_image kernel;
     int status = check_machine(m, "vm_boot_linux");
@@ -108,7 +117,8 @@ VM_API int vm_boot_linux(vm_machine *m, const vm_linux_boot *boot) {
     return status;
 }
 
-VM_API int vm_load_elf(vm_machine *m, const char *path, uint64_t *entry) {
+VM_API int vm_load_elf(vm_machine *m, const char *path, uint64_t *entry)
+{
     vm_image image;
     vm_elf elf;
     if (!m || !path) return vm_fail(VM_E_INVALID, "vm_load_elf: %s is NULL", m ? "path" : "machine");
@@ -124,7 +134,8 @@ VM_API int vm_load_elf(vm_machine *m, const char *path, uint64_t *entry) {
     return status;
 }
 
-VM_API int vm_load_raw(vm_machine *m, const char *path, uint64_t gpa) {
+VM_API int vm_load_raw(vm_machine *m, const char *path, uint64_t gpa)
+{
     vm_image image;
     if (!m || !path) return vm_fail(VM_E_INVALID, "vm_load_raw: %s is NULL", m ? "path" : "machine");
     int status = vm_replay_forbids(m, "vm_load_raw");

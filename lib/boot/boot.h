@@ -28,7 +28,8 @@ bool vm_image_u8(const vm_image *image, uint64_t offset, uint8_t *value);
 bool vm_image_u16(const vm_image *image, uint64_t offset, uint16_t *value);
 bool vm_image_u32(const vm_image *image, uint64_t offset, uint32_t *value);
 bool vm_image_u64(const vm_image *image, uint64_t offset, uint64_t *value);
-static inline bool vm_image_has(const vm_image *image, uint64_t offset, uint64_t bytes) {
+static inline bool vm_image_has(const vm_image *image, uint64_t offset, uint64_t bytes)
+{
     return offset <= image->bytes && bytes <= image->bytes - offset;
 }
 

@@ -11,11 +11,13 @@
 #define XEN_ELFNOTE_PHYS32_ENTRY 18u
 #define PVH_MAGIC 0x336ec578u
 
-bool vm_elf_recognise(const vm_image *image) {
+bool vm_elf_recognise(const vm_image *image)
+{
     return vm_image_has(image, 0, SELFMAG) && memcmp(image->data, ELFMAG, SELFMAG) == 0;
 }
 
-static void get_segment(const vm_elf *elf, uint64_t at, vm_elf_segment *s) {
+static void get_segment(const vm_elf *elf, uint64_t at, vm_elf_segment *s)
+{
     const uint8_t *raw = elf->image->data + at;
     if (elf->is_64) {
         Elf64_Phdr p;
@@ -28,7 +30,8 @@ static void get_segment(const vm_elf *elf, uint64_t at, vm_elf_segment *s) {
     }
 }
 
-static int check_segment(const vm_elf *elf, unsigned index, const vm_elf_segment *s) {
+static int check_segment(const vm_elf *elf, unsigned index, const vm_elf_segment *s)
+{
     if (s->type != PT_LOAD && s->type != PT_NOTE) return VM_OK;
     if (!vm_image_has(elf->image, s->offset, s->filesz))
         return vm_fail(VM_E_FORMAT, "%s: segment %u: file bytes %#llx+%#llx lie beyond the file's end", elf->image->path, index,
@@ -42,7 +45,8 @@ static int check_segment(const vm_elf *elf, unsigned index, const vm_elf_segment
     return VM_OK;
 }
 
-static int read_header(vm_elf *elf, uint64_t *phoff, unsigned *phentsize) {
+static int read_header(vm_elf *elf, uint64_t *phoff, unsigned *phentsize)
+{
     const vm_image *image = elf->image;
     uint8_t class = image->data[EI_CLASS];
     if (class != ELFCLASS32 && class != ELFCLASS64) return vm_fail(VM_E_FORMAT, "%s: ELF class %u", image->path, class);
@@ -68,7 +72,8 @@ static int read_header(vm_elf *elf, uint64_t *phoff, unsigned *phentsize) {
     return VM_OK;
 }
 
-int vm_elf_open(vm_elf *elf, const vm_image *image) {
+int vm_elf_open(vm_elf *elf, const vm_image *image)
+{
     memset(elf, 0, sizeof *elf);
     elf->image = image;
     uint64_t phoff = 0;
@@ -93,14 +98,16 @@ int vm_elf_open(vm_elf *elf, const vm_image *image) {
     return status;
 }
 
-void vm_elf_close(vm_elf *elf) {
+void vm_elf_close(vm_elf *elf)
+{
     free(elf->segments);
     elf->segments = NULL;
     elf->count = 0;
 }
 
 /* RAM all the way, without a platform's map: asked of the machine run by run. */
-static int check_ram(vm_machine *m, uint64_t gpa, uint64_t bytes, const char *what) {
+static int check_ram(vm_machine *m, uint64_t gpa, uint64_t bytes, const char *what)
+{
     while (bytes) {
         size_t run = bytes > SIZE_MAX / 2 ? SIZE_MAX / 2 : (size_t)bytes;
         if (!vm_memory_ptr(m, gpa, &run) || run == 0)
@@ -111,7 +118,8 @@ static int check_ram(vm_machine *m, uint64_t gpa, uint64_t bytes, const char *wh
     return VM_OK;
 }
 
-int vm_elf_load(const vm_elf *elf, vm_machine *m, vm_placer *placer, uint64_t *low, uint64_t *end) {
+int vm_elf_load(const vm_elf *elf, vm_machine *m, vm_placer *placer, uint64_t *low, uint64_t *end)
+{
     const char *path = elf->image->path;
     uint64_t first = UINT64_MAX, last = 0;
     int status = VM_OK;
@@ -134,7 +142,8 @@ int vm_elf_load(const vm_elf *elf, vm_machine *m, vm_placer *placer, uint64_t *l
     return status;
 }
 
-uint64_t vm_elf_entry(const vm_elf *elf) {
+uint64_t vm_elf_entry(const vm_elf *elf)
+{
     for (unsigned i = 0; i < elf->count; i++) {
         const vm_elf_segment *s = &elf->segments[i];
         if (s->type == PT_LOAD && elf->entry >= s->vaddr && elf->entry - s->vaddr < s->memsz) return s->paddr + (elf->entry - s->vaddr);
@@ -145,7 +154,8 @@ uint64_t vm_elf_entry(const vm_elf *elf) {
 /* ---- PVH ---- */
 
 /* A note is name size, descriptor size, type, name, descriptor, the latter two padded to 4 bytes. */
-static bool find_pvh_in(const vm_image *image, uint64_t at, uint64_t bytes, uint64_t *entry) {
+static bool find_pvh_in(const vm_image *image, uint64_t at, uint64_t bytes, uint64_t *entry)
+{
     uint64_t end = at + bytes;
     uint32_t head[3];
     while (end - at >= sizeof head) {
@@ -165,7 +175,8 @@ static bool find_pvh_in(const vm_image *image, uint64_t at, uint64_t bytes, uint
     return false;
 }
 
-static bool find_pvh(const vm_elf *elf, uint64_t *entry) {
+static bool find_pvh(const vm_elf *elf, uint64_t *entry)
+{
     for (unsigned i = 0; i < elf->count; i++) {
         const vm_elf_segment *s = &elf->segments[i];
         if (s->type == PT_NOTE && find_pvh_in(elf->image, s->offset, s->filesz, entry)) return true;
@@ -181,7 +192,8 @@ struct pvh_info {
     uint32_t memmap_entries, reserved;
 };
 
-static int place_pvh_modules(vm_placer *placer, const vm_modules *modules, uint64_t kernel_end, struct pvh_info *info) {
+static int place_pvh_modules(vm_placer *placer, const vm_modules *modules, uint64_t kernel_end, struct pvh_info *info)
+{
     struct pvh_module list[VM_BOOT_MAX_MODULES] = {{0}};
     int status = VM_OK;
     if (!modules->count) return VM_OK;
@@ -200,7 +212,8 @@ static int place_pvh_modules(vm_placer *placer, const vm_modules *modules, uint6
     return status == VM_OK ? vm_boot_copy(placer->machine, info->modlist, list, bytes, "PVH module list") : status;
 }
 
-static int place_pvh_info(vm_placer *placer, struct pvh_info *info, const char *cmdline, uint64_t *gpa) {
+static int place_pvh_info(vm_placer *placer, struct pvh_info *info, const char *cmdline, uint64_t *gpa)
+{
     struct pvh_memmap map[VM_BOOT_MAX_E820] = {{0}};
     for (unsigned i = 0; i < placer->map_count; i++)
         map[i] = (struct pvh_memmap){placer->map[i].base, placer->map[i].bytes, placer->map[i].type, 0};
@@ -216,7 +229,8 @@ static int place_pvh_info(vm_placer *placer, struct pvh_info *info, const char *
     return status == VM_OK ? vm_boot_copy(placer->machine, *gpa, info, sizeof *info, "PVH start info") : status;
 }
 
-static int boot_pvh(const vm_elf *elf, vm_placer *placer, const vm_modules *modules, const char *cmdline, uint64_t note_entry) {
+static int boot_pvh(const vm_elf *elf, vm_placer *placer, const vm_modules *modules, const char *cmdline, uint64_t note_entry)
+{
     vm_entry entry = {.kind = VM_ENTRY_FLAT32, .rip = note_entry};
     vm_entry_tables tables;
     struct pvh_info info = {0};
@@ -233,7 +247,8 @@ static int boot_pvh(const vm_elf *elf, vm_placer *placer, const vm_modules *modu
 
 /* ---- plain ELF ---- */
 
-static int boot_plain(const vm_elf *elf, vm_placer *placer, const vm_modules *modules, const char *cmdline) {
+static int boot_plain(const vm_elf *elf, vm_placer *placer, const vm_modules *modules, const char *cmdline)
+{
     vm_entry entry = {.kind = elf->machine == EM_X86_64 && elf->is_64 ? VM_ENTRY_LONG64 : VM_ENTRY_FLAT32, .rip = vm_elf_entry(elf)};
     vm_entry_tables tables;
     uint8_t params[4096] = {0};
@@ -263,7 +278,8 @@ static int boot_plain(const vm_elf *elf, vm_placer *placer, const vm_modules *mo
     return status;
 }
 
-int vm_elf_boot(vm_machine *m, const vm_image *kernel, const char *list, const char *cmdline) {
+int vm_elf_boot(vm_machine *m, const vm_image *kernel, const char *list, const char *cmdline)
+{
     vm_elf elf;
     vm_modules modules;
     vm_placer placer;

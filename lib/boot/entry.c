@@ -17,12 +17,14 @@
 #define ATTR_LDT    0x0082u
 
 /* A flat segment's descriptor from its attributes as x86_seg has them (SDM vol. 3, 3.4.5). */
-static uint64_t descriptor(uint32_t attr, uint32_t limit) {
+static uint64_t descriptor(uint32_t attr, uint32_t limit)
+{
     return (uint64_t)(limit & 0xffff) | (uint64_t)(attr & 0xff) << 40 | (uint64_t)(limit >> 16 & 15) << 48
          | (uint64_t)(attr >> 12 & 15) << 52;
 }
 
-static int put_gdt(vm_placer *placer, vm_entry_kind kind, uint64_t *gpa) {
+static int put_gdt(vm_placer *placer, vm_entry_kind kind, uint64_t *gpa)
+{
     const uint64_t gdt[] = {0, 0, descriptor(kind == VM_ENTRY_LONG64 ? ATTR_CODE64 : ATTR_CODE32, 0xfffff),
                             descriptor(ATTR_DATA32, 0xfffff), descriptor(ATTR_TSS, 0x67), 0};
     int status = vm_place_low(placer, VM_BOOT_LOW_MIN, VM_BOOT_LOW_END, sizeof gdt, 4096, "boot GDT", gpa);
@@ -30,7 +32,8 @@ static int put_gdt(vm_placer *placer, vm_entry_kind kind, uint64_t *gpa) {
 }
 
 /* Linear = physical for 4 GiB in 2 MiB pages: one PML4, one PDPT, four page directories. */
-static int put_page_tables(vm_placer *placer, uint64_t *cr3) {
+static int put_page_tables(vm_placer *placer, uint64_t *cr3)
+{
     int status = vm_place_low(placer, VM_BOOT_LOW_MIN, VM_BOOT_LOW_END, 6 * 4096, 4096, "boot page tables", cr3);
     if (status != VM_OK) return status;
     const uint64_t flags = 3;                  /* present, writable */
@@ -45,7 +48,8 @@ static int put_page_tables(vm_placer *placer, uint64_t *cr3) {
     return status;
 }
 
-int vm_entry_prepare(vm_placer *placer, vm_entry_kind kind, vm_entry_tables *tables) {
+int vm_entry_prepare(vm_placer *placer, vm_entry_kind kind, vm_entry_tables *tables)
+{
     memset(tables, 0, sizeof *tables);
     if (kind == VM_ENTRY_REAL || kind == VM_ENTRY_RESET) return VM_OK;
     int status = put_gdt(placer, kind, &tables->gdt);
@@ -53,7 +57,8 @@ int vm_entry_prepare(vm_placer *placer, vm_entry_kind kind, vm_entry_tables *tab
     return status;
 }
 
-static void real_mode(x86_cpu *cpu, const vm_entry *entry) {
+static void real_mode(x86_cpu *cpu, const vm_entry *entry)
+{
     x86_cpu_set_mode(cpu, VM_MODE_REAL);
     for (unsigned s = X86_ES; s <= X86_GS; s++) {
         uint16_t value = s == X86_CS ? entry->cs : entry->ds;
@@ -62,7 +67,8 @@ static void real_mode(x86_cpu *cpu, const vm_entry *entry) {
     cpu->idtr = (x86_dtr){0, 0x3ff};
 }
 
-static void protected_mode(x86_cpu *cpu, const vm_entry *entry, const vm_entry_tables *tables) {
+static void protected_mode(x86_cpu *cpu, const vm_entry *entry, const vm_entry_tables *tables)
+{
     bool is_long = entry->kind == VM_ENTRY_LONG64;
     x86_cpu_set_mode(cpu, VM_MODE_FLAT32);
     for (unsigned s = X86_ES; s <= X86_GS; s++)
@@ -81,7 +87,8 @@ static void protected_mode(x86_cpu *cpu, const vm_entry *entry, const vm_entry_t
     cpu->cr0 |= X86_CR0_PG;
 }
 
-void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables *tables) {
+void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables *tables)
+{
     vm_vcpu *vcpu = m->vcpus[0];
     vm_vcpu_fetch(vcpu, VM_STATE_ALL);
     x86_cpu *cpu = &vcpu->x86;

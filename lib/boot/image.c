@@ -12,7 +12,8 @@
 #define VM_IMAGE_MAX (UINT64_C(16) << 30)
 
 /* Large images lie in huge pages: a fault for each small one would cost as much as the reading. */
-static uint8_t *make_room(uint64_t bytes) {
+static uint8_t *make_room(uint64_t bytes)
+{
     const uint64_t huge = UINT64_C(2) << 20;
     if (bytes < huge) return malloc((size_t)bytes);
     bytes = (bytes + huge - 1) & ~(huge - 1);
@@ -22,7 +23,8 @@ static uint8_t *make_room(uint64_t bytes) {
 }
 
 /* Regular files only: a pipe or device has no size that could be checked before reading it. */
-static int read_all(int fd, vm_image *image) {
+static int read_all(int fd, vm_image *image)
+{
     struct stat st;
     if (fstat(fd, &st) != 0) return vm_fail_errno(VM_E_HOST, image->path);
     if (!S_ISREG(st.st_mode)) return vm_fail(VM_E_HOST, "%s: not a regular file", image->path);
@@ -41,7 +43,8 @@ static int read_all(int fd, vm_image *image) {
     return VM_OK;
 }
 
-int vm_image_open(vm_image *image, const char *path) {
+int vm_image_open(vm_image *image, const char *path)
+{
     memset(image, 0, sizeof *image);
     image->path = path;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -52,13 +55,15 @@ int vm_image_open(vm_image *image, const char *path) {
     return status;
 }
 
-void vm_image_close(vm_image *image) {
+void vm_image_close(vm_image *image)
+{
     free(image->data);
     image->data = NULL;
     image->bytes = 0;
 }
 
-static bool field(const vm_image *image, uint64_t offset, void *value, size_t width) {
+static bool field(const vm_image *image, uint64_t offset, void *value, size_t width)
+{
     if (!vm_image_has(image, offset, width)) return false;
     memcpy(value, image->data + offset, width);
     return true;
@@ -68,7 +73,8 @@ bool vm_image_u16(const vm_image *image, uint64_t offset, uint16_t *value) { ret
 bool vm_image_u32(const vm_image *image, uint64_t offset, uint32_t *value) { return field(image, offset, value, 4); }
 bool vm_image_u64(const vm_image *image, uint64_t offset, uint64_t *value) { return field(image, offset, value, 8); }
 
-static int open_module(vm_modules *modules, char *text, bool with_arguments) {
+static int open_module(vm_modules *modules, char *text, bool with_arguments)
+{
     if (modules->count == VM_BOOT_MAX_MODULES)
         return vm_fail(VM_E_INVALID, "more than %u modules", VM_BOOT_MAX_MODULES);
     char *space = with_arguments ? strchr(text, ' ') : NULL;
@@ -84,7 +90,8 @@ static int open_module(vm_modules *modules, char *text, bool with_arguments) {
     return VM_OK;
 }
 
-int vm_modules_open(vm_modules *modules, const char *list, bool with_arguments) {
+int vm_modules_open(vm_modules *modules, const char *list, bool with_arguments)
+{
     memset(modules, 0, sizeof *modules);
     if (!list) return VM_OK;
     modules->list = strdup(list);
@@ -99,7 +106,8 @@ int vm_modules_open(vm_modules *modules, const char *list, bool with_arguments) 
     return status;
 }
 
-void vm_modules_close(vm_modules *modules) {
+void vm_modules_close(vm_modules *modules)
+{
     for (unsigned i = 0; i < modules->count; i++) {
         free((char *)modules->image[i].path);
         vm_image_close(&modules->image[i]);
@@ -109,7 +117,8 @@ void vm_modules_close(vm_modules *modules) {
     modules->count = 0;
 }
 
-uint64_t vm_modules_bytes(const vm_modules *modules, uint64_t align) {
+uint64_t vm_modules_bytes(const vm_modules *modules, uint64_t align)
+{
     uint64_t sum = 0;
     for (unsigned i = 0; i < modules->count; i++) sum += (modules->image[i].bytes + align - 1) & -align;
     return sum;

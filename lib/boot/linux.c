@@ -38,14 +38,16 @@ static void put16(uint8_t *page, unsigned offset, uint16_t value) { memcpy(page 
 static void put32(uint8_t *page, unsigned offset, uint32_t value) { memcpy(page + offset, &value, 4); }
 static void put64(uint8_t *page, unsigned offset, uint64_t value) { memcpy(page + offset, &value, 8); }
 
-bool vm_linux_recognise(const vm_image *image) {
+bool vm_linux_recognise(const vm_image *image)
+{
     uint32_t magic;
     uint16_t flag;
     return vm_image_u32(image, H_MAGIC, &magic) && magic == MAGIC_HDRS && vm_image_u16(image, H_BOOT_FLAG, &flag) && flag == 0xaa55;
 }
 
 /* Fields that later versions added get the value the protocol gives older kernels. */
-static void parse_newer(linux_image *k) {
+static void parse_newer(linux_image *k)
+{
     const vm_image *i = k->image;
     uint8_t byte;
     k->initrd_max = 0x37ffffff;
@@ -65,7 +67,8 @@ static void parse_newer(linux_image *k) {
     if (k->version >= 0x20c) vm_image_u16(i, H_XLOADFLAGS, &k->xloadflags);
 }
 
-static int parse(linux_image *k, const vm_image *image) {
+static int parse(linux_image *k, const vm_image *image)
+{
     memset(k, 0, sizeof *k);
     k->image = image;
     uint8_t sectors = 0;
@@ -94,7 +97,8 @@ static int parse(linux_image *k, const vm_image *image) {
 
 /* ---- the parts in memory ---- */
 
-static void e820_into(const vm_placer *placer, uint8_t params[4096]) {
+static void e820_into(const vm_placer *placer, uint8_t params[4096])
+{
     unsigned count = placer->map_count < Z_E820_MAX ? placer->map_count : Z_E820_MAX;
     params[Z_E820_COUNT] = (uint8_t)count;
     for (unsigned i = 0; i < count; i++) {
@@ -111,7 +115,8 @@ static void e820_into(const vm_placer *placer, uint8_t params[4096]) {
 
 /* The kernel proper: at its preferred address or the next aligned one that is free. It needs init_size bytes there while it
  * decompresses itself. */
-static int place_kernel(linux_image *k, vm_placer *placer) {
+static int place_kernel(linux_image *k, vm_placer *placer)
+{
     uint64_t room = k->init_size > k->payload_bytes ? k->init_size : k->payload_bytes;
     uint64_t at = k->is_relocatable || k->version >= 0x20a ? k->pref_address : 0x100000;
     int status = vm_place_at(placer, at, room, true, "Linux kernel");
@@ -123,7 +128,8 @@ static int place_kernel(linux_image *k, vm_placer *placer) {
 }
 
 /* Archives one after another, each padded to 4 bytes: the kernel unpacks them in turn. */
-static int place_initrd(const linux_image *k, vm_placer *placer, const vm_modules *initrd, uint64_t *gpa, uint64_t *bytes) {
+static int place_initrd(const linux_image *k, vm_placer *placer, const vm_modules *initrd, uint64_t *gpa, uint64_t *bytes)
+{
     *gpa = *bytes = 0;
     if (!initrd->count) return VM_OK;
     *bytes = vm_modules_bytes(initrd, 4);
@@ -137,7 +143,8 @@ static int place_initrd(const linux_image *k, vm_placer *placer, const vm_module
     return status;
 }
 
-static int check_cmdline(const linux_image *k, const char *cmdline) {
+static int check_cmdline(const linux_image *k, const char *cmdline)
+{
     size_t length = strlen(cmdline);
     uint32_t max = k->cmdline_max < 0x10000 ? k->cmdline_max : 0xffff;
     if (length <= max) return VM_OK;
@@ -145,14 +152,16 @@ static int check_cmdline(const linux_image *k, const char *cmdline) {
 }
 
 /* A setup_data node: random bytes to seed the guest's generator. */
-static int place_seed(vm_placer *placer, uint64_t *gpa) {
+static int place_seed(vm_placer *placer, uint64_t *gpa)
+{
     struct { uint64_t next; uint32_t type, bytes; uint8_t seed[32]; } node = {0, SETUP_RNG_SEED, 32, {0}};
     if (getrandom(node.seed, sizeof node.seed, GRND_NONBLOCK) != sizeof node.seed) { *gpa = 0; return VM_OK; }
     int status = vm_place_low(placer, VM_BOOT_LOW_MIN, VM_BOOT_LOW_END, sizeof node, 16, "setup_data", gpa);
     return status == VM_OK ? vm_boot_copy(placer->machine, *gpa, &node, sizeof node, "setup_data") : status;
 }
 
-int vm_linux_params(vm_placer *placer, uint8_t params[4096], uint64_t *gpa) {
+int vm_linux_params(vm_placer *placer, uint8_t params[4096], uint64_t *gpa)
+{
     e820_into(placer, params);
     put64(params, Z_ACPI_RSDP, vm_pc_rsdp(placer->machine));
     params[H_LOADER] = LOADER_ID;
@@ -160,7 +169,8 @@ int vm_linux_params(vm_placer *placer, uint8_t params[4096], uint64_t *gpa) {
     return status == VM_OK ? vm_boot_copy(placer->machine, *gpa, params, 4096, "Linux zero page") : status;
 }
 
-static int place_params(const linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, uint64_t *gpa) {
+static int place_params(const linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, uint64_t *gpa)
+{
     uint8_t params[4096] = {0};
     uint64_t ramdisk, ramdisk_bytes, text, seed = 0;
     int status = place_initrd(k, placer, initrd, &ramdisk, &ramdisk_bytes);
@@ -185,7 +195,8 @@ static int place_params(const linux_image *k, vm_placer *placer, const vm_module
     return vm_linux_params(placer, params, gpa);
 }
 
-static int load_flat(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, bool is_64) {
+static int load_flat(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, bool is_64)
+{
     vm_entry entry = {.kind = is_64 ? VM_ENTRY_LONG64 : VM_ENTRY_FLAT32};
     vm_entry_tables tables;
     uint64_t params = 0, stack = 0;
@@ -207,7 +218,8 @@ static int load_flat(linux_image *k, vm_placer *placer, const vm_modules *initrd
 
 /* The 16-bit entry: set-up code at 0x90000 for old kernels, else at 0x10000, its stack and heap and the command line in the
  * rest of its 64 KiB. */
-static int load_real(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline) {
+static int load_real(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline)
+{
     bool is_high = k->loadflags & LOADED_HIGH;
     uint32_t base = k->version < 0x202 || !is_high ? 0x90000 : 0x10000;
     uint32_t heap_end = base == 0x90000 ? 0x9800 : 0xe000;
@@ -249,7 +261,8 @@ static int load_real(linux_image *k, vm_placer *placer, const vm_modules *initrd
     return VM_OK;
 }
 
-static int load(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, unsigned bits) {
+static int load(linux_image *k, vm_placer *placer, const vm_modules *initrd, const char *cmdline, unsigned bits)
+{
     bool is_high = k->loadflags & LOADED_HIGH, has_64 = k->version >= 0x20c && (k->xloadflags & XLF_KERNEL_64);
     if (bits == 64 && !has_64) return vm_fail(VM_E_UNSUPPORTED, "%s: kernel has no 64-bit entry (xloadflags %#x)", k->image->path, k->xloadflags);
     if (bits == 32 && !is_high) return vm_fail(VM_E_UNSUPPORTED, "%s: a zImage has no usable 32-bit entry", k->image->path);
@@ -259,7 +272,8 @@ static int load(linux_image *k, vm_placer *placer, const vm_modules *initrd, con
     return bits == 16 ? load_real(k, placer, initrd, cmdline) : load_flat(k, placer, initrd, cmdline, bits == 64);
 }
 
-int vm_linux_load(vm_machine *m, const vm_image *kernel, const char *initrd, const char *cmdline, unsigned bits) {
+int vm_linux_load(vm_machine *m, const vm_image *kernel, const char *initrd, const char *cmdline, unsigned bits)
+{
     linux_image k;
     vm_modules archives;
     vm_placer placer;

@@ -23,7 +23,8 @@ struct mb_module { uint32_t start, end, string, reserved; };
 struct mb_mmap { uint32_t size; uint64_t base, bytes; uint32_t type; } __attribute__((packed));
 
 /* The header lies 4-byte aligned in the first 8 KiB; fields past its first three count only with HAS_ADDRESSES. */
-static bool find_header(const vm_image *image, struct mb_header *h, uint64_t *offset) {
+static bool find_header(const vm_image *image, struct mb_header *h, uint64_t *offset)
+{
     for (uint64_t at = 0; at + 12 <= SEARCH_BYTES && vm_image_has(image, at, 12); at += 4) {
         memset(h, 0, sizeof *h);
         memcpy(h, image->data + at, 12);
@@ -36,14 +37,16 @@ static bool find_header(const vm_image *image, struct mb_header *h, uint64_t *of
     return false;
 }
 
-bool vm_multiboot_recognise(const vm_image *image) {
+bool vm_multiboot_recognise(const vm_image *image)
+{
     struct mb_header h;
     uint64_t offset;
     return find_header(image, &h, &offset);
 }
 
 /* The a.out kludge: one piece of the file at load_addr, zeroes up to bss_end_addr. */
-static int load_flat(const vm_image *image, vm_placer *placer, const struct mb_header *h, uint64_t offset, uint64_t *end) {
+static int load_flat(const vm_image *image, vm_placer *placer, const struct mb_header *h, uint64_t offset, uint64_t *end)
+{
     if (h->load_addr > h->header_addr || h->header_addr - h->load_addr > offset)
         return vm_fail(VM_E_FORMAT, "%s: Multiboot header_addr %#x does not fit load_addr %#x and its place %#llx in the file",
                        image->path, h->header_addr, h->load_addr, (unsigned long long)offset);
@@ -66,7 +69,8 @@ static int load_flat(const vm_image *image, vm_placer *placer, const struct mb_h
     return status;
 }
 
-static int load_kernel(const vm_image *image, vm_placer *placer, const struct mb_header *h, uint64_t offset, uint64_t *end, uint64_t *rip) {
+static int load_kernel(const vm_image *image, vm_placer *placer, const struct mb_header *h, uint64_t offset, uint64_t *end, uint64_t *rip)
+{
     if (h->flags & HAS_ADDRESSES) {
         *rip = h->entry_addr;
         return load_flat(image, placer, h, offset, end);
@@ -84,7 +88,8 @@ static int load_kernel(const vm_image *image, vm_placer *placer, const struct mb
 }
 
 /* Modules follow the kernel, each on a page of its own, as GRUB lays them out. */
-static int place_modules(vm_placer *placer, const vm_modules *modules, uint64_t kernel_end, struct mb_info *info) {
+static int place_modules(vm_placer *placer, const vm_modules *modules, uint64_t kernel_end, struct mb_info *info)
+{
     struct mb_module list[VM_BOOT_MAX_MODULES] = {{0}};
     int status = VM_OK;
     uint64_t min = kernel_end > 0x100000 ? kernel_end : 0x100000, at = 0;
@@ -107,7 +112,8 @@ static int place_modules(vm_placer *placer, const vm_modules *modules, uint64_t 
     return status;
 }
 
-static int place_memory_map(vm_placer *placer, struct mb_info *info) {
+static int place_memory_map(vm_placer *placer, struct mb_info *info)
+{
     struct mb_mmap map[VM_BOOT_MAX_E820];
     uint64_t at, upper = vm_pc_low_end(placer->machine);
     for (unsigned i = 0; i < placer->map_count; i++)
@@ -124,7 +130,8 @@ static int place_memory_map(vm_placer *placer, struct mb_info *info) {
 }
 
 /* The command line starts with the kernel's own name. */
-static int place_strings(vm_placer *placer, const vm_image *kernel, const char *cmdline, struct mb_info *info) {
+static int place_strings(vm_placer *placer, const vm_image *kernel, const char *cmdline, struct mb_info *info)
+{
     size_t name = strlen(kernel->path), args = strlen(cmdline);
     uint64_t at, loader;
     int status = vm_place_low(placer, VM_BOOT_LOW_MIN, VM_BOOT_LOW_END, name + args + 2, 16, "command line", &at);
@@ -139,7 +146,8 @@ static int place_strings(vm_placer *placer, const vm_image *kernel, const char *
     return VM_OK;
 }
 
-static int load(vm_placer *placer, const vm_image *kernel, const vm_modules *modules, const char *cmdline) {
+static int load(vm_placer *placer, const vm_image *kernel, const vm_modules *modules, const char *cmdline)
+{
     struct mb_header h;
     struct mb_info info = {0};
     uint64_t offset = 0, end = 0;
@@ -159,7 +167,8 @@ static int load(vm_placer *placer, const vm_image *kernel, const vm_modules *mod
     return status;
 }
 
-int vm_multiboot_load(vm_machine *m, const vm_image *kernel, const char *list, const char *cmdline) {
+int vm_multiboot_load(vm_machine *m, const vm_image *kernel, const char *list, const char *cmdline)
+{
     vm_modules modules;
     vm_placer placer;
     int status = vm_modules_open(&modules, list, true);

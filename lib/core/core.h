@@ -280,12 +280,14 @@ struct vm_machine {
     struct vm_events *events;          /* doorbells and their like; NULL: none ever */
     _Atomic bool has_gdb;              /* a GDB stub exists */
 };
-static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts) {
+static inline void vm_vcpu_fetch(vm_vcpu *cpu, unsigned parts)
+{
     const vm_backend_ops *b = cpu->machine->backend;
     if (cpu->x86.hook_site | b->keeps_state)
         b->get_state(cpu, parts);
 }
-static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts) {
+static inline void vm_vcpu_changed(vm_vcpu *cpu, unsigned parts)
+{
     const vm_backend_ops *b = cpu->machine->backend;
     if (cpu->x86.hook_site | b->keeps_state)
         b->set_state(cpu, parts);

@@ -45,7 +45,8 @@ int vm_cpu_state_take(vm_vcpu *cpu, vm_cpu_state *s);            /* VM_E_NOMEM *
 /* The vCPU must not run. True: translations of linear addresses may have changed. */
 bool vm_cpu_state_put(vm_vcpu *cpu, const vm_cpu_state *s);
 int vm_cpu_state_check(const vm_vcpu *cpu, const vm_cpu_state *s);   /* VM_E_FORMAT; io_log too */
-static inline bool vm_cpu_state_pages(const vm_cpu_state *s) {
+static inline bool vm_cpu_state_pages(const vm_cpu_state *s)
+{
     return (s->system.cr0 & X86_CR0_PG) && !s->flat;
 }
 

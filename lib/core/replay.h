@@ -83,7 +83,8 @@ void vm_replay_look(vm_machine *m, vm_replay_info *info);
 void vm_replay_free(vm_machine *m);                              /* the machine ends */
 
 /* ---- between these files ---- */
-static inline uint64_t vm_replay_position(const vm_vcpu *cpu) {
+static inline uint64_t vm_replay_position(const vm_vcpu *cpu)
+{
     return vm_vcpu_retired_now(cpu) - cpu->machine->replay->base;
 }
 uint32_t vm_replay_check(const vm_vcpu *cpu);                    /* of the general registers */

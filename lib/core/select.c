@@ -18,14 +18,16 @@ typedef struct aside {
     uint64_t scratch[sizeof((x86_cpu *)0)->jit_scratch / sizeof(uint64_t)];
 } aside;
 
-static void exchange(void **a, void **b) {
+static void exchange(void **a, void **b)
+{
     void *was = *a;
     *a = *b;
     *b = was;
 }
 
 /* The machine's data of a backend and those in `machine` and `vcpus` change places. */
-static void swap(vm_machine *m, void **machine, aside *vcpus) {
+static void swap(vm_machine *m, void **machine, aside *vcpus)
+{
     exchange(&m->backend_data, machine);
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         vm_vcpu *cpu = m->vcpus[i];
@@ -39,12 +41,14 @@ static void swap(vm_machine *m, void **machine, aside *vcpus) {
     }
 }
 
-static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus) {
+static void drop(vm_machine *m, const vm_backend_ops *ops, unsigned vcpus)
+{
     for (unsigned i = 0; ops->vcpu_destroy && i < vcpus; i++) ops->vcpu_destroy(m->vcpus[i]);
     if (ops->machine_destroy) ops->machine_destroy(m);
 }
 
-static int make(vm_machine *m, const vm_backend_ops *ops) {
+static int make(vm_machine *m, const vm_backend_ops *ops)
+{
     int status = ops->machine_create ? ops->machine_create(m) : VM_OK;
     if (status != VM_OK) return status;
     for (unsigned i = 0; i < m->vcpu_count; i++) {
@@ -58,7 +62,8 @@ static int make(vm_machine *m, const vm_backend_ops *ops) {
 }
 
 /* Nothing that was derived from the old backend's runs may be believed. */
-static void refresh(vm_machine *m) {
+static void refresh(vm_machine *m)
+{
     if (m->backend->map_changed) m->backend->map_changed(m);
     vm_events_announce(m);
     vm_mmu_forget(m);
@@ -70,7 +75,8 @@ static void refresh(vm_machine *m) {
     }
 }
 
-static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to) {
+static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to)
+{
     const vm_backend_ops *from = m->backend;
     void *machine = NULL;
     aside *vcpus = calloc(m->vcpu_count, sizeof *vcpus);
@@ -93,7 +99,8 @@ static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to) {
     return status;
 }
 
-int vm_machine_select(vm_machine *m, vm_backend backend) {
+int vm_machine_select(vm_machine *m, vm_backend backend)
+{
     const vm_backend_ops *to = vm_backend_find(&backend);
     if (!to) return VM_E_UNSUPPORTED;
     if (to == m->backend) return VM_OK;

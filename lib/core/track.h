@@ -45,7 +45,8 @@ bool vm_image_changed(const uint8_t *host, uint64_t bytes, bool (*fn)(void *user
 bool vm_page_is_zero(const uint8_t *page);
 extern const uint8_t vm_zero_page[4096];
 /* Contents of a page; not by touching holes, which would fill them. */
-static inline const uint8_t *vm_image_page(const vm_image *image, uint64_t page) {
+static inline const uint8_t *vm_image_page(const vm_image *image, uint64_t page)
+{
     return image->present && !(image->present[page / 64] >> page % 64 & 1) ? vm_zero_page
                                                                             : image->view + page * VM_SNAP_PAGE;
 }

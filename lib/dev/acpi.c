@@ -22,7 +22,8 @@ struct vm_acpi {
 static uint64_t pm_ticks(const vm_acpi *a) { return vm_ticks_from_ns(vm_clock_now(a->machine), PM_TIMER_HZ); }
 
 /* TMR_STS: the most significant bit of the 24-bit count changed (4.8.3.3 keeps 32 bits; the status follows bit 31 then). */
-static void update(vm_acpi *a) {
+static void update(vm_acpi *a)
+{
     uint64_t flip = pm_ticks(a) >> 31;
     if (flip != a->s.seen_flip) {
         a->s.seen_flip = flip;
@@ -35,7 +36,8 @@ static void update(vm_acpi *a) {
 
 static void acpi_fire(void *user) { update(user); }
 
-static uint8_t pm_get(void *dev, unsigned reg) {
+static uint8_t pm_get(void *dev, unsigned reg)
+{
     vm_acpi *a = dev;
     update(a);
     switch (reg) {
@@ -46,7 +48,8 @@ static uint8_t pm_get(void *dev, unsigned reg) {
     }
 }
 
-static int pm_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int pm_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     (void)cpu;
     if (offset >= 8) {
         *value = pm_ticks(user) >> (8 * (offset & 3));         /* one sample for the whole access */
@@ -55,13 +58,15 @@ static int pm_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, ui
     return vm_dev_read8(pm_get, user, offset, width, value);
 }
 
-static void write_control(vm_acpi *a, uint16_t value) {
+static void write_control(vm_acpi *a, uint16_t value)
+{
     a->s.control = (a->s.control & CNT_SCI) | (value & 0x1c02);
     if ((value & CNT_SLEEP) && (value >> 10 & 7) == 0)
         vm_machine_event(a->machine, VM_EXIT_POWEROFF, 0);
 }
 
-static int pm_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int pm_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_acpi *a = user;
     (void)cpu;
     update(a);
@@ -81,7 +86,8 @@ static int pm_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, u
 
 /* GPE0: two status and two enable bytes with nothing behind them. */
 static uint8_t gpe_get(void *dev, unsigned reg) { return reg < 4 ? ((vm_acpi *)dev)->s.gpe[reg] : 0xff; }
-static void gpe_put(void *dev, unsigned reg, uint8_t value) {
+static void gpe_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_acpi *a = dev;
     if (reg < 2)
         a->s.gpe[reg] &= (uint8_t)~value;
@@ -90,7 +96,8 @@ static void gpe_put(void *dev, unsigned reg, uint8_t value) {
 }
 
 static uint8_t smi_get(void *dev, unsigned reg) { return reg < 2 ? ((vm_acpi *)dev)->s.smi[reg] : 0xff; }
-static void smi_put(void *dev, unsigned reg, uint8_t value) {
+static void smi_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_acpi *a = dev;
     if (reg < 2)
         a->s.smi[reg] = value;
@@ -105,25 +112,29 @@ VM_DEV_BYTE_IO(gpe)
 VM_DEV_BYTE_IO(smi)
 
 /* PM1a control of machines that older guests were made for: sleep enable with type 0 or 5 means off. */
-static int old_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int old_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_acpi *a = user;
     (void)cpu;
     if (offset == 0 && width == 2 && (value & CNT_SLEEP) && ((value >> 10 & 7) == 0 || (value >> 10 & 7) == 5))
         vm_machine_event(a->machine, VM_EXIT_POWEROFF, 0);
     return VM_OK;
 }
-static int old_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int old_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     (void)user; (void)cpu; (void)offset; (void)width;
     *value = ~UINT64_C(0);
     return VM_OK;
 }
 
-void vm_acpi_power_button(vm_acpi *a) {
+void vm_acpi_power_button(vm_acpi *a)
+{
     a->s.status |= STS_POWER;
     update(a);
 }
 
-static void acpi_reset(void *user) {
+static void acpi_reset(void *user)
+{
     vm_acpi *a = user;
     a->s.version = ACPI_VERSION;
     a->s.status = a->s.enable = a->s.control = 0;
@@ -132,12 +143,14 @@ static void acpi_reset(void *user) {
     update(a);
 }
 
-static int acpi_save(void *user, void *buffer, size_t *bytes) {
+static int acpi_save(void *user, void *buffer, size_t *bytes)
+{
     vm_acpi *a = user;
     return vm_dev_save(&a->s, sizeof a->s, buffer, bytes);
 }
 
-static int acpi_restore(void *user, const void *buffer, size_t bytes) {
+static int acpi_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_acpi *a = user;
     int status = vm_dev_load(&a->s, sizeof a->s, ACPI_VERSION, buffer, bytes);
     if (!status)
@@ -145,13 +158,15 @@ static int acpi_restore(void *user, const void *buffer, size_t bytes) {
     return status;
 }
 
-static void acpi_destroy(void *user) {
+static void acpi_destroy(void *user)
+{
     vm_acpi *a = user;
     vm_timer_free(a->timer);
     free(a);
 }
 
-int vm_acpi_new(vm_machine *m, vm_line sci, vm_acpi **out) {
+int vm_acpi_new(vm_machine *m, vm_line sci, vm_acpi **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), pm_read, pm_write, acpi_reset, acpi_save, acpi_restore, acpi_destroy };
     static const vm_io_ops gpe_ops = { .size = sizeof(vm_io_ops), .read = gpe_read, .write = gpe_write };
     static const vm_io_ops smi_ops = { .size = sizeof(vm_io_ops), .read = smi_read, .write = smi_write };

@@ -25,7 +25,8 @@ struct vm_fwcfg {
     struct { uint32_t version; uint16_t select; uint32_t offset; uint64_t dma; } s;
 };
 
-static item *find(vm_fwcfg *f, uint16_t key) {
+static item *find(vm_fwcfg *f, uint16_t key)
+{
     key &= 0xbfff;                         /* bit 14 asked for writing, once */
     if (key < ITEMS)
         return &f->items[key];
@@ -34,7 +35,8 @@ static item *find(vm_fwcfg *f, uint16_t key) {
     return NULL;
 }
 
-int vm_fwcfg_item(vm_fwcfg *f, uint16_t key, const void *data, size_t bytes) {
+int vm_fwcfg_item(vm_fwcfg *f, uint16_t key, const void *data, size_t bytes)
+{
     item *it = find(f, key);
     if (!it)
         return vm_fail(VM_E_INVALID, "fw_cfg key 0x%x does not exist", key);
@@ -53,7 +55,8 @@ int vm_fwcfg_item(vm_fwcfg *f, uint16_t key, const void *data, size_t bytes) {
 static void put_be32(uint8_t *p, uint32_t v) { v = __builtin_bswap32(v); memcpy(p, &v, 4); }
 static void put_be16(uint8_t *p, uint16_t v) { v = __builtin_bswap16(v); memcpy(p, &v, 2); }
 
-static int rebuild_directory(vm_fwcfg *f) {
+static int rebuild_directory(vm_fwcfg *f)
+{
     uint8_t dir[4 + 64 * FILE_SLOTS] = { 0 };
     put_be32(dir, f->files);
     for (unsigned i = 0; i < f->files; i++) {
@@ -65,7 +68,8 @@ static int rebuild_directory(vm_fwcfg *f) {
     return vm_fwcfg_item(f, VM_FWCFG_FILE_DIR, dir, 4 + 64 * f->files);
 }
 
-int vm_fwcfg_file(vm_fwcfg *f, const char *name, const void *data, size_t bytes) {
+int vm_fwcfg_file(vm_fwcfg *f, const char *name, const void *data, size_t bytes)
+{
     size_t length = strlen(name);
     if (length >= FILE_NAME)
         return vm_fail(VM_E_INVALID, "fw_cfg file name of %zu bytes is longer than %d", length, FILE_NAME - 1);
@@ -85,12 +89,14 @@ int vm_fwcfg_file(vm_fwcfg *f, const char *name, const void *data, size_t bytes)
 }
 
 /* ---- registers ---- */
-static void select_item(vm_fwcfg *f, uint16_t key) {
+static void select_item(vm_fwcfg *f, uint16_t key)
+{
     f->s.select = key;
     f->s.offset = 0;
 }
 
-static uint8_t next_byte(vm_fwcfg *f) {
+static uint8_t next_byte(vm_fwcfg *f)
+{
     const item *it = find(f, f->s.select);
     if (!it || f->s.offset >= it->bytes)
         return 0;
@@ -98,7 +104,8 @@ static uint8_t next_byte(vm_fwcfg *f) {
 }
 
 /* Copy n bytes of the selected item (zeros past its end) to guest memory. */
-static bool dma_out(vm_fwcfg *f, uint64_t gpa, uint32_t n) {
+static bool dma_out(vm_fwcfg *f, uint64_t gpa, uint32_t n)
+{
     static const uint8_t zeros[4096];
     const item *it = find(f, f->s.select);
     uint32_t left = it && f->s.offset < it->bytes ? (uint32_t)it->bytes - f->s.offset : 0;
@@ -117,7 +124,8 @@ static bool dma_out(vm_fwcfg *f, uint64_t gpa, uint32_t n) {
     return true;
 }
 
-static void dma_run(vm_fwcfg *f, uint64_t at) {
+static void dma_run(vm_fwcfg *f, uint64_t at)
+{
     struct { uint32_t control, length; uint64_t address; } d;
     if (!vm_dma_read(f->machine, at, &d, sizeof d))
         return;                            /* nowhere to report */
@@ -137,7 +145,8 @@ static void dma_run(vm_fwcfg *f, uint64_t at) {
     vm_dma_write(f->machine, at, &result, sizeof result);
 }
 
-static int fwcfg_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int fwcfg_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     vm_fwcfg *f = user;
     (void)cpu;
     uint64_t v = 0;
@@ -151,7 +160,8 @@ static int fwcfg_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width,
     return VM_OK;
 }
 
-static int fwcfg_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int fwcfg_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_fwcfg *f = user;
     (void)cpu;
     if (offset == 0 && width == 2) {
@@ -166,24 +176,28 @@ static int fwcfg_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
     return VM_OK;
 }
 
-static void fwcfg_reset(void *user) {
+static void fwcfg_reset(void *user)
+{
     vm_fwcfg *f = user;
     f->s.version = FWCFG_VERSION;
     f->s.dma = 0;
     select_item(f, 0);
 }
 
-static int fwcfg_save(void *user, void *buffer, size_t *bytes) {
+static int fwcfg_save(void *user, void *buffer, size_t *bytes)
+{
     vm_fwcfg *f = user;
     return vm_dev_save(&f->s, sizeof f->s, buffer, bytes);
 }
 
-static int fwcfg_restore(void *user, const void *buffer, size_t bytes) {
+static int fwcfg_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_fwcfg *f = user;
     return vm_dev_load(&f->s, sizeof f->s, FWCFG_VERSION, buffer, bytes);
 }
 
-int vm_fwcfg_copy(vm_fwcfg *to, const vm_fwcfg *from) {
+int vm_fwcfg_copy(vm_fwcfg *to, const vm_fwcfg *from)
+{
     for (unsigned i = 0; i < ITEMS + ARCH_ITEMS; i++) {
         const item *it = &from->items[i];
         uint8_t *copy = it->data ? malloc(it->bytes ? it->bytes : 1) : NULL;
@@ -199,14 +213,16 @@ int vm_fwcfg_copy(vm_fwcfg *to, const vm_fwcfg *from) {
     return VM_OK;
 }
 
-static void fwcfg_destroy(void *user) {
+static void fwcfg_destroy(void *user)
+{
     vm_fwcfg *f = user;
     for (unsigned i = 0; i < ITEMS + ARCH_ITEMS; i++)
         free(f->items[i].data);
     free(f);
 }
 
-int vm_fwcfg_new(vm_machine *m, vm_fwcfg **out) {
+int vm_fwcfg_new(vm_machine *m, vm_fwcfg **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), fwcfg_read, fwcfg_write, fwcfg_reset, fwcfg_save, fwcfg_restore,
                                    fwcfg_destroy };
     static const uint32_t id = 3;          /* traditional interface and DMA */

@@ -32,19 +32,22 @@ struct vm_hpet {
     struct { uint32_t version; uint64_t config, status, stopped_at, start_ns; hpet_timer t[TIMERS]; } s;
 };
 
-static uint64_t counter(const vm_hpet *h) {
+static uint64_t counter(const vm_hpet *h)
+{
     if (!(h->s.config & CONFIG_ENABLE))
         return h->s.stopped_at;
     return h->s.stopped_at + (vm_clock_now(h->machine) - h->s.start_ns) / PERIOD_NS;
 }
 
-static const vm_line *wire(const vm_hpet *h, unsigned n) {
+static const vm_line *wire(const vm_hpet *h, unsigned n)
+{
     if ((h->s.config & CONFIG_LEGACY) && n < 2)
         return &h->pins[n ? 8 : 0];
     return &h->pins[h->s.t[n].config >> 9 & 31];
 }
 
-static void arm(vm_hpet *h, unsigned n) {
+static void arm(vm_hpet *h, unsigned n)
+{
     hpet_timer *t = &h->s.t[n];
     uint64_t wake = UINT64_MAX;
     if (h->s.config & CONFIG_ENABLE)
@@ -53,7 +56,8 @@ static void arm(vm_hpet *h, unsigned n) {
 }
 
 /* When does counter reach the comparator? Called when either was written. */
-static void plan(vm_hpet *h, unsigned n) {
+static void plan(vm_hpet *h, unsigned n)
+{
     hpet_timer *t = &h->s.t[n];
     t->ticker = (vm_ticker){ 0 };
     t->single_ns = UINT64_MAX;
@@ -73,7 +77,8 @@ static void plan(vm_hpet *h, unsigned n) {
     arm(h, n);
 }
 
-static void signal_timer(vm_hpet *h, unsigned n) {
+static void signal_timer(vm_hpet *h, unsigned n)
+{
     hpet_timer *t = &h->s.t[n];
     if (t->config & T_LEVEL) {
         h->s.status |= 1u << n;
@@ -86,7 +91,8 @@ static void signal_timer(vm_hpet *h, unsigned n) {
 }
 
 /* The comparator of a periodic timer moves on by the period with each match. */
-static uint64_t comparator_now(const vm_hpet *h, unsigned n) {
+static uint64_t comparator_now(const vm_hpet *h, unsigned n)
+{
     const hpet_timer *t = &h->s.t[n];
     uint64_t v = t->comparator;
     if (t->ticker.period_ns && t->period) {
@@ -99,7 +105,8 @@ static uint64_t comparator_now(const vm_hpet *h, unsigned n) {
     return v;
 }
 
-static void hpet_fire(void *user) {
+static void hpet_fire(void *user)
+{
     struct hpet_wake *w = user;
     vm_hpet *h = w->hpet;
     hpet_timer *t = &h->s.t[w->index];
@@ -130,7 +137,8 @@ static void hpet_fire(void *user) {
 }
 
 /* ---- registers: 64 bits each, accesses of 4 or 8 bytes ---- */
-static uint64_t read64(vm_hpet *h, unsigned reg) {
+static uint64_t read64(vm_hpet *h, unsigned reg)
+{
     if (reg >= 0x100 && reg < 0x100 + 0x20 * TIMERS) {
         unsigned n = (reg - 0x100) / 0x20;
         switch (reg & 0x18) {
@@ -148,7 +156,8 @@ static uint64_t read64(vm_hpet *h, unsigned reg) {
     }
 }
 
-static void write_config(vm_hpet *h, uint64_t value) {
+static void write_config(vm_hpet *h, uint64_t value)
+{
     uint64_t before = h->s.config, c = counter(h);
     value &= CONFIG_ENABLE | CONFIG_LEGACY;
     h->s.stopped_at = c;
@@ -161,7 +170,8 @@ static void write_config(vm_hpet *h, uint64_t value) {
             plan(h, n);
 }
 
-static void write_timer_config(vm_hpet *h, unsigned n, uint64_t value) {
+static void write_timer_config(vm_hpet *h, unsigned n, uint64_t value)
+{
     hpet_timer *t = &h->s.t[n];
     if (h->s.status >> n & 1 && (t->config & T_LEVEL) && !((value & T_LEVEL) && (value & T_ENABLE)))
         vm_line_set(wire(h, n), false);
@@ -176,11 +186,13 @@ static void write_timer_config(vm_hpet *h, unsigned n, uint64_t value) {
 }
 
 /* half: 0 all, 1 low dword, 2 high dword */
-static uint64_t merge(uint64_t old, uint64_t value, unsigned half) {
+static uint64_t merge(uint64_t old, uint64_t value, unsigned half)
+{
     return half == 0 ? value : half == 1 ? (old & ~UINT64_C(0xffffffff)) | (uint32_t)value : (uint32_t)old | value << 32;
 }
 
-static void write_comparator(vm_hpet *h, unsigned n, uint64_t value, unsigned half) {
+static void write_comparator(vm_hpet *h, unsigned n, uint64_t value, unsigned half)
+{
     hpet_timer *t = &h->s.t[n];
     bool is_set = t->config & T_SET;
     if ((t->config & T_32MODE) && half == 2)
@@ -204,7 +216,8 @@ static void write_comparator(vm_hpet *h, unsigned n, uint64_t value, unsigned ha
     plan(h, n);
 }
 
-static void write_reg(vm_hpet *h, unsigned reg, uint64_t value, unsigned half) {
+static void write_reg(vm_hpet *h, unsigned reg, uint64_t value, unsigned half)
+{
     if (reg >= 0x100 && reg < 0x100 + 0x20 * TIMERS) {
         unsigned n = (reg - 0x100) / 0x20;
         if ((reg & 0x18) == 0)
@@ -227,14 +240,16 @@ static void write_reg(vm_hpet *h, unsigned reg, uint64_t value, unsigned half) {
     }
 }
 
-static int hpet_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int hpet_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     (void)cpu;
     (void)width;
     *value = offset < 0x400 ? read64(user, (unsigned)offset & ~7u) >> (8 * (offset & 7)) : 0;
     return VM_OK;
 }
 
-static int hpet_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int hpet_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     (void)cpu;
     if (offset >= 0x400 || (offset & 3) || width < 4 || (width == 8 && (offset & 4)))
         return VM_OK;
@@ -242,7 +257,8 @@ static int hpet_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width,
     return VM_OK;
 }
 
-static void hpet_reset(void *user) {
+static void hpet_reset(void *user)
+{
     vm_hpet *h = user;
     bool was_legacy = h->s.config & CONFIG_LEGACY;
     for (unsigned n = 0; n < TIMERS; n++)
@@ -259,12 +275,14 @@ static void hpet_reset(void *user) {
         h->legacy(h->target, false);
 }
 
-static int hpet_save(void *user, void *buffer, size_t *bytes) {
+static int hpet_save(void *user, void *buffer, size_t *bytes)
+{
     vm_hpet *h = user;
     return vm_dev_save(&h->s, sizeof h->s, buffer, bytes);
 }
 
-static int hpet_restore(void *user, const void *buffer, size_t bytes) {
+static int hpet_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_hpet *h = user;
     int status = vm_dev_load(&h->s, sizeof h->s, HPET_VERSION, buffer, bytes);
     if (status)
@@ -275,7 +293,8 @@ static int hpet_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-static void hpet_destroy(void *user) {
+static void hpet_destroy(void *user)
+{
     vm_hpet *h = user;
     for (unsigned n = 0; n < TIMERS; n++)
         vm_timer_free(h->wake[n].timer);
@@ -283,7 +302,8 @@ static void hpet_destroy(void *user) {
 }
 
 int vm_hpet_new(vm_machine *m, uint64_t gpa, const vm_line pins[32], void (*legacy)(void *target, bool on), void *target,
-                vm_hpet **out) {
+                vm_hpet **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), hpet_read, hpet_write, hpet_reset, hpet_save, hpet_restore, hpet_destroy };
     vm_hpet *h = calloc(1, sizeof *h);
     if (!h)

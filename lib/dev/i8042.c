@@ -30,7 +30,8 @@ struct vm_i8042 {
     } s;
 };
 
-static void deliver(vm_i8042 *k) {
+static void deliver(vm_i8042 *k)
+{
     for (unsigned i = 0; i < DEVICES && !k->s.full; i++) {
         ps2_device *d = &k->s.dev[i];
         if (!d->count || (k->s.cb & (i == KBD ? CB_KBD_OFF : CB_AUX_OFF)))
@@ -45,18 +46,21 @@ static void deliver(vm_i8042 *k) {
     vm_line_set(&k->irq[AUX], k->s.full && k->s.from == AUX && (k->s.cb & CB_IRQ12));
 }
 
-static void answer(ps2_device *d, uint8_t byte) {
+static void answer(ps2_device *d, uint8_t byte)
+{
     if (d->count < QUEUE)
         d->queue[(d->head + d->count++) % QUEUE] = byte;
 }
 
-static void answers(ps2_device *d, const char *bytes, unsigned count) {
+static void answers(ps2_device *d, const char *bytes, unsigned count)
+{
     for (unsigned i = 0; i < count; i++)
         answer(d, (uint8_t)bytes[i]);
 }
 
 /* The controller's own answer goes into the output buffer past the queues. */
-static void reply(vm_i8042 *k, unsigned from, uint8_t byte) {
+static void reply(vm_i8042 *k, unsigned from, uint8_t byte)
+{
     k->s.data = byte;
     k->s.full = 1;
     k->s.from = (uint8_t)from;
@@ -65,7 +69,8 @@ static void reply(vm_i8042 *k, unsigned from, uint8_t byte) {
 static void keyboard_defaults(ps2_device *d) { d->rate = 0x2b; d->set = 2; d->scanning = 1; }
 static void mouse_defaults(ps2_device *d) { d->rate = 100; d->resolution = 2; d->scale = d->remote = d->wrap = d->scanning = 0; }
 
-static void keyboard(ps2_device *d, uint8_t value) {
+static void keyboard(ps2_device *d, uint8_t value)
+{
     uint8_t pending = d->pending;
     d->pending = 0;
     if (pending && value < 0xed) {
@@ -93,7 +98,8 @@ static void keyboard(ps2_device *d, uint8_t value) {
     }
 }
 
-static void mouse(ps2_device *d, uint8_t value) {
+static void mouse(ps2_device *d, uint8_t value)
+{
     uint8_t pending = d->pending;
     d->pending = 0;
     if (pending) {
@@ -131,21 +137,24 @@ static void mouse(ps2_device *d, uint8_t value) {
     }
 }
 
-static uint8_t output_port(const vm_i8042 *k) {
+static uint8_t output_port(const vm_i8042 *k)
+{
     uint8_t v = k->s.outport & (uint8_t)~(OUT_KBD_FULL | OUT_AUX_FULL);
     if (k->s.full)
         v |= k->s.from == AUX ? OUT_AUX_FULL : OUT_KBD_FULL;
     return v;
 }
 
-static void set_output_port(vm_i8042 *k, uint8_t value) {
+static void set_output_port(vm_i8042 *k, uint8_t value)
+{
     k->s.outport = value | OUT_NOT_RESET;
     if (!(value & OUT_NOT_RESET))
         vm_machine_event(k->machine, VM_EXIT_RESET, 0);
 }
 
 /* A byte to port 0x64. */
-static void command(vm_i8042 *k, uint8_t value) {
+static void command(vm_i8042 *k, uint8_t value)
+{
     k->s.command = 0;
     k->s.status_command = STATUS_COMMAND;
     switch (value) {
@@ -176,7 +185,8 @@ static void command(vm_i8042 *k, uint8_t value) {
 }
 
 /* A byte to port 0x60. */
-static void data(vm_i8042 *k, uint8_t value) {
+static void data(vm_i8042 *k, uint8_t value)
+{
     uint8_t command = k->s.command;
     k->s.command = 0;
     k->s.status_command = 0;
@@ -197,7 +207,8 @@ static void data(vm_i8042 *k, uint8_t value) {
     }
 }
 
-static uint8_t i8042_get(void *dev, unsigned reg) {
+static uint8_t i8042_get(void *dev, unsigned reg)
+{
     vm_i8042 *k = dev;
     if (reg == 0) {
         uint8_t v = k->s.data;
@@ -210,7 +221,8 @@ static uint8_t i8042_get(void *dev, unsigned reg) {
     return 0xff;
 }
 
-static uint8_t status_get(void *dev, unsigned reg) {
+static uint8_t status_get(void *dev, unsigned reg)
+{
     vm_i8042 *k = dev;
     (void)reg;
     uint8_t v = STATUS_UNLOCKED | k->s.status_command | (k->s.cb & CB_SYSTEM ? STATUS_SYSTEM : 0);
@@ -219,14 +231,16 @@ static uint8_t status_get(void *dev, unsigned reg) {
     return v;
 }
 
-static void i8042_put(void *dev, unsigned reg, uint8_t value) {
+static void i8042_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_i8042 *k = dev;
     if (reg == 0)
         data(k, value);
     deliver(k);
 }
 
-static void status_put(void *dev, unsigned reg, uint8_t value) {
+static void status_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_i8042 *k = dev;
     if (reg == 0)
         command(k, value);
@@ -236,7 +250,8 @@ static void status_put(void *dev, unsigned reg, uint8_t value) {
 VM_DEV_BYTE_IO(i8042)
 VM_DEV_BYTE_IO(status)
 
-static void i8042_reset(void *user) {
+static void i8042_reset(void *user)
+{
     vm_i8042 *k = user;
     memset(&k->s, 0, sizeof k->s);
     k->s.version = I8042_VERSION;
@@ -247,12 +262,14 @@ static void i8042_reset(void *user) {
     deliver(k);
 }
 
-static int i8042_save(void *user, void *buffer, size_t *bytes) {
+static int i8042_save(void *user, void *buffer, size_t *bytes)
+{
     vm_i8042 *k = user;
     return vm_dev_save(&k->s, sizeof k->s, buffer, bytes);
 }
 
-static int i8042_restore(void *user, const void *buffer, size_t bytes) {
+static int i8042_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_i8042 *k = user;
     int status = vm_dev_load(&k->s, sizeof k->s, I8042_VERSION, buffer, bytes);
     if (status)
@@ -267,7 +284,8 @@ static int i8042_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-int vm_i8042_new(vm_machine *m, vm_line irq1, vm_line irq12, vm_i8042 **out) {
+int vm_i8042_new(vm_machine *m, vm_line irq1, vm_line irq12, vm_i8042 **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), i8042_read, i8042_write, i8042_reset, i8042_save, i8042_restore, free };
     static const vm_io_ops status_ops = { .size = sizeof(vm_io_ops), .read = status_read, .write = status_write };
     vm_i8042 *k = calloc(1, sizeof *k);

@@ -17,12 +17,14 @@ struct vm_ioapic {
     struct { uint32_t version, id, select, lines; uint64_t entry[VM_IOAPIC_PINS]; } s;
 };
 
-static vm_apic_msg message(uint64_t entry) {
+static vm_apic_msg message(uint64_t entry)
+{
     return (vm_apic_msg){ .dest = (uint32_t)(entry >> 56), .vector = (uint8_t)entry, .mode = entry >> 8 & 7,
                           .is_logical = entry >> 11 & 1, .is_level = entry >> 15 & 1, .is_asserted = true };
 }
 
-static void service_level(vm_ioapic *io, unsigned pin) {
+static void service_level(vm_ioapic *io, unsigned pin)
+{
     uint64_t e = io->s.entry[pin];
     if (!(e & ENTRY_LEVEL) || (e & (ENTRY_MASKED | ENTRY_REMOTE_IRR)) || !(io->s.lines >> pin & 1))
         return;
@@ -31,7 +33,8 @@ static void service_level(vm_ioapic *io, unsigned pin) {
         io->s.entry[pin] |= ENTRY_REMOTE_IRR;
 }
 
-void vm_ioapic_set(void *ioapic, unsigned pin, bool level) {
+void vm_ioapic_set(void *ioapic, unsigned pin, bool level)
+{
     vm_ioapic *io = ioapic;
     if (pin >= VM_IOAPIC_PINS)
         return;
@@ -46,14 +49,16 @@ void vm_ioapic_set(void *ioapic, unsigned pin, bool level) {
     }
 }
 
-vm_line_state vm_ioapic_state(const vm_ioapic *io, unsigned pin) {
+vm_line_state vm_ioapic_state(const vm_ioapic *io, unsigned pin)
+{
     if (pin >= VM_IOAPIC_PINS || (io->s.entry[pin] & ENTRY_MASKED))
         return VM_LINE_MASKED;
     vm_apic_msg msg = message(io->s.entry[pin]);
     return io->bus.is_pending(io->bus.target, &msg) ? VM_LINE_PENDING : VM_LINE_FREE;
 }
 
-void vm_ioapic_eoi(void *ioapic, uint8_t vector) {
+void vm_ioapic_eoi(void *ioapic, uint8_t vector)
+{
     vm_ioapic *io = ioapic;
     for (unsigned pin = 0; pin < VM_IOAPIC_PINS; pin++) {
         if ((uint8_t)io->s.entry[pin] == vector && (io->s.entry[pin] & ENTRY_LEVEL)) {
@@ -63,7 +68,8 @@ void vm_ioapic_eoi(void *ioapic, uint8_t vector) {
     }
 }
 
-static uint32_t read_selected(const vm_ioapic *io) {
+static uint32_t read_selected(const vm_ioapic *io)
+{
     unsigned reg = io->s.select;
     if (reg == 0 || reg == 2)
         return io->s.id << 24;                     /* id; arbitration id follows it */
@@ -76,7 +82,8 @@ static uint32_t read_selected(const vm_ioapic *io) {
     return 0;
 }
 
-static void write_selected(vm_ioapic *io, uint32_t value) {
+static void write_selected(vm_ioapic *io, uint32_t value)
+{
     unsigned reg = io->s.select;
     if (reg == 0)
         io->s.id = value >> 24 & 15;
@@ -94,7 +101,8 @@ static void write_selected(vm_ioapic *io, uint32_t value) {
     service_level(io, pin);
 }
 
-static int ioapic_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int ioapic_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     vm_ioapic *io = user;
     (void)cpu;
     (void)width;
@@ -104,7 +112,8 @@ static int ioapic_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
     return VM_OK;
 }
 
-static int ioapic_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int ioapic_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_ioapic *io = user;
     (void)cpu;
     (void)width;
@@ -117,7 +126,8 @@ static int ioapic_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned widt
     return VM_OK;
 }
 
-static void ioapic_reset(void *user) {
+static void ioapic_reset(void *user)
+{
     vm_ioapic *io = user;
     io->s.version = IOAPIC_VERSION;
     io->s.id = io->s.select = 0;
@@ -125,19 +135,22 @@ static void ioapic_reset(void *user) {
         io->s.entry[i] = ENTRY_MASKED;             /* lines keep their level: their sources reset themselves */
 }
 
-static int ioapic_save(void *user, void *buffer, size_t *bytes) {
+static int ioapic_save(void *user, void *buffer, size_t *bytes)
+{
     vm_ioapic *io = user;
     return vm_dev_save(&io->s, sizeof io->s, buffer, bytes);
 }
 
-static int ioapic_restore(void *user, const void *buffer, size_t bytes) {
+static int ioapic_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_ioapic *io = user;
     int status = vm_dev_load(&io->s, sizeof io->s, IOAPIC_VERSION, buffer, bytes);
     io->s.select &= 0xff;
     return status;
 }
 
-int vm_ioapic_new(vm_machine *m, uint64_t gpa, vm_apic_bus bus, vm_ioapic **out) {
+int vm_ioapic_new(vm_machine *m, uint64_t gpa, vm_apic_bus bus, vm_ioapic **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), ioapic_read, ioapic_write, ioapic_reset, ioapic_save, ioapic_restore, free };
     vm_ioapic *io = calloc(1, sizeof *io);
     if (!io)

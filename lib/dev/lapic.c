@@ -52,14 +52,16 @@ struct vm_apics {
 };
 
 /* ---- bit sets ---- */
-static int highest(const uint32_t set[8]) {
+static int highest(const uint32_t set[8])
+{
     for (int i = 7; i >= 0; i--)
         if (set[i])
             return i * 32 + 31 - __builtin_clz(set[i]);
     return -1;
 }
 static bool bit_get(const uint32_t set[8], unsigned v) { return set[v >> 5] >> (v & 31) & 1; }
-static void bit_put(uint32_t set[8], unsigned v, bool on) {
+static void bit_put(uint32_t set[8], unsigned v, bool on)
+{
     set[v >> 5] = (set[v >> 5] & ~(1u << (v & 31))) | (uint32_t)on << (v & 31);
 }
 
@@ -74,14 +76,16 @@ static uint32_t ppr(const vm_lapic *l) {           /* 11.8.3.1 */
 }
 
 /* ExtINT reaches this vCPU: hardware-disabled APICs pass INTR through on vCPU 0, as does an IMCR in PIC mode. */
-static bool takes_extint(const vm_lapic *l) {
+static bool takes_extint(const vm_lapic *l)
+{
     if (l->s.index == 0 && (!is_enabled(l) || l->bus->direct))
         return true;
     uint32_t lint0 = l->s.lvt[LVT_LINT0];
     return is_enabled(l) && !(lint0 & LVT_MASKED) && (lint0 >> 8 & 7) == VM_APIC_EXTINT;
 }
 
-static void update(vm_lapic *l) {
+static void update(vm_lapic *l)
+{
     int vector = is_software_enabled(l) ? highest(l->s.irr) : -1, deliver = DELIVER_NONE;
     if (vector >= 0 && ((uint32_t)vector & 0xf0) > (ppr(l) & 0xf0))
         deliver = vector;
@@ -94,7 +98,8 @@ static void update(vm_lapic *l) {
 
 /* ---- errors ---- */
 static void accept(vm_lapic *l, unsigned vector, bool is_level);
-static void apic_error(vm_lapic *l, uint32_t bits) {
+static void apic_error(vm_lapic *l, uint32_t bits)
+{
     bool fresh = (l->s.esr_new & bits) != bits;
     l->s.esr_new |= bits;
     uint32_t lvt = l->s.lvt[LVT_ERROR];
@@ -103,7 +108,8 @@ static void apic_error(vm_lapic *l, uint32_t bits) {
 }
 
 /* ---- receiving ---- */
-static void accept(vm_lapic *l, unsigned vector, bool is_level) {
+static void accept(vm_lapic *l, unsigned vector, bool is_level)
+{
     if (!is_software_enabled(l))
         return;
     if (vector < 16) {
@@ -115,7 +121,8 @@ static void accept(vm_lapic *l, unsigned vector, bool is_level) {
     update(l);
 }
 
-static void receive(vm_lapic *l, const vm_apic_msg *msg) {
+static void receive(vm_lapic *l, const vm_apic_msg *msg)
+{
     vm_vcpu *cpu = l->cpu;
     switch (msg->mode) {
     case VM_APIC_FIXED: case VM_APIC_LOWEST:
@@ -144,7 +151,8 @@ static void receive(vm_lapic *l, const vm_apic_msg *msg) {
 }
 
 /* Is this APIC addressed? 11.6.2. Eight-bit senders (xAPIC, I/O APIC, MSI) broadcast with 0xff. */
-static bool is_match(const vm_lapic *l, const vm_apic_msg *msg) {
+static bool is_match(const vm_lapic *l, const vm_apic_msg *msg)
+{
     if (!is_enabled(l))
         return false;
     if (msg->dest == (msg->is_x2apic ? UINT32_MAX : 0xffu))
@@ -161,7 +169,8 @@ static bool is_match(const vm_lapic *l, const vm_apic_msg *msg) {
     return mda >> 4 == id >> 4 && (mda & id & 15);
 }
 
-static vm_lapic *pick_lowest(vm_apics *a, const vm_apic_msg *msg) {
+static vm_lapic *pick_lowest(vm_apics *a, const vm_apic_msg *msg)
+{
     vm_lapic *best = NULL;
     for (unsigned i = 0; i < a->count; i++) {      /* start after the last winner: equals take turns */
         vm_lapic *l = a->apic[(a->next_lowest + i) % a->count];
@@ -173,7 +182,8 @@ static vm_lapic *pick_lowest(vm_apics *a, const vm_apic_msg *msg) {
     return best;
 }
 
-bool vm_apics_send(vm_apics *a, const vm_apic_msg *msg) {
+bool vm_apics_send(vm_apics *a, const vm_apic_msg *msg)
+{
     if (msg->mode == VM_APIC_LOWEST) {
         vm_lapic *l = pick_lowest(a, msg);
         if (l)
@@ -190,7 +200,8 @@ bool vm_apics_send(vm_apics *a, const vm_apic_msg *msg) {
     return taken;
 }
 
-bool vm_apics_is_pending(vm_apics *a, const vm_apic_msg *msg) {
+bool vm_apics_is_pending(vm_apics *a, const vm_apic_msg *msg)
+{
     for (unsigned i = 0; i < a->count; i++)
         if (is_match(a->apic[i], msg) && bit_get(a->apic[i]->s.irr, msg->vector))
             return true;
@@ -206,7 +217,8 @@ vm_apic_msg vm_apic_msi(uint64_t address, uint32_t data) {     /* 11.11 */
 }
 
 /* ---- sending: the interrupt command register, 11.6.1 ---- */
-static void send_ipi(vm_lapic *l, uint64_t icr) {
+static void send_ipi(vm_lapic *l, uint64_t icr)
+{
     vm_apics *a = l->bus;
     unsigned shorthand = icr >> 18 & 3;
     vm_apic_msg msg = {
@@ -233,7 +245,8 @@ static void send_ipi(vm_lapic *l, uint64_t icr) {
     }
 }
 
-static void end_of_interrupt(vm_lapic *l) {
+static void end_of_interrupt(vm_lapic *l)
+{
     int vector = highest(l->s.isr);
     if (vector < 0)
         return;
@@ -245,12 +258,14 @@ static void end_of_interrupt(vm_lapic *l) {
 
 /* ---- timer, 11.5.4 ---- */
 static unsigned timer_mode(const vm_lapic *l) { return l->s.lvt[LVT_TIMER] >> 17 & 3; }
-static uint64_t divisor(const vm_lapic *l) {
+static uint64_t divisor(const vm_lapic *l)
+{
     unsigned code = (l->s.divide & 3) | (l->s.divide >> 1 & 4);
     return code == 7 ? 1 : UINT64_C(2) << code;
 }
 
-static uint32_t timer_current(const vm_lapic *l) {
+static uint32_t timer_current(const vm_lapic *l)
+{
     if (!l->s.initial || timer_mode(l) == TIMER_DEADLINE)
         return 0;
     uint64_t ticks = (vm_clock_now(l->bus->machine) - l->s.timer_start) / divisor(l);
@@ -261,7 +276,8 @@ static uint32_t timer_current(const vm_lapic *l) {
 
 static uint64_t guest_tsc(const vm_lapic *l) { return vm_clock_tsc(l->bus->machine) + l->cpu->x86.tsc_adjust; }
 
-static uint64_t deadline_ns(const vm_lapic *l) {
+static uint64_t deadline_ns(const vm_lapic *l)
+{
     uint64_t tsc = guest_tsc(l), now = vm_clock_now(l->bus->machine);
     if (l->s.tsc_deadline <= tsc)
         return now;
@@ -269,7 +285,8 @@ static uint64_t deadline_ns(const vm_lapic *l) {
     return wait > UINT64_MAX - 1 - now ? UINT64_MAX : now + wait;
 }
 
-static void timer_arm(vm_lapic *l) {
+static void timer_arm(vm_lapic *l)
+{
     uint64_t now = vm_clock_now(l->bus->machine), at = UINT64_MAX;
     if (timer_mode(l) == TIMER_DEADLINE)
         at = l->s.tsc_deadline ? deadline_ns(l) : UINT64_MAX;
@@ -280,7 +297,8 @@ static void timer_arm(vm_lapic *l) {
     vm_timer_set(l->timer, at);
 }
 
-static void timer_start(vm_lapic *l, uint64_t elapsed_ticks) {
+static void timer_start(vm_lapic *l, uint64_t elapsed_ticks)
+{
     uint64_t now = vm_clock_now(l->bus->machine), span = l->s.initial * divisor(l);
     l->s.timer_start = now - elapsed_ticks * divisor(l);
     l->s.ticker = (vm_ticker){ 0 };
@@ -291,13 +309,15 @@ static void timer_start(vm_lapic *l, uint64_t elapsed_ticks) {
     timer_arm(l);
 }
 
-static void timer_interrupt(vm_lapic *l) {
+static void timer_interrupt(vm_lapic *l)
+{
     uint32_t lvt = l->s.lvt[LVT_TIMER];
     if (!(lvt & LVT_MASKED))
         accept(l, lvt & 0xff, false);
 }
 
-static void timer_fire(void *user) {
+static void timer_fire(void *user)
+{
     vm_lapic *l = user;
     uint64_t now = vm_clock_now(l->bus->machine);
     if (timer_mode(l) == TIMER_DEADLINE) {
@@ -322,7 +342,8 @@ static void timer_fire(void *user) {
     timer_arm(l);
 }
 
-static void write_deadline(vm_lapic *l, uint64_t value) {
+static void write_deadline(vm_lapic *l, uint64_t value)
+{
     if (timer_mode(l) != TIMER_DEADLINE)
         return;
     bool is_past = value && value <= guest_tsc(l);             /* 11.5.4.1: the interrupt comes at once */
@@ -335,7 +356,8 @@ static void write_deadline(vm_lapic *l, uint64_t value) {
 /* ---- registers ---- */
 static const uint32_t lvt_mask[LVT_COUNT] = { 0x710ff, 0x117ff, 0x117ff, 0x1f7ff, 0x1f7ff, 0x110ff };
 
-static void lint0_edge(vm_lapic *l) {
+static void lint0_edge(vm_lapic *l)
+{
     uint32_t lvt = l->s.lvt[LVT_LINT0];
     if (!is_software_enabled(l) || (lvt & LVT_MASKED))
         return;
@@ -344,7 +366,8 @@ static void lint0_edge(vm_lapic *l) {
         receive(l, &msg);
 }
 
-static void write_lvt(vm_lapic *l, unsigned n, uint32_t value) {
+static void write_lvt(vm_lapic *l, unsigned n, uint32_t value)
+{
     value &= lvt_mask[n] & ~(1u << 12 | 1u << 14);             /* delivery status, remote IRR: read-only */
     if (!(l->s.svr & SVR_ENABLE))
         value |= LVT_MASKED;
@@ -366,7 +389,8 @@ static void write_lvt(vm_lapic *l, unsigned n, uint32_t value) {
     }
 }
 
-static void write_svr(vm_lapic *l, uint32_t value) {
+static void write_svr(vm_lapic *l, uint32_t value)
+{
     l->s.svr = value & 0x1ff;
     if (!(value & SVR_ENABLE))
         for (unsigned i = 0; i < LVT_COUNT; i++)
@@ -375,7 +399,8 @@ static void write_svr(vm_lapic *l, uint32_t value) {
 }
 
 /* reg: offset / 16, which is also the MSR's distance from 0x800. */
-static bool read_register(vm_lapic *l, unsigned reg, uint32_t *value) {
+static bool read_register(vm_lapic *l, unsigned reg, uint32_t *value)
+{
     switch (reg) {
     case REG_ID: *value = is_x2(l) ? l->s.index : l->s.id << 24; break;
     case REG_VERSION: *value = 0x14 | (LVT_COUNT - 1) << 16; break;
@@ -401,7 +426,8 @@ static bool read_register(vm_lapic *l, unsigned reg, uint32_t *value) {
     return true;
 }
 
-static bool write_register(vm_lapic *l, unsigned reg, uint32_t value) {
+static bool write_register(vm_lapic *l, unsigned reg, uint32_t value)
+{
     switch (reg) {
     case REG_ID: l->s.id = value >> 24; break;
     case REG_TPR: l->s.tpr = value & 0xff; update(l); break;
@@ -436,7 +462,8 @@ static bool write_register(vm_lapic *l, unsigned reg, uint32_t value) {
     return true;
 }
 
-static int page_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int page_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     (void)user;
     uint32_t v = 0;
     if (!cpu || !cpu->lapic || !is_enabled(cpu->lapic) || is_x2(cpu->lapic))
@@ -447,7 +474,8 @@ static int page_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, 
     return VM_OK;
 }
 
-static int page_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int page_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     (void)user;
     if (!cpu || !cpu->lapic || !is_enabled(cpu->lapic) || is_x2(cpu->lapic))
         return VM_OK;
@@ -477,7 +505,8 @@ static bool write_base(vm_lapic *l, uint64_t value) {          /* 11.12.5, figur
 }
 
 /* Reserved bits of a register written by WRMSR fault (11.12.1.2). */
-static bool is_legal(unsigned reg, uint64_t value) {
+static bool is_legal(unsigned reg, uint64_t value)
+{
     switch (reg) {
     case REG_TPR: case REG_SELF: return !(value & ~UINT64_C(0xff));
     case REG_EOI: case REG_ESR: return value == 0;
@@ -490,7 +519,8 @@ static bool is_legal(unsigned reg, uint64_t value) {
     }
 }
 
-static bool x2_read(vm_lapic *l, unsigned reg, uint64_t *value) {
+static bool x2_read(vm_lapic *l, unsigned reg, uint64_t *value)
+{
     uint32_t v;
     if (reg == REG_ICR) {
         *value = l->s.icr;
@@ -502,7 +532,8 @@ static bool x2_read(vm_lapic *l, unsigned reg, uint64_t *value) {
     return true;
 }
 
-static bool x2_write(vm_lapic *l, unsigned reg, uint64_t value) {
+static bool x2_write(vm_lapic *l, unsigned reg, uint64_t value)
+{
     if (!is_legal(reg, value))
         return false;
     if (reg == REG_SELF) {
@@ -521,7 +552,8 @@ static bool x2_write(vm_lapic *l, unsigned reg, uint64_t value) {
     return write_register(l, reg, (uint32_t)value);
 }
 
-bool vm_lapic_msr_read(vm_lapic *l, uint32_t msr, uint64_t *value) {
+bool vm_lapic_msr_read(vm_lapic *l, uint32_t msr, uint64_t *value)
+{
     if (msr == 0x1b) {
         *value = l->s.base;
         return true;
@@ -533,7 +565,8 @@ bool vm_lapic_msr_read(vm_lapic *l, uint32_t msr, uint64_t *value) {
     return msr >= 0x800 && msr <= 0x83f && is_x2(l) && x2_read(l, msr - 0x800, value);
 }
 
-bool vm_lapic_msr_write(vm_lapic *l, uint32_t msr, uint64_t value) {
+bool vm_lapic_msr_write(vm_lapic *l, uint32_t msr, uint64_t value)
+{
     if (msr == 0x1b)
         return write_base(l, value);
     if (msr == 0x6e0) {
@@ -544,7 +577,8 @@ bool vm_lapic_msr_write(vm_lapic *l, uint32_t msr, uint64_t value) {
 }
 
 uint8_t vm_lapic_tpr(const vm_lapic *l) { return (uint8_t)l->s.tpr; }
-void vm_lapic_set_tpr(vm_lapic *l, uint8_t tpr) {
+void vm_lapic_set_tpr(vm_lapic *l, uint8_t tpr)
+{
     l->s.tpr = tpr;
     update(l);
 }
@@ -552,7 +586,8 @@ uint32_t vm_lapic_id(const vm_lapic *l) { return is_x2(l) ? l->s.index : l->s.id
 uint64_t vm_lapic_base(const vm_lapic *l) { return l->s.base; }
 
 /* ---- towards the vCPU ---- */
-int vm_lapic_pending(vm_vcpu *cpu) {
+int vm_lapic_pending(vm_vcpu *cpu)
+{
     vm_lapic *l = cpu->lapic;
     int deliver = atomic_load_explicit(&l->deliver, memory_order_acquire);
     if (deliver != DELIVER_PIC)
@@ -563,7 +598,8 @@ int vm_lapic_pending(vm_vcpu *cpu) {
     return vector;
 }
 
-int vm_lapic_acknowledge(vm_vcpu *cpu) {
+int vm_lapic_acknowledge(vm_vcpu *cpu)
+{
     vm_lapic *l = cpu->lapic;
     int deliver = atomic_load(&l->deliver);
     if (deliver >= 0) {
@@ -579,7 +615,8 @@ int vm_lapic_acknowledge(vm_vcpu *cpu) {
 
 void vm_apics_set_pic(vm_apics *a, vm_pic *pic) { a->pic = pic; }
 
-void vm_apics_lint0(void *apics, unsigned unused, bool level) {
+void vm_apics_lint0(void *apics, unsigned unused, bool level)
+{
     vm_apics *a = apics;
     (void)unused;
     bool rose = level && !a->intr;
@@ -593,12 +630,14 @@ void vm_apics_lint0(void *apics, unsigned unused, bool level) {
 
 void vm_apics_restore_intr(vm_apics *a, bool level) { a->intr = level; }
 
-void vm_apics_direct_intr(vm_apics *a, bool direct) {
+void vm_apics_direct_intr(vm_apics *a, bool direct)
+{
     a->direct = direct;
     update(a->apic[0]);
 }
 
-void vm_apics_nmi(vm_apics *a) {
+void vm_apics_nmi(vm_apics *a)
+{
     for (unsigned i = 0; i < a->count; i++) {
         uint32_t lvt = a->apic[i]->s.lvt[LVT_LINT1];
         vm_apic_msg msg = { .vector = (uint8_t)lvt, .mode = lvt >> 8 & 7 };
@@ -607,7 +646,8 @@ void vm_apics_nmi(vm_apics *a) {
     }
 }
 
-bool vm_apics_takes_pic(vm_apics *a) {
+bool vm_apics_takes_pic(vm_apics *a)
+{
     for (unsigned i = 0; i < a->count; i++)
         if (takes_extint(a->apic[i]) || !(a->apic[i]->s.lvt[LVT_LINT0] & LVT_MASKED))
             return true;
@@ -617,7 +657,8 @@ bool vm_apics_takes_pic(vm_apics *a) {
 /* ---- life ---- */
 /* INIT keeps the base and x2APIC mode (11.12.5.1), clears the rest. LINT0 of vCPU 0 is left as firmware leaves it: ExtINT
  * through, so that a kernel started without firmware finds its PIC connected. */
-void vm_lapic_init(vm_lapic *l) {
+void vm_lapic_init(vm_lapic *l)
+{
     memset(l->s.isr, 0, sizeof l->s.isr);
     memset(l->s.irr, 0, sizeof l->s.irr);
     memset(l->s.tmr, 0, sizeof l->s.tmr);
@@ -635,7 +676,8 @@ void vm_lapic_init(vm_lapic *l) {
     update(l);
 }
 
-void vm_apics_reset(vm_apics *a) {
+void vm_apics_reset(vm_apics *a)
+{
     a->direct = false;
     for (unsigned i = 0; i < a->count; i++) {
         vm_lapic *l = a->apic[i];
@@ -650,7 +692,8 @@ void vm_apics_reset(vm_apics *a) {
 
 static void apics_reset(void *user) { vm_apics_reset(user); }
 
-static int apics_save(void *user, void *buffer, size_t *bytes) {
+static int apics_save(void *user, void *buffer, size_t *bytes)
+{
     vm_apics *a = user;
     size_t each = sizeof a->apic[0]->s, all = each * a->count;
     if (buffer) {
@@ -663,7 +706,8 @@ static int apics_save(void *user, void *buffer, size_t *bytes) {
     return VM_OK;
 }
 
-static int apics_restore(void *user, const void *buffer, size_t bytes) {
+static int apics_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_apics *a = user;
     size_t each = sizeof a->apic[0]->s;
     if (bytes != each * a->count)
@@ -681,7 +725,8 @@ static int apics_restore(void *user, const void *buffer, size_t bytes) {
     return vm_region_move(a->region, a->apic[0]->s.base & ~UINT64_C(0xfff), true);
 }
 
-static void apics_destroy(void *user) {
+static void apics_destroy(void *user)
+{
     vm_apics *a = user;
     for (unsigned i = 0; i < a->count; i++) {
         if (!a->apic[i])
@@ -694,7 +739,8 @@ static void apics_destroy(void *user) {
     free(a);
 }
 
-int vm_apics_new(vm_machine *m, void (*eoi)(void *target, uint8_t vector), void *target, vm_apics **out) {
+int vm_apics_new(vm_machine *m, void (*eoi)(void *target, uint8_t vector), void *target, vm_apics **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), page_read, page_write, apics_reset, apics_save, apics_restore,
                                    apics_destroy };
     vm_apics *a = calloc(1, sizeof *a + m->vcpu_count * sizeof a->apic[0]);

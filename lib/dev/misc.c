@@ -20,13 +20,15 @@ struct vm_misc {
 };
 
 static uint8_t page_get(void *dev, unsigned reg) { return reg < 16 ? ((vm_misc *)dev)->s.page[reg] : 0xff; }
-static void page_put(void *dev, unsigned reg, uint8_t value) {
+static void page_put(void *dev, unsigned reg, uint8_t value)
+{
     if (reg < 16)
         ((vm_misc *)dev)->s.page[reg] = value;
 }
 
 static uint8_t port92_get(void *dev, unsigned reg) { (void)reg; return ((vm_misc *)dev)->s.port92; }
-static void port92_put(void *dev, unsigned reg, uint8_t value) {
+static void port92_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_misc *d = dev;
     (void)reg;
     bool rose = (value & 1) && !(d->s.port92 & 1);
@@ -35,11 +37,13 @@ static void port92_put(void *dev, unsigned reg, uint8_t value) {
         vm_machine_event(d->machine, VM_EXIT_RESET, 0);
 }
 
-static uint8_t imcr_get(void *dev, unsigned reg) {
+static uint8_t imcr_get(void *dev, unsigned reg)
+{
     vm_misc *d = dev;
     return reg == 1 && d->s.imcr_select == 0x70 ? d->s.imcr : 0xff;
 }
-static void imcr_put(void *dev, unsigned reg, uint8_t value) {
+static void imcr_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_misc *d = dev;
     if (reg == 0) {
         d->s.imcr_select = value;
@@ -50,7 +54,8 @@ static void imcr_put(void *dev, unsigned reg, uint8_t value) {
 }
 
 static uint8_t fpu_get(void *dev, unsigned reg) { (void)dev; (void)reg; return 0xff; }
-static void fpu_put(void *dev, unsigned reg, uint8_t value) {
+static void fpu_put(void *dev, unsigned reg, uint8_t value)
+{
     (void)reg;
     (void)value;
     vm_line_set(&((vm_misc *)dev)->fpu_irq, false);
@@ -58,12 +63,14 @@ static void fpu_put(void *dev, unsigned reg, uint8_t value) {
 void vm_misc_ferr(vm_misc *d) { vm_line_set(&d->fpu_irq, true); }
 
 static uint8_t console_get(void *dev, unsigned reg) { (void)dev; (void)reg; return 0xe9; }
-static void console_put(void *dev, unsigned reg, uint8_t value) {
+static void console_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_misc *d = dev;
     if (reg == 0 && d->fn)
         d->fn(d->fn_user, &value, 1);
 }
-void vm_misc_debugcon(vm_misc *d, vm_console_fn fn, void *user) {
+void vm_misc_debugcon(vm_misc *d, vm_console_fn fn, void *user)
+{
     d->fn = fn;
     d->fn_user = user;
 }
@@ -74,12 +81,14 @@ VM_DEV_BYTE_IO(imcr)
 VM_DEV_BYTE_IO(fpu)
 VM_DEV_BYTE_IO(console)
 
-static int exit_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int exit_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     (void)user; (void)cpu; (void)offset; (void)width;
     *value = 0;
     return VM_OK;
 }
-static int exit_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int exit_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_misc *d = user;
     (void)cpu;
     (void)offset;
@@ -89,7 +98,8 @@ static int exit_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width,
 }
 
 /* 0xcf9: bit 1 hard reset, bit 2 do it (on its rise). */
-void vm_misc_reset_control(vm_misc *d, uint8_t value) {
+void vm_misc_reset_control(vm_misc *d, uint8_t value)
+{
     bool rose = (value & 4) && !(d->s.reset & 4);
     d->s.reset = value & 0x0e;
     if (rose)
@@ -97,7 +107,8 @@ void vm_misc_reset_control(vm_misc *d, uint8_t value) {
 }
 uint8_t vm_misc_reset_read(vm_misc *d) { return d->s.reset; }
 
-static void misc_reset(void *user) {
+static void misc_reset(void *user)
+{
     vm_misc *d = user;
     d->s.version = MISC_VERSION;
     for (unsigned i = 0; i < 16; i++)
@@ -110,12 +121,14 @@ static void misc_reset(void *user) {
     d->imcr(d->target, true);
 }
 
-static int misc_save(void *user, void *buffer, size_t *bytes) {
+static int misc_save(void *user, void *buffer, size_t *bytes)
+{
     vm_misc *d = user;
     return vm_dev_save(&d->s, sizeof d->s, buffer, bytes);
 }
 
-static int misc_restore(void *user, const void *buffer, size_t bytes) {
+static int misc_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_misc *d = user;
     int status = vm_dev_load(&d->s, sizeof d->s, MISC_VERSION, buffer, bytes);
     if (!status)
@@ -123,7 +136,8 @@ static int misc_restore(void *user, const void *buffer, size_t bytes) {
     return status;
 }
 
-int vm_misc_new(vm_machine *m, void (*imcr)(void *target, bool symmetric), vm_line fpu_irq, void *target, vm_misc **out) {
+int vm_misc_new(vm_machine *m, void (*imcr)(void *target, bool symmetric), vm_line fpu_irq, void *target, vm_misc **out)
+{
     static const vm_io_ops page_ops = { sizeof(vm_io_ops), page_read, page_write, misc_reset, misc_save, misc_restore, free };
     static const struct { uint16_t port, count; vm_io_ops ops; } ports[] = {
         { 0x92, 1, { .size = sizeof(vm_io_ops), .read = port92_read, .write = port92_write } },

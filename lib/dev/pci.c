@@ -26,12 +26,14 @@ struct vm_pci {
 
 static void put16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
 
-static vm_pci_function *selected(vm_pci *pci) {
+static vm_pci_function *selected(vm_pci *pci)
+{
     uint32_t a = pci->s.address;
     return a >> 31 && !(a >> 16 & 0xff) ? pci->slot[a >> 8 & 0xff] : NULL;
 }
 
-static int data_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int data_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     vm_pci *pci = user;
     (void)cpu;
     vm_pci_function *f = selected(pci);
@@ -45,7 +47,8 @@ static int data_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, 
     return VM_OK;
 }
 
-static int data_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int data_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_pci *pci = user;
     (void)cpu;
     vm_pci_function *f = selected(pci);
@@ -61,7 +64,8 @@ static int data_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width,
     return VM_OK;
 }
 
-static int address_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int address_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     vm_pci *pci = user;
     (void)cpu;
     if (width == 4 && offset == 0)
@@ -73,7 +77,8 @@ static int address_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned widt
     return VM_OK;
 }
 
-static int address_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int address_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     vm_pci *pci = user;
     (void)cpu;
     if (width == 4 && offset == 0)
@@ -83,7 +88,8 @@ static int address_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned wid
     return VM_OK;
 }
 
-int vm_pci_add(vm_pci *pci, unsigned devfn, vm_pci_function *f) {
+int vm_pci_add(vm_pci *pci, unsigned devfn, vm_pci_function *f)
+{
     if (devfn > 255)
         return vm_fail(VM_E_INVALID, "PCI device and function number %u is above 255", devfn);
     if (pci->slot[devfn])
@@ -92,18 +98,21 @@ int vm_pci_add(vm_pci *pci, unsigned devfn, vm_pci_function *f) {
     return VM_OK;
 }
 
-void vm_pci_remove(vm_pci *pci, unsigned devfn) {
+void vm_pci_remove(vm_pci *pci, unsigned devfn)
+{
     if (devfn <= 255)
         pci->slot[devfn] = NULL;
 }
 
-void vm_pci_reset_control(vm_pci *pci, void (*write)(void *target, uint8_t value), uint8_t (*read)(void *target), void *target) {
+void vm_pci_reset_control(vm_pci *pci, void (*write)(void *target, uint8_t value), uint8_t (*read)(void *target), void *target)
+{
     pci->reset_control = write;
     pci->reset_read = read;
     pci->target = target;
 }
 
-static vm_pci_function *function(vm_pci *pci, unsigned which, uint16_t device, uint16_t command, uint16_t status, uint16_t class) {
+static vm_pci_function *function(vm_pci *pci, unsigned which, uint16_t device, uint16_t command, uint16_t status, uint16_t class)
+{
     vm_pci_function *f = &pci->fixed[which];
     memset(f, 0, sizeof *f);
     put16(f->config + 0x00, 0x8086);
@@ -114,7 +123,8 @@ static vm_pci_function *function(vm_pci *pci, unsigned which, uint16_t device, u
     return f;
 }
 
-static void functions(vm_pci *pci) {
+static void functions(vm_pci *pci)
+{
     vm_pci_function *f = function(pci, HOST, 0x1237, 0x0006, 0, 0x0600);
     f->config[0x08] = 0x02;
     put16(f->config + 0x2c, 0x1af4);       /* subsystem by which SeaBIOS knows machines with fw_cfg */
@@ -134,21 +144,24 @@ static void functions(vm_pci *pci) {
     f->mask[0x3c] = 0xff;
 }
 
-static void pci_reset(void *user) {
+static void pci_reset(void *user)
+{
     vm_pci *pci = user;
     pci->s.version = PCI_VERSION;
     pci->s.address = 0;
     functions(pci);
 }
 
-static int pci_save(void *user, void *buffer, size_t *bytes) {
+static int pci_save(void *user, void *buffer, size_t *bytes)
+{
     vm_pci *pci = user;
     for (unsigned i = 0; i < FIXED_FUNCTIONS; i++)
         memcpy(pci->s.config[i], pci->fixed[i].config, 256);
     return vm_dev_save(&pci->s, sizeof pci->s, buffer, bytes);
 }
 
-static int pci_restore(void *user, const void *buffer, size_t bytes) {
+static int pci_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_pci *pci = user;
     int status = vm_dev_load(&pci->s, sizeof pci->s, PCI_VERSION, buffer, bytes);
     if (status)
@@ -159,7 +172,8 @@ static int pci_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-int vm_pci_new(vm_machine *m, vm_pci **out) {
+int vm_pci_new(vm_machine *m, vm_pci **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), address_read, address_write, pci_reset, pci_save, pci_restore, free };
     static const vm_io_ops data_ops = { .size = sizeof(vm_io_ops), .read = data_read, .write = data_write };
     vm_pci *pci = calloc(1, sizeof *pci);

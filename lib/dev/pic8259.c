@@ -31,7 +31,8 @@ struct vm_pic {
 };
 
 /* Highest-priority set bit counted from the input after `lowest`; 8 when none. */
-static unsigned first_priority(const pic_chip *c, uint8_t bits) {
+static unsigned first_priority(const pic_chip *c, uint8_t bits)
+{
     for (unsigned i = 0; i < 8; i++) {
         unsigned irq = (c->lowest + 1 + i) & 7;
         if (bits & (1u << irq))
@@ -43,7 +44,8 @@ static unsigned first_priority(const pic_chip *c, uint8_t bits) {
 static uint8_t level_inputs(const pic_chip *c) { return c->level_mode ? 0xff : c->elcr; }
 
 /* The input that asks now, or -1 (data sheet: priority resolver, special mask, special fully nested mode). */
-static int requested(const pic_chip *c, bool is_master) {
+static int requested(const pic_chip *c, bool is_master)
+{
     uint8_t irr = (uint8_t)((c->irr | (c->line & level_inputs(c))) & ~c->imr);
     unsigned ask = first_priority(c, irr);
     if (ask == 8)
@@ -56,7 +58,8 @@ static int requested(const pic_chip *c, bool is_master) {
     return ask < first_priority(c, isr) ? (int)((c->lowest + 1 + ask) & 7) : -1;
 }
 
-static void chip_line(pic_chip *c, unsigned irq, bool level) {
+static void chip_line(pic_chip *c, unsigned irq, bool level)
+{
     uint8_t bit = (uint8_t)(1u << irq);
     if (level && !(c->line & bit))
         c->irr |= bit;
@@ -65,7 +68,8 @@ static void chip_line(pic_chip *c, unsigned irq, bool level) {
     c->line = level ? c->line | bit : c->line & (uint8_t)~bit;
 }
 
-static void update(vm_pic *p) {
+static void update(vm_pic *p)
+{
     bool slave = requested(&p->s.chip[1], false) >= 0;
     /* The cascade is a level: it follows the slave, and each new slave request asks again. */
     pic_chip *master = &p->s.chip[0];
@@ -76,13 +80,15 @@ static void update(vm_pic *p) {
     vm_line_set(&p->intr, output);
 }
 
-void vm_pic_set(void *pic, unsigned irq, bool level) {
+void vm_pic_set(void *pic, unsigned irq, bool level)
+{
     vm_pic *p = pic;
     chip_line(&p->s.chip[(irq >> 3) & 1], irq & 7, level);
     update(p);
 }
 
-vm_line_state vm_pic_state(const vm_pic *p, unsigned irq) {
+vm_line_state vm_pic_state(const vm_pic *p, unsigned irq)
+{
     const pic_chip *c = &p->s.chip[(irq >> 3) & 1];
     uint8_t bit = (uint8_t)(1u << (irq & 7));
     if (!c->ready || (c->imr & bit) || (irq >= 8 && (p->s.chip[0].imr & 4)))
@@ -90,7 +96,8 @@ vm_line_state vm_pic_state(const vm_pic *p, unsigned irq) {
     return c->irr & bit ? VM_LINE_PENDING : VM_LINE_FREE;
 }
 
-int vm_pic_peek(const vm_pic *p) {
+int vm_pic_peek(const vm_pic *p)
+{
     int irq = requested(&p->s.chip[0], true);
     if (irq < 0)
         return -1;
@@ -100,7 +107,8 @@ int vm_pic_peek(const vm_pic *p) {
     return p->s.chip[1].vector | (slave < 0 ? 7 : slave);
 }
 
-static void take(pic_chip *c, unsigned irq) {
+static void take(pic_chip *c, unsigned irq)
+{
     uint8_t bit = (uint8_t)(1u << irq);
     if (!(level_inputs(c) & bit))
         c->irr &= (uint8_t)~bit;
@@ -110,7 +118,8 @@ static void take(pic_chip *c, unsigned irq) {
         c->lowest = (uint8_t)irq;
 }
 
-int vm_pic_acknowledge(vm_pic *p) {
+int vm_pic_acknowledge(vm_pic *p)
+{
     pic_chip *master = &p->s.chip[0], *slave = &p->s.chip[1];
     int irq = requested(master, true), vector;
     if (irq < 0) {
@@ -130,7 +139,8 @@ int vm_pic_acknowledge(vm_pic *p) {
 }
 
 /* OCW2: end of interrupt and rotation (data sheet, table of R, SL, EOI). */
-static void write_ocw2(pic_chip *c, uint8_t value) {
+static void write_ocw2(pic_chip *c, uint8_t value)
+{
     unsigned command = value >> 5, level = value & 7;
     switch (command) {
     case 0: case 4:                            /* rotate in automatic EOI mode: clear, set */
@@ -160,7 +170,8 @@ static void write_ocw2(pic_chip *c, uint8_t value) {
     }
 }
 
-static void write_command(pic_chip *c, uint8_t value) {
+static void write_command(pic_chip *c, uint8_t value)
+{
     if (value & ICW1_INIT) {
         c->irr = c->isr = c->imr = 0;
         c->special_mask = c->read_isr = c->poll = 0;
@@ -183,7 +194,8 @@ static void write_command(pic_chip *c, uint8_t value) {
     }
 }
 
-static void write_data(pic_chip *c, uint8_t value) {
+static void write_data(pic_chip *c, uint8_t value)
+{
     switch (c->icw_step) {
     case 2:
         c->vector = value & 0xf8;
@@ -205,7 +217,8 @@ static void write_data(pic_chip *c, uint8_t value) {
         c->ready = 1;
 }
 
-static uint8_t read_chip(vm_pic *p, unsigned which, unsigned reg) {
+static uint8_t read_chip(vm_pic *p, unsigned which, unsigned reg)
+{
     pic_chip *c = &p->s.chip[which];
     if (c->poll) {                             /* the read is an INTA */
         c->poll = 0;
@@ -223,7 +236,8 @@ static uint8_t read_chip(vm_pic *p, unsigned which, unsigned reg) {
 
 static uint8_t master_get(void *dev, unsigned reg) { return reg < 2 ? read_chip(dev, 0, reg) : 0xff; }
 static uint8_t slave_get(void *dev, unsigned reg) { return reg < 2 ? read_chip(dev, 1, reg) : 0xff; }
-static void chip_put(vm_pic *p, unsigned which, unsigned reg, uint8_t value) {
+static void chip_put(vm_pic *p, unsigned which, unsigned reg, uint8_t value)
+{
     if (reg == 0)
         write_command(&p->s.chip[which], value);
     else if (reg == 1)
@@ -233,7 +247,8 @@ static void chip_put(vm_pic *p, unsigned which, unsigned reg, uint8_t value) {
 static void master_put(void *dev, unsigned reg, uint8_t value) { chip_put(dev, 0, reg, value); }
 static void slave_put(void *dev, unsigned reg, uint8_t value) { chip_put(dev, 1, reg, value); }
 static uint8_t elcr_get(void *dev, unsigned reg) { return reg < 2 ? ((vm_pic *)dev)->s.chip[reg].elcr : 0xff; }
-static void elcr_put(void *dev, unsigned reg, uint8_t value) {
+static void elcr_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_pic *p = dev;
     if (reg < 2)
         p->s.chip[reg].elcr = value & p->s.chip[reg].elcr_mask;
@@ -244,7 +259,8 @@ VM_DEV_BYTE_IO(master)
 VM_DEV_BYTE_IO(slave)
 VM_DEV_BYTE_IO(elcr)
 
-static void pic_reset(void *user) {
+static void pic_reset(void *user)
+{
     vm_pic *p = user;
     for (unsigned i = 0; i < 2; i++) {
         uint8_t line = p->s.chip[i].line;
@@ -254,12 +270,14 @@ static void pic_reset(void *user) {
     update(p);
 }
 
-static int pic_save(void *user, void *buffer, size_t *bytes) {
+static int pic_save(void *user, void *buffer, size_t *bytes)
+{
     vm_pic *p = user;
     return vm_dev_save(&p->s, sizeof p->s, buffer, bytes);
 }
 
-static int pic_restore(void *user, const void *buffer, size_t bytes) {
+static int pic_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_pic *p = user;
     int status = vm_dev_load(&p->s, sizeof p->s, PIC_VERSION, buffer, bytes);
     if (status)
@@ -272,7 +290,8 @@ static int pic_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-int vm_pic_new(vm_machine *m, vm_line intr, vm_pic **out) {
+int vm_pic_new(vm_machine *m, vm_line intr, vm_pic **out)
+{
     static const vm_io_ops master_ops = { sizeof(vm_io_ops), master_read, master_write, pic_reset, pic_save, pic_restore, free };
     static const vm_io_ops slave_ops = { .size = sizeof(vm_io_ops), .read = slave_read, .write = slave_write };
     static const vm_io_ops elcr_ops = { .size = sizeof(vm_io_ops), .read = elcr_read, .write = elcr_write };

@@ -39,7 +39,8 @@ static uint64_t pit_now(const vm_pit *p) { return vm_ticks_from_ns(vm_clock_now(
 static uint32_t full_count(const pit_channel *c) { return c->bcd ? 10000 : 0x10000; }
 
 /* Bring a periodic channel whose count was rewritten up to date. */
-static void settle(pit_channel *c, uint64_t now) {
+static void settle(pit_channel *c, uint64_t now)
+{
     if (c->next_count && now >= c->next_at) {
         c->count = c->next_count;
         c->start = c->next_at;
@@ -47,13 +48,15 @@ static void settle(pit_channel *c, uint64_t now) {
     }
 }
 
-static uint64_t elapsed(const pit_channel *c, uint64_t now) {
+static uint64_t elapsed(const pit_channel *c, uint64_t now)
+{
     if (!c->running)
         return c->paused;
     return now > c->start ? now - c->start : 0;
 }
 
-static bool channel_out(pit_channel *c, uint64_t now) {
+static bool channel_out(pit_channel *c, uint64_t now)
+{
     settle(c, now);
     uint64_t t = elapsed(c, now);
     switch (c->mode) {
@@ -66,7 +69,8 @@ static bool channel_out(pit_channel *c, uint64_t now) {
     }
 }
 
-static uint32_t channel_count(pit_channel *c, uint64_t now) {
+static uint32_t channel_count(pit_channel *c, uint64_t now)
+{
     settle(c, now);
     uint64_t t = elapsed(c, now), full = full_count(c);
     if (!c->loaded)
@@ -81,15 +85,18 @@ static uint32_t channel_count(pit_channel *c, uint64_t now) {
     return (uint32_t)(v % full);
 }
 
-static uint16_t to_bcd(uint32_t v) {
+static uint16_t to_bcd(uint32_t v)
+{
     return (uint16_t)(v % 10 | (v / 10 % 10) << 4 | (v / 100 % 10) << 8 | (v / 1000 % 10) << 12);
 }
-static uint32_t from_bcd(uint32_t v) {
+static uint32_t from_bcd(uint32_t v)
+{
     return (v & 15) + (v >> 4 & 15) * 10 + (v >> 8 & 15) * 100 + (v >> 12 & 15) * 1000;
 }
 
 /* ---- channel 0: edges ---- */
-static void pit_arm(vm_pit *p) {
+static void pit_arm(vm_pit *p)
+{
     uint64_t now = vm_clock_now(p->machine), wake = vm_ticker_wake(&p->s.ticker, now);
     if (p->s.single_ns < wake)
         wake = p->s.single_ns;
@@ -97,7 +104,8 @@ static void pit_arm(vm_pit *p) {
 }
 
 /* Channel 0 was programmed: where does OUT rise? */
-static void pit_plan(vm_pit *p) {
+static void pit_plan(vm_pit *p)
+{
     pit_channel *c = &p->s.ch[0];
     uint64_t now = pit_now(p);
     settle(c, now);
@@ -121,13 +129,15 @@ static void pit_plan(vm_pit *p) {
     pit_arm(p);
 }
 
-static void pulse(vm_pit *p) {
+static void pulse(vm_pit *p)
+{
     vm_line_set(&p->irq, false);
     vm_line_set(&p->irq, true);
 }
 
 /* The period in whole nanoseconds drifts against 1193182 Hz: take each next edge from the tick grid. */
-static void pit_resync(vm_pit *p) {
+static void pit_resync(vm_pit *p)
+{
     pit_channel *c = &p->s.ch[0];
     uint64_t now = pit_now(p);
     settle(c, now);
@@ -137,7 +147,8 @@ static void pit_resync(vm_pit *p) {
     p->s.ticker.next_ns = vm_ns_from_ticks(next, PIT_HZ);
 }
 
-static void pit_fire(void *user) {
+static void pit_fire(void *user)
+{
     vm_pit *p = user;
     uint64_t now = vm_clock_now(p->machine);
     if (now >= p->s.single_ns) {
@@ -163,7 +174,8 @@ static void pit_fire(void *user) {
 }
 
 /* ---- registers ---- */
-static void load_count(vm_pit *p, unsigned n, uint32_t raw) {
+static void load_count(vm_pit *p, unsigned n, uint32_t raw)
+{
     pit_channel *c = &p->s.ch[n];
     uint64_t now = pit_now(p);
     uint32_t v = c->bcd ? from_bcd(raw) : raw;
@@ -190,7 +202,8 @@ static void load_count(vm_pit *p, unsigned n, uint32_t raw) {
         pit_plan(p);
 }
 
-static void set_gate(vm_pit *p, unsigned n, bool gate) {
+static void set_gate(vm_pit *p, unsigned n, bool gate)
+{
     pit_channel *c = &p->s.ch[n];
     uint64_t now = pit_now(p);
     if (c->gate == gate)
@@ -218,7 +231,8 @@ static void set_gate(vm_pit *p, unsigned n, bool gate) {
     c->gate = gate;
 }
 
-static void latch_count(vm_pit *p, pit_channel *c) {
+static void latch_count(vm_pit *p, pit_channel *c)
+{
     if (c->latched)
         return;                                /* the first latch holds until read */
     uint32_t v = channel_count(c, pit_now(p));
@@ -227,7 +241,8 @@ static void latch_count(vm_pit *p, pit_channel *c) {
     c->read_half = 0;
 }
 
-static void latch_status(vm_pit *p, pit_channel *c) {
+static void latch_status(vm_pit *p, pit_channel *c)
+{
     if (c->status_latched)
         return;
     uint64_t now = pit_now(p);
@@ -235,7 +250,8 @@ static void latch_status(vm_pit *p, pit_channel *c) {
     c->status_latched = 1;
 }
 
-static void write_control(vm_pit *p, uint8_t value) {
+static void write_control(vm_pit *p, uint8_t value)
+{
     unsigned n = value >> 6, access = (value >> 4) & 3;
     if (n == 3) {                              /* read-back: bits 5, 4 low select count, status */
         for (unsigned i = 0; i < 3; i++) {
@@ -266,7 +282,8 @@ static void write_control(vm_pit *p, uint8_t value) {
         pit_plan(p);
 }
 
-static void write_channel(vm_pit *p, unsigned n, uint8_t value) {
+static void write_channel(vm_pit *p, unsigned n, uint8_t value)
+{
     pit_channel *c = &p->s.ch[n];
     switch (c->access) {
     case ACCESS_LOW: load_count(p, n, value); break;
@@ -288,7 +305,8 @@ static void write_channel(vm_pit *p, unsigned n, uint8_t value) {
     }
 }
 
-static uint8_t read_channel(vm_pit *p, unsigned n) {
+static uint8_t read_channel(vm_pit *p, unsigned n)
+{
     pit_channel *c = &p->s.ch[n];
     if (c->status_latched) {
         c->status_latched = 0;
@@ -310,7 +328,8 @@ static uint8_t read_channel(vm_pit *p, unsigned n) {
 }
 
 static uint8_t pit_get(void *dev, unsigned reg) { return reg < 3 ? read_channel(dev, reg) : 0xff; }
-static void pit_put(void *dev, unsigned reg, uint8_t value) {
+static void pit_put(void *dev, unsigned reg, uint8_t value)
+{
     if (reg < 3)
         write_channel(dev, reg, value);
     else if (reg == 3)
@@ -318,13 +337,15 @@ static void pit_put(void *dev, unsigned reg, uint8_t value) {
 }
 
 /* Port 0x61: bit 0 gate of channel 2, bit 1 speaker, bit 4 toggles with every refresh (15 us), bit 5 OUT of channel 2. */
-static uint8_t port61_get(void *dev, unsigned reg) {
+static uint8_t port61_get(void *dev, unsigned reg)
+{
     vm_pit *p = dev;
     (void)reg;
     uint8_t refresh = (uint8_t)(vm_clock_now(p->machine) / 15085 & 1);
     return (uint8_t)(p->s.port61 | refresh << 4 | channel_out(&p->s.ch[2], pit_now(p)) << 5);
 }
-static void port61_put(void *dev, unsigned reg, uint8_t value) {
+static void port61_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_pit *p = dev;
     if (reg)
         return;
@@ -335,7 +356,8 @@ static void port61_put(void *dev, unsigned reg, uint8_t value) {
 VM_DEV_BYTE_IO(pit)
 VM_DEV_BYTE_IO(port61)
 
-static void pit_reset(void *user) {
+static void pit_reset(void *user)
+{
     vm_pit *p = user;
     for (unsigned i = 0; i < 3; i++)
         p->s.ch[i] = (pit_channel){ .mode = 3, .access = ACCESS_BOTH, .gate = i != 2, .count = 0x10000 };
@@ -346,12 +368,14 @@ static void pit_reset(void *user) {
     vm_timer_set(p->timer, UINT64_MAX);
 }
 
-static int pit_save(void *user, void *buffer, size_t *bytes) {
+static int pit_save(void *user, void *buffer, size_t *bytes)
+{
     vm_pit *p = user;
     return vm_dev_save(&p->s, sizeof p->s, buffer, bytes);
 }
 
-static int pit_restore(void *user, const void *buffer, size_t bytes) {
+static int pit_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_pit *p = user;
     int status = vm_dev_load(&p->s, sizeof p->s, PIT_VERSION, buffer, bytes);
     if (status)
@@ -370,13 +394,15 @@ static int pit_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-static void pit_destroy(void *user) {
+static void pit_destroy(void *user)
+{
     vm_pit *p = user;
     vm_timer_free(p->timer);
     free(p);
 }
 
-int vm_pit_new(vm_machine *m, vm_line irq, vm_pit **out) {
+int vm_pit_new(vm_machine *m, vm_line irq, vm_pit **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), pit_read, pit_write, pit_reset, pit_save, pit_restore, pit_destroy };
     static const vm_io_ops port61_ops = { .size = sizeof(vm_io_ops), .read = port61_read, .write = port61_write };
     vm_pit *p = calloc(1, sizeof *p);

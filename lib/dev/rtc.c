@@ -35,20 +35,23 @@ struct vm_rtc {
 };
 
 static uint64_t divider_ns(const vm_rtc *r) { return vm_clock_now(r->machine) + r->s.offset_ns; }
-static uint64_t unix_second(const vm_rtc *r) {
+static uint64_t unix_second(const vm_rtc *r)
+{
     int64_t t = (int64_t)(divider_ns(r) / NS) + r->s.offset_s;
     return t < 0 ? 0 : (uint64_t)t;
 }
 
 /* ---- calendar: days since 1970-01-01, proleptic Gregorian ---- */
-static int64_t days_from_date(int64_t y, unsigned m, unsigned d) {
+static int64_t days_from_date(int64_t y, unsigned m, unsigned d)
+{
     y -= m <= 2;
     int64_t era = (y >= 0 ? y : y - 399) / 400;
     unsigned yoe = (unsigned)(y - era * 400), doy = (153 * (m > 2 ? m - 3 : m + 9) + 2) / 5 + d - 1;
     return era * 146097 + (int64_t)(yoe * 365 + yoe / 4 - yoe / 100 + doy) - 719468;
 }
 
-static void date_from_days(int64_t days, int *y, unsigned *m, unsigned *d) {
+static void date_from_days(int64_t days, int *y, unsigned *m, unsigned *d)
+{
     days += 719468;
     int64_t era = (days >= 0 ? days : days - 146096) / 146097;
     unsigned doe = (unsigned)(days - era * 146097);
@@ -59,25 +62,30 @@ static void date_from_days(int64_t days, int *y, unsigned *m, unsigned *d) {
     *y = (int)(yoe + era * 400) + (*m <= 2);
 }
 
-static uint8_t encode(const vm_rtc *r, unsigned v) {
+static uint8_t encode(const vm_rtc *r, unsigned v)
+{
     return (uint8_t)(r->s.ram[REG_B] & B_BINARY ? v : (v / 10 % 10) << 4 | v % 10);
 }
-static unsigned decode(const vm_rtc *r, uint8_t v) {
+static unsigned decode(const vm_rtc *r, uint8_t v)
+{
     return r->s.ram[REG_B] & B_BINARY ? v : (unsigned)(v >> 4) * 10 + (v & 15);
 }
-static uint8_t encode_hour(const vm_rtc *r, unsigned hour) {
+static uint8_t encode_hour(const vm_rtc *r, unsigned hour)
+{
     if (r->s.ram[REG_B] & B_24H)
         return encode(r, hour);
     return (uint8_t)(encode(r, hour % 12 ? hour % 12 : 12) | (hour >= 12 ? 0x80 : 0));
 }
-static unsigned decode_hour(const vm_rtc *r, uint8_t v) {
+static unsigned decode_hour(const vm_rtc *r, uint8_t v)
+{
     if (r->s.ram[REG_B] & B_24H)
         return decode(r, v) % 24;
     return decode(r, v & 0x7f) % 12 + (v & 0x80 ? 12 : 0);
 }
 
 /* Bytes from the running clock. */
-static void clock_to_bytes(vm_rtc *r) {
+static void clock_to_bytes(vm_rtc *r)
+{
     if (r->s.ram[REG_B] & B_SET)
         return;
     uint64_t t = unix_second(r), day = t / 86400, second = t % 86400;
@@ -95,7 +103,8 @@ static void clock_to_bytes(vm_rtc *r) {
 }
 
 /* The running clock from bytes: guests write nonsense too, so every field is folded into its range. */
-static void bytes_to_clock(vm_rtc *r) {
+static void bytes_to_clock(vm_rtc *r)
+{
     unsigned month = decode(r, r->s.ram[REG_MONTH]), day = decode(r, r->s.ram[REG_DAY]);
     unsigned year = decode(r, r->s.ram[REG_CENTURY]) * 100 + decode(r, r->s.ram[REG_YEAR]) % 100;
     int64_t days = days_from_date(year < 1970 ? 1970 : year, month < 1 ? 1 : month > 12 ? 12 : month, day < 1 ? 1 : day > 31 ? 31 : day);
@@ -106,7 +115,8 @@ static void bytes_to_clock(vm_rtc *r) {
 }
 
 /* ---- interrupts ---- */
-static uint64_t periodic_ns(const vm_rtc *r) {
+static uint64_t periodic_ns(const vm_rtc *r)
+{
     unsigned rate = r->s.ram[REG_A] & 15, divider = r->s.ram[REG_A] >> 4 & 7;
     if (!rate || divider > 2)
         return 0;
@@ -120,7 +130,8 @@ static bool is_counting(const vm_rtc *r) { return !(r->s.ram[REG_B] & B_SET) && 
 static bool alarm_byte(uint8_t alarm, uint8_t now) { return (alarm & 0xc0) == 0xc0 || alarm == now; }
 
 /* Seconds from (not including) `t` to the next alarm, at most a day; 0: never. */
-static uint64_t alarm_distance(const vm_rtc *r, uint64_t t) {
+static uint64_t alarm_distance(const vm_rtc *r, uint64_t t)
+{
     const uint8_t *ram = r->s.ram;
     for (uint64_t hour = 0; hour <= 24; hour++) {
         uint64_t begin = hour ? (t / 3600 + hour) * 3600 : t + 1, end = (t / 3600 + hour + 1) * 3600;
@@ -136,7 +147,8 @@ static uint64_t alarm_distance(const vm_rtc *r, uint64_t t) {
     return 0;
 }
 
-static void drive(vm_rtc *r) {
+static void drive(vm_rtc *r)
+{
     uint8_t b = r->s.ram[REG_B], c = r->s.ram[REG_C];
     bool level = c & b & (C_PF | C_AF | C_UF);
     r->s.ram[REG_C] = level ? c | C_IRQF : c & (uint8_t)~C_IRQF;
@@ -146,7 +158,8 @@ static void drive(vm_rtc *r) {
     }
 }
 
-static void arm(vm_rtc *r) {
+static void arm(vm_rtc *r)
+{
     uint64_t now = vm_clock_now(r->machine), wake = UINT64_MAX;
     uint8_t b = r->s.ram[REG_B], c = r->s.ram[REG_C];
     if ((b & B_PIE) && !(c & C_PF))
@@ -165,7 +178,8 @@ static void arm(vm_rtc *r) {
 }
 
 /* Flags from the time that has passed. */
-static void catch_up(vm_rtc *r) {
+static void catch_up(vm_rtc *r)
+{
     uint64_t now = vm_clock_now(r->machine), second = unix_second(r);
     if (is_counting(r) && second > r->s.seen_second) {
         r->s.ram[REG_C] |= C_UF;
@@ -186,14 +200,16 @@ static void catch_up(vm_rtc *r) {
 
 static void rtc_fire(void *user) { catch_up(user); }
 
-static void plan_periodic(vm_rtc *r) {
+static void plan_periodic(vm_rtc *r)
+{
     uint64_t period = periodic_ns(r), now = vm_clock_now(r->machine);
     if (period != r->s.ticker.period_ns)
         r->s.ticker = (vm_ticker){ .period_ns = period, .next_ns = period ? (now / period + 1) * period : 0 };
 }
 
 /* ---- registers ---- */
-static uint8_t read_cell(vm_rtc *r, unsigned index) {
+static uint8_t read_cell(vm_rtc *r, unsigned index)
+{
     catch_up(r);
     switch (index) {
     case REG_A: {
@@ -218,7 +234,8 @@ static uint8_t read_cell(vm_rtc *r, unsigned index) {
     }
 }
 
-static void write_b(vm_rtc *r, uint8_t value) {
+static void write_b(vm_rtc *r, uint8_t value)
+{
     uint8_t before = r->s.ram[REG_B];
     if ((value & B_SET) && !(before & B_SET)) {
         clock_to_bytes(r);
@@ -234,7 +251,8 @@ static void write_b(vm_rtc *r, uint8_t value) {
     catch_up(r);
 }
 
-static void write_cell(vm_rtc *r, unsigned index, uint8_t value) {
+static void write_cell(vm_rtc *r, unsigned index, uint8_t value)
+{
     catch_up(r);
     switch (index) {
     case REG_A:
@@ -255,7 +273,8 @@ static void write_cell(vm_rtc *r, unsigned index, uint8_t value) {
     arm(r);
 }
 
-static uint8_t rtc_get(void *dev, unsigned reg) {
+static uint8_t rtc_get(void *dev, unsigned reg)
+{
     vm_rtc *r = dev;
     switch (reg) {
     case 1: return read_cell(r, r->s.index & 0x7f);
@@ -265,7 +284,8 @@ static uint8_t rtc_get(void *dev, unsigned reg) {
     }
 }
 
-static void rtc_put(void *dev, unsigned reg, uint8_t value) {
+static void rtc_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_rtc *r = dev;
     switch (reg) {
     case 0: r->s.index = value; break;     /* bit 7 is the NMI mask: kept, nothing behind it */
@@ -281,7 +301,8 @@ VM_DEV_BYTE_IO(rtc)
 void vm_rtc_set_cell(vm_rtc *r, unsigned index, uint8_t value) { r->cells[index & 0x7f] = r->s.ram[index & 0x7f] = value; }
 
 /* RESET clears the enables and flags; time, alarm and RAM have a battery. */
-static void rtc_reset(void *user) {
+static void rtc_reset(void *user)
+{
     vm_rtc *r = user;
     r->s.version = RTC_VERSION;
     r->s.index = r->s.high_index = 0;
@@ -298,12 +319,14 @@ static void rtc_reset(void *user) {
     arm(r);
 }
 
-static int rtc_save(void *user, void *buffer, size_t *bytes) {
+static int rtc_save(void *user, void *buffer, size_t *bytes)
+{
     vm_rtc *r = user;
     return vm_dev_save(&r->s, sizeof r->s, buffer, bytes);
 }
 
-static int rtc_restore(void *user, const void *buffer, size_t bytes) {
+static int rtc_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_rtc *r = user;
     int status = vm_dev_load(&r->s, sizeof r->s, RTC_VERSION, buffer, bytes);
     if (status)
@@ -315,13 +338,15 @@ static int rtc_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-static void rtc_destroy(void *user) {
+static void rtc_destroy(void *user)
+{
     vm_rtc *r = user;
     vm_timer_free(r->timer);
     free(r);
 }
 
-int vm_rtc_new(vm_machine *m, vm_line irq, int64_t unix_seconds, vm_rtc **out) {
+int vm_rtc_new(vm_machine *m, vm_line irq, int64_t unix_seconds, vm_rtc **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), rtc_read, rtc_write, rtc_reset, rtc_save, rtc_restore, rtc_destroy };
     vm_rtc *r = calloc(1, sizeof *r);
     if (!r || !(r->timer = vm_timer_new(m, rtc_fire, r))) {

@@ -35,12 +35,14 @@ struct vm_uart {
 
 static bool has_fifo(const vm_uart *u) { return u->s.fcr & 1; }
 static unsigned capacity(const vm_uart *u) { return has_fifo(u) ? FIFO : 1; }
-static unsigned trigger(const vm_uart *u) {
+static unsigned trigger(const vm_uart *u)
+{
     static const uint8_t levels[4] = { 1, 4, 8, 14 };
     return has_fifo(u) ? levels[u->s.fcr >> 6] : 1;
 }
 
-static unsigned identify(const vm_uart *u) {
+static unsigned identify(const vm_uart *u)
+{
     if ((u->s.ier & IER_LINE) && (u->s.lsr & LSR_ERRORS))
         return IIR_LINE;
     if ((u->s.ier & IER_RDA) && u->s.fifo_count >= trigger(u))
@@ -55,7 +57,8 @@ static unsigned identify(const vm_uart *u) {
 }
 
 /* OUT2 gates the line on a PC; loopback takes it away from the pins (IRQ included). */
-static void update(vm_uart *u) {
+static void update(vm_uart *u)
+{
     bool level = identify(u) != IIR_NONE && (u->s.mcr & MCR_OUT2) && !(u->s.mcr & MCR_LOOP);
     if (level != u->s.irq_level) {
         u->s.irq_level = level;
@@ -64,24 +67,28 @@ static void update(vm_uart *u) {
 }
 
 /* Four character times of ten bits (data sheet: FIFO time-out). */
-static uint64_t timeout_ns(const vm_uart *u) {
+static uint64_t timeout_ns(const vm_uart *u)
+{
     uint64_t divisor = u->s.divisor ? u->s.divisor : 1;
     return 4 * 10 * divisor * UINT64_C(1000000000) / 115200;
 }
 
-static void restart_timeout(vm_uart *u) {
+static void restart_timeout(vm_uart *u)
+{
     u->s.timeout = 0;
     bool wanted = has_fifo(u) && u->s.fifo_count && u->s.fifo_count < trigger(u);
     vm_timer_set(u->timer, wanted ? vm_clock_now(u->machine) + timeout_ns(u) : UINT64_MAX);
 }
 
-static void uart_fire(void *user) {
+static void uart_fire(void *user)
+{
     vm_uart *u = user;
     u->s.timeout = u->s.fifo_count != 0;
     update(u);
 }
 
-static void push(vm_uart *u, uint8_t byte) {
+static void push(vm_uart *u, uint8_t byte)
+{
 #ifdef LIBVM_SEEDED_BUG                    /* for tests/fuzz/seeded alone: a FIFO whose end nobody looks at */
     u->s.fifo[u->s.fifo_count++] = byte;
     u->s.lsr |= LSR_DATA;
@@ -99,7 +106,8 @@ static void push(vm_uart *u, uint8_t byte) {
 }
 
 /* Move what waits on the host's side into the receiver. */
-static void refill(vm_uart *u) {
+static void refill(vm_uart *u)
+{
     if (!u->s.queue_count || (u->s.mcr & MCR_LOOP))
         return;
     while (u->s.queue_count && u->s.fifo_count < capacity(u)) {
@@ -110,7 +118,8 @@ static void refill(vm_uart *u) {
     restart_timeout(u);
 }
 
-static uint8_t pop(vm_uart *u) {
+static uint8_t pop(vm_uart *u)
+{
     if (!u->s.fifo_count)
         return 0;
     uint8_t byte = u->s.fifo[u->s.fifo_head];
@@ -123,13 +132,15 @@ static uint8_t pop(vm_uart *u) {
     return byte;
 }
 
-static void clear_receiver(vm_uart *u) {
+static void clear_receiver(vm_uart *u)
+{
     u->s.fifo_head = u->s.fifo_count = 0;
     u->s.lsr &= (uint8_t)~LSR_DATA;
     restart_timeout(u);
 }
 
-static void transmit(vm_uart *u, uint8_t byte) {
+static void transmit(vm_uart *u, uint8_t byte)
+{
     u->s.thre_pending = 1;                 /* it was empty before and is again */
     if (u->s.mcr & MCR_LOOP) {
         push(u, byte);
@@ -140,7 +151,8 @@ static void transmit(vm_uart *u, uint8_t byte) {
 }
 
 /* Modem lines: the far end is always ready; in loopback they follow MCR. */
-static void modem_lines(vm_uart *u) {
+static void modem_lines(vm_uart *u)
+{
     uint8_t mcr = u->s.mcr, lines = MSR_CTS | MSR_DSR | MSR_DCD;
     if (mcr & MCR_LOOP)
         lines = (uint8_t)((mcr & MCR_RTS ? MSR_CTS : 0) | (mcr & MCR_DTR ? MSR_DSR : 0) | (mcr & MCR_OUT1 ? MSR_RI : 0) |
@@ -151,7 +163,8 @@ static void modem_lines(vm_uart *u) {
     u->s.msr = lines | (u->s.msr & 15) | delta;
 }
 
-static uint8_t uart_get(void *dev, unsigned reg) {
+static uint8_t uart_get(void *dev, unsigned reg)
+{
     vm_uart *u = dev;
     uint8_t v = 0xff;
     switch (reg) {
@@ -179,7 +192,8 @@ static uint8_t uart_get(void *dev, unsigned reg) {
     return v;
 }
 
-static void write_fcr(vm_uart *u, uint8_t value) {
+static void write_fcr(vm_uart *u, uint8_t value)
+{
     bool was = has_fifo(u);
     u->s.fcr = value & 1 ? value & 0xc9 : 0;
     if (was != has_fifo(u) || ((value & 1) && (value & 2)))
@@ -188,7 +202,8 @@ static void write_fcr(vm_uart *u, uint8_t value) {
     restart_timeout(u);
 }
 
-static void uart_put(void *dev, unsigned reg, uint8_t value) {
+static void uart_put(void *dev, unsigned reg, uint8_t value)
+{
     vm_uart *u = dev;
     switch (reg) {
     case 0:
@@ -221,12 +236,14 @@ static void uart_put(void *dev, unsigned reg, uint8_t value) {
 
 VM_DEV_BYTE_IO(uart)
 
-void vm_uart_output(vm_uart *u, vm_console_fn fn, void *user) {
+void vm_uart_output(vm_uart *u, vm_console_fn fn, void *user)
+{
     u->fn = fn;
     u->fn_user = user;
 }
 
-int vm_uart_input(vm_uart *u, const uint8_t *bytes, size_t count) {
+int vm_uart_input(vm_uart *u, const uint8_t *bytes, size_t count)
+{
     if (count && u->s.queue_count == QUEUE)
         return vm_fail(VM_E_BUSY, "serial input: queue of %d bytes is full", QUEUE);
     if (!u->queue && !(u->queue = malloc(QUEUE)))
@@ -241,13 +258,15 @@ int vm_uart_input(vm_uart *u, const uint8_t *bytes, size_t count) {
     return (int)taken;
 }
 
-unsigned vm_uart_waiting(const vm_uart *u, uint8_t *bytes) {
+unsigned vm_uart_waiting(const vm_uart *u, uint8_t *bytes)
+{
     for (unsigned i = 0; i < u->s.queue_count; i++)
         bytes[i] = u->queue[(u->s.queue_head + i) % QUEUE];
     return u->s.queue_count;
 }
 
-bool vm_uart_set_waiting(vm_uart *u, const uint8_t *bytes, unsigned count) {
+bool vm_uart_set_waiting(vm_uart *u, const uint8_t *bytes, unsigned count)
+{
     if (count && !u->queue && !(u->queue = malloc(QUEUE)))
         return false;
     u->s.queue_head = 0;
@@ -257,7 +276,8 @@ bool vm_uart_set_waiting(vm_uart *u, const uint8_t *bytes, unsigned count) {
     return true;
 }
 
-static void uart_reset(void *user) {
+static void uart_reset(void *user)
+{
     vm_uart *u = user;
     u->s.version = UART_VERSION;
     u->s.ier = u->s.fcr = u->s.lcr = u->s.mcr = u->s.scr = u->s.thre_pending = u->s.timeout = 0;
@@ -269,12 +289,14 @@ static void uart_reset(void *user) {
     update(u);
 }
 
-static int uart_save(void *user, void *buffer, size_t *bytes) {
+static int uart_save(void *user, void *buffer, size_t *bytes)
+{
     vm_uart *u = user;
     return vm_dev_save(&u->s, sizeof u->s, buffer, bytes);
 }
 
-static int uart_restore(void *user, const void *buffer, size_t bytes) {
+static int uart_restore(void *user, const void *buffer, size_t bytes)
+{
     vm_uart *u = user;
     uint32_t head = u->s.queue_head, count = u->s.queue_count;
     int status = vm_dev_load(&u->s, sizeof u->s, UART_VERSION, buffer, bytes);
@@ -292,14 +314,16 @@ static int uart_restore(void *user, const void *buffer, size_t bytes) {
     return VM_OK;
 }
 
-static void uart_destroy(void *user) {
+static void uart_destroy(void *user)
+{
     vm_uart *u = user;
     vm_timer_free(u->timer);
     free(u->queue);
     free(u);
 }
 
-int vm_uart_new(vm_machine *m, uint16_t port, vm_line irq, vm_uart **out) {
+int vm_uart_new(vm_machine *m, uint16_t port, vm_line irq, vm_uart **out)
+{
     static const vm_io_ops ops = { sizeof(vm_io_ops), uart_read, uart_write, uart_reset, uart_save, uart_restore, uart_destroy };
     vm_uart *u = calloc(1, sizeof *u);
     if (!u || !(u->timer = vm_timer_new(m, uart_fire, u))) {

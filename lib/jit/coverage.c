@@ -19,11 +19,13 @@
 static const x86_cover *cover_of(const jit_unit *u) { return &u->cpu->cover; }
 
 /* Does instruction i end a block of the guest whose edges are recorded? */
-static bool is_counted(const jit_unit *u, unsigned i) {
+static bool is_counted(const jit_unit *u, unsigned i)
+{
     return i < u->count && (u->insn[i].flags & X86_IF_BRANCH) && x86_covers(cover_of(u), u->insn_rip[i]);
 }
 
-void jit_cover_unit(jit_unit *u) {
+void jit_cover_unit(jit_unit *u)
+{
     u->nedges = 0;
     u->edge_code = NULL;
     if (!cover_of(u)->map) return;
@@ -42,7 +44,8 @@ typedef struct sum {
     unsigned count;
 } sum;
 
-static void add(sum *s, uint32_t index) {
+static void add(sum *s, uint32_t index)
+{
     unsigned i = 0;
     while (i < s->count && s->index[i] != index) i++;
     if (i == s->count) {
@@ -53,14 +56,16 @@ static void add(sum *s, uint32_t index) {
 }
 
 /* Where the map is from GS base, if it can be reached so. */
-static bool is_near(const jit_unit *u, uint32_t index, int32_t *disp) {
+static bool is_near(const jit_unit *u, uint32_t index, int32_t *disp)
+{
     int64_t d = cover_of(u)->map + index - (const uint8_t *)u->cpu;
     *disp = (int32_t)d;
     return d == *disp;
 }
 
 /* op reg, byte [T0 + disp] or gs:[disp] */
-static void emit_byte(jit_writer *w, bool near, unsigned op, unsigned reg, int32_t disp) {
+static void emit_byte(jit_writer *w, bool near, unsigned op, unsigned reg, int32_t disp)
+{
     if (near) {
         e_r_gs(w, 4, op, reg, disp);
         return;
@@ -73,7 +78,8 @@ static void emit_byte(jit_writer *w, bool near, unsigned op, unsigned reg, int32
 }
 
 /* map[...] += times. Uses T0 and, if the flags must stay, T1. */
-static void emit_sum(const jit_unit *u, jit_writer *w, const sum *s, bool keep_flags) {
+static void emit_sum(const jit_unit *u, jit_writer *w, const sum *s, bool keep_flags)
+{
     bool has_base = false;
     for (unsigned i = 0; i < s->count; i++) {
         int32_t disp;
@@ -94,7 +100,8 @@ static void emit_sum(const jit_unit *u, jit_writer *w, const sum *s, bool keep_f
     }
 }
 
-static void sum_before(const jit_unit *u, sum *s, unsigned insn) {
+static void sum_before(const jit_unit *u, sum *s, unsigned insn)
+{
     s->count = 0;
     for (unsigned k = 0; k < u->nedges && u->edges[k].insn < insn; k++) add(s, u->edges[k].index);
 }
@@ -102,7 +109,8 @@ static void sum_before(const jit_unit *u, sum *s, unsigned insn) {
 /* ---- the ring ---- */
 
 /* Append a block's address: register `reg`, or the constant `rip` if reg is RSP. Uses `spare`, changes flags. */
-static void emit_append(jit_writer *w, const jit_unit *u, unsigned spare, unsigned reg, uint64_t rip) {
+static void emit_append(jit_writer *w, const jit_unit *u, unsigned spare, unsigned reg, uint64_t rip)
+{
     e_gs_load(w, 8, spare, COVER(head));
     e_rex(w, 8, spare, 0, spare); /* mov spare, [spare] */
     e8(w, 0x8b), e8(w, 0x40u | (spare & 7) << 3 | (spare & 7)), e8(w, 0);
@@ -123,14 +131,16 @@ static void emit_append(jit_writer *w, const jit_unit *u, unsigned spare, unsign
 }
 
 /* T0 = the flags; and back. Both use T1. */
-static void emit_flags_to_t0(jit_writer *w) {
+static void emit_flags_to_t0(jit_writer *w)
+{
     e_mov(w, 8, T1, RAX);
     e8(w, 0x9f);                           /* lahf */
     e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
     e_mov(w, 8, T0, RAX);
     e_mov(w, 8, RAX, T1);
 }
-static void emit_flags_from_t0(jit_writer *w) {
+static void emit_flags_from_t0(jit_writer *w)
+{
     e_mov(w, 8, T1, RAX);
     e_mov(w, 8, RAX, T0);
     e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */
@@ -140,7 +150,8 @@ static void emit_flags_from_t0(jit_writer *w) {
 
 /* ---- leaving a block ---- */
 
-void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, bool keep_flags) {
+void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, bool keep_flags)
+{
     if (!cover_of(u)->is_on) return;
     bool is_own = is_counted(u, i);
     if (cover_of(u)->map) {
@@ -159,7 +170,8 @@ void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, boo
 }
 
 /* A non-canonical address is not entered, for the branch is going to fault. */
-static void append_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare) {
+static void append_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned spare)
+{
     uint8_t *skip = NULL;
     if (u->key & JIT_KEY_64) {
         e_mov(w, 8, spare, reg);
@@ -173,7 +185,8 @@ static void append_dynamic(jit_unit *u, jit_writer *w, unsigned reg, unsigned sp
 }
 
 /* The hash of `reg` is made in `spare`, which may be neither `reg` nor anything that is needed. */
-static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare, bool take_back) {
+static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare, bool take_back)
+{
     const x86_cover *c = cover_of(u);
     if (c->map) {
         uint32_t from = vm_coverage_id(u->insn_rip[i]) >> 1 & c->mask;
@@ -189,7 +202,8 @@ static void emit_dynamic(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, u
     if (c->ring && !take_back) append_dynamic(u, w, reg, spare);
 }
 
-void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg) {
+void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg)
+{
     if (!cover_of(u)->is_on) return;
     unsigned spare = reg == T0 ? T1 : T0;
     if (u->edge_code) jit_cover_leave(u, w, i);
@@ -201,12 +215,14 @@ void jit_cover_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg) {
     if (is_counted(u, i)) emit_dynamic(u, w, i, reg, spare, false);
 }
 
-void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare) {
+void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned reg, unsigned spare)
+{
     if (cover_of(u)->is_on && is_counted(u, i)) emit_dynamic(u, w, i, reg, spare, true);
 }
 
 /* One routine that counts all edges inside the block, the last one first: its end is what is due earlier. */
-void jit_cover_stubs(jit_unit *u, jit_writer *w) {
+void jit_cover_stubs(jit_unit *u, jit_writer *w)
+{
     if (!u->nedges) return;
     for (unsigned k = u->nedges; k-- > 0;) {
         u->edges[k].code = w->p;
@@ -218,7 +234,8 @@ void jit_cover_stubs(jit_unit *u, jit_writer *w) {
     u->edge_code = u->edges[0].code;
 }
 
-void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn) {
+void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn)
+{
     unsigned n = 0;
     while (n < u->nedges && u->edges[n].insn < insn) n++;
     if (!n) return;
@@ -231,7 +248,8 @@ void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn) {
     emit_sum(u, w, &s, false);
 }
 
-void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign) {
+void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign)
+{
     for (unsigned k = 0; k < b->nedges && b->edges[k].insn < insn; k++)
         cpu->cover.map[b->edges[k].index] += (uint8_t)sign;
 }

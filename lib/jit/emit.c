@@ -102,14 +102,16 @@ typedef struct emitter {
 /* ---- flags ---- */
 
 static void emit_restore(jit_writer *w) { emit_restore_from(w, 0); }
-static bool recipe_uses_t1(const jit_unit *u, int i) {
+static bool recipe_uses_t1(const jit_unit *u, int i)
+{
     const x86_operand *op = u->insn[i].op;
     return IN_MEMORY(op[0].reg) || (op[1].kind == X86_OP_GPR && IN_MEMORY(op[1].reg));
 }
 
 /* The flags as a recipe in memory: kind and width in JIT_SLOT_FLAGS, operands beside it. C evaluates it if anybody
  * asks. */
-static void emit_lazy(emitter *e, int i) {
+static void emit_lazy(emitter *e, int i)
+{
     const x86_insn *in = &e->u->insn[i];
     const x86_operand *a = &in->op[0], *b = &in->op[1];
     jit_writer *w = e->w;
@@ -139,7 +141,8 @@ static void emit_lazy(emitter *e, int i) {
 }
 
 /* Can the flags of instruction i be made again from registers? Which registers must stay. */
-static bool recipe_regs(const x86_insn *in, uint16_t *regs) {
+static bool recipe_regs(const x86_insn *in, uint16_t *regs)
+{
     *regs = 0;
     if (in->flags & (X86_IF_MEM | X86_IF_VEC) || in->nops != 2 || in->op[0].kind != X86_OP_GPR) return false;
     const x86_operand *a = &in->op[0], *b = &in->op[1];
@@ -160,7 +163,8 @@ static bool recipe_regs(const x86_insn *in, uint16_t *regs) {
 }
 
 /* Recipe i holds as long as anybody may want its flags. */
-static bool recipe_holds(const jit_unit *u, unsigned i) {
+static bool recipe_holds(const jit_unit *u, unsigned i)
+{
     uint16_t regs, changed = 0;
     if (u->info[i].written != X86_FL_ARITH || !recipe_regs(&u->insn[i], &regs)) return false;
     for (unsigned k = i + 1; k < u->count; k++) {
@@ -174,7 +178,8 @@ static bool recipe_holds(const jit_unit *u, unsigned i) {
 }
 
 /* op T/reg, operand b of a recipe. `n` is the group-1 number: 0 add, 5 sub, 7 cmp; 8 stands for test. */
-static void recipe_op(jit_writer *w, unsigned size, unsigned n, unsigned reg, const x86_insn *in) {
+static void recipe_op(jit_writer *w, unsigned size, unsigned n, unsigned reg, const x86_insn *in)
+{
     const x86_operand *b = &in->op[1];
     if (b->kind == X86_OP_IMM) {
         if (n == 8) {
@@ -191,7 +196,8 @@ static void recipe_op(jit_writer *w, unsigned size, unsigned n, unsigned reg, co
 }
 
 /* Carry out recipe i: the host's flags become the guest's. Uses T1 only. */
-static void emit_regen(emitter *e, int i) {
+static void emit_regen(emitter *e, int i)
+{
     const x86_insn *in = &e->u->insn[i];
     const x86_operand *a = &in->op[0];
     unsigned size = a->size, kind = jit_recipe_kind(in), reg = T1;
@@ -219,7 +225,8 @@ static void emit_regen(emitter *e, int i) {
 
 static bool recoverable(const emitter *e) { return e->mem || e->recipe >= 0; }
 
-static void need_mem(emitter *e) {
+static void need_mem(emitter *e)
+{
     if (e->mem) return;
     int recipe = e->recipe >= 0 ? e->recipe : e->late;
     if (recipe >= 0)
@@ -231,11 +238,13 @@ static void need_mem(emitter *e) {
 }
 
 /* The host's flags are about to be destroyed: make them recoverable. */
-static void before_clobber(emitter *e) {
+static void before_clobber(emitter *e)
+{
     if (!recoverable(e) && e->host) need_mem(e);
 }
 
-static void need_host(emitter *e) {
+static void need_host(emitter *e)
+{
     if (e->host) return;
     if (e->recipe >= 0)
         emit_regen(e, e->recipe);
@@ -247,7 +256,8 @@ static void need_host(emitter *e) {
 }
 
 /* Instruction i has executed natively. */
-static void after_insn(emitter *e, unsigned i) {
+static void after_insn(emitter *e, unsigned i)
+{
     const jit_info *f = &e->u->info[i];
     if (!f->written && !(e->u->insn[i].flags_maybe & X86_FL_ARITH)) return;
     e->host = true;
@@ -258,7 +268,8 @@ static void after_insn(emitter *e, unsigned i) {
 }
 
 /* Instruction i comes next: does it change a register of the late recipe, and might its flags be wanted after that? */
-static void before_insn(emitter *e, unsigned i) {
+static void before_insn(emitter *e, unsigned i)
+{
     uint16_t regs;
     if (e->late < 0 || e->late == (int)i) return;
     recipe_regs(&e->u->insn[e->late], &regs);
@@ -269,7 +280,8 @@ static void before_insn(emitter *e, unsigned i) {
 
 /* ---- guest instructions with host registers ---- */
 
-static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned guest) {
+static void emit_reg_load(jit_writer *w, unsigned size, unsigned host, unsigned guest)
+{
     if (IN_MEMORY(guest))
         frame_load(w, size, host, JIT_FRAME_REG(guest));
     else
@@ -284,7 +296,8 @@ typedef struct place {
     int32_t disp;
 } place;
 
-static place access_place(const emitter *e, const jit_op *o) {
+static place access_place(const emitter *e, const jit_op *o)
+{
     place p = {T0, 0xff, 1, o->disp};
     if (!o->window) return p;
     int64_t delta = e->j->window_delta[o->window - 1];
@@ -310,13 +323,15 @@ static place access_place(const emitter *e, const jit_op *o) {
 }
 
 /* The stack pointer as the guest has it. Flags untouched. */
-static void settle_sp(emitter *e) {
+static void settle_sp(emitter *e)
+{
     if (e->sp) e_lea(e->w, e->u->key & JIT_KEY_64 ? 8 : 4, R12, R12, 0xff, 1, e->sp);
     e->sp = 0;
 }
 
 /* MOV between registers, or of an immediate, where one is in memory: an instruction instead of up to three. */
-static bool emit_frame_move(emitter *e, const x86_insn *in) {
+static bool emit_frame_move(emitter *e, const x86_insn *in)
+{
     jit_writer *w = e->w;
     const x86_operand *to = &in->op[0], *from = &in->op[1];
     if (!jit_insn_is_mov(in) || to->kind != X86_OP_GPR || to->reg >= 16 || to->size < 4) return false;
@@ -334,14 +349,16 @@ static bool emit_frame_move(emitter *e, const x86_insn *in) {
 }
 
 /* Does the instruction write the whole of a register without looking at it? */
-static bool only_writes(const x86_insn *in, unsigned k) {
+static bool only_writes(const x86_insn *in, unsigned k)
+{
     if (k || !jit_insn_moves(in) || in->op[0].size < 4) return false;
     return in->op[1].kind != X86_OP_GPR || (in->op[1].reg != in->op[0].reg && in->op[1].reg < 16);
 }
 
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
  * back. `o` is the access with its memory operand, or NULL. */
-static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
+static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
+{
     const x86_insn *in = &e->u->insn[i];
     x86_rename map;
     uint8_t spare[2] = {T1, T0}, used[2] = {0};
@@ -387,7 +404,8 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o) {
         if (changed >> used[k] & 1) frame_store(e->w, 8, spare[k], JIT_FRAME_REG(used[k]));
 }
 
-static void emit_lea(emitter *e, unsigned i) {
+static void emit_lea(emitter *e, unsigned i)
+{
     const x86_insn *in = &e->u->insn[i];
     unsigned dst = in->op[0].reg, reg = IN_MEMORY(dst) ? T0 : home[dst];
     if (dst == X86_RSP || in->base == X86_RSP) settle_sp(e);
@@ -409,7 +427,8 @@ static void emit_lea(emitter *e, unsigned i) {
 }
 
 /* T0 = linear address of instruction i's memory operand; flags untouched. */
-static void emit_ea(emitter *e, const jit_op *o) {
+static void emit_ea(emitter *e, const jit_op *o)
+{
     unsigned i = o->insn;
     const x86_insn *in = &e->u->insn[i];
     unsigned size = in->asz == 8 ? 8 : 4;
@@ -434,14 +453,16 @@ static void emit_ea(emitter *e, const jit_op *o) {
 }
 
 /* op reg, operand of the access */
-static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg) {
+static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg)
+{
     place p = access_place(e, o);
     if (o->window) e8(e->w, 0x65);
     e_r_mem(e->w, o->size, op, reg, p.base, p.index, p.scale, p.disp);
 }
 
 /* The one access after a CHECK, through [T0]. The same code serves the fast path and the slow stub. */
-static void emit_access(emitter *e, const jit_op *o) {
+static void emit_access(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
 
     switch (o->op) {
@@ -491,7 +512,8 @@ static void emit_access(emitter *e, const jit_op *o) {
 /* ---- sites and stubs ---- */
 
 /* Nothing but the answer of a device is of interest to this access: see ask_device(). */
-static bool is_quick_form(const jit_unit *u, const x86_insn *in, const jit_op *check) {
+static bool is_quick_form(const jit_unit *u, const x86_insn *in, const jit_op *check)
+{
     return check && check->role != JIT_CHECK_LEADER && check->align <= 1 &&
            (check->access == X86_READ || check->access == X86_WRITE) && check->size <= 8 &&
            !(check->size & (check->size - 1)) && (in->mode == 8 || (in->seg != X86_FS && in->seg != X86_GS)) &&
@@ -499,7 +521,8 @@ static bool is_quick_form(const jit_unit *u, const x86_insn *in, const jit_op *c
 }
 
 /* In the arena, once for all of an instruction's sites. */
-static uint32_t keep_insn(emitter *e, unsigned i) {
+static uint32_t keep_insn(emitter *e, unsigned i)
+{
     if (!e->insn_at[i]) {
         x86_insn *in = jit_take(e->j, sizeof *in);
         *in = e->u->insn[i];
@@ -508,7 +531,8 @@ static uint32_t keep_insn(emitter *e, unsigned i) {
     return e->insn_at[i];
 }
 
-static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes) {
+static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes)
+{
     jit *j = e->j;
     const x86_insn *in = &e->u->insn[i];
     bool is_whole = !check || bytes != sizeof(jit_site) || (is_single && check->access == (X86_READ | X86_WRITE));
@@ -544,11 +568,13 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     s->is_quick = is_single && !s->in_shadow && is_quick_form(e->u, in, check);
     return at;
 }
-static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single) {
+static uint32_t new_site(emitter *e, unsigned i, const jit_op *check, bool is_single)
+{
     return new_site_of(e, i, check, is_single, sizeof(jit_site));
 }
 
-static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump) {
+static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump)
+{
     leave_stub *s = &e->leaves[e->nleave++];
     memset(s, 0, sizeof *s);
     s->reason = (uint8_t)reason;
@@ -559,17 +585,20 @@ static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump) {
     return s;
 }
 
-static int32_t tag_offset(const jit_unit *u, bool is_write) {
+static int32_t tag_offset(const jit_unit *u, bool is_write)
+{
     return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) +
                      (is_write ? offsetof(x86_tlb_entry, tag_w) : offsetof(x86_tlb_entry, tag_r)));
 }
-static int32_t host_offset(const jit_unit *u) {
+static int32_t host_offset(const jit_unit *u)
+{
     return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) + offsetof(x86_tlb_entry, host));
 }
 _Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
 
 /* Without paging: T0 is an offset into a window (EA took its address off). */
-static void emit_window_lookup(emitter *e, slow_stub *s) {
+static void emit_window_lookup(emitter *e, slow_stub *s)
+{
     jit_writer *w = e->w;
     frame_op(w, 8, 0x3b, T0, JIT_FRAME_LIMIT + s->check->window - 1);
     s->jump[0] = e_jcc(w, CC_AE);
@@ -577,7 +606,8 @@ static void emit_window_lookup(emitter *e, slow_stub *s) {
 }
 
 /* T1 = X86_TLB_INDEX(T0) * 32 */
-static void emit_tlb_index(emitter *e) {
+static void emit_tlb_index(emitter *e)
+{
     enum { SHIFT = X86_TLB_SHIFT - 5, SIZE = X86_TLB_SHIFT + X86_TLB_BITS > 32 ? 8 : 4 };
     jit_writer *w = e->w;
     if (e->j->has_bmi2) {
@@ -591,7 +621,8 @@ static void emit_tlb_index(emitter *e) {
 }
 
 /* The lookup itself: T0 from linear to host, or to the slow stub. */
-static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) {
+static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write)
+{
     jit_writer *w = e->w;
     unsigned align = s->check->align;
     if (align > 1) { /* a window begins with a page: an offset will do */
@@ -612,7 +643,8 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write) 
 
 static uint32_t offset_of(const emitter *e, const uint8_t *code) { return (uint32_t)(code - e->j->write_base); }
 
-static jit_link *new_link(emitter *e, uint64_t target, uint32_t key) {
+static jit_link *new_link(emitter *e, uint64_t target, uint32_t key)
+{
     jit_link *l = &e->block->links[e->nlink++];
     l->from = e->block;
     l->target = target;
@@ -623,7 +655,8 @@ static jit_link *new_link(emitter *e, uint64_t target, uint32_t key) {
 static void emit_leave_stub(emitter *e, leave_stub *s);
 
 /* Nothing between op k and the jump needs the scratch registers: the temporary can stay where it is. */
-static bool tmp_can_stay(const emitter *e, unsigned k) {
+static bool tmp_can_stay(const emitter *e, unsigned k)
+{
     const jit_unit *u = e->u;
     bool is_quiet = e->mem || (e->recipe >= 0 && !recipe_uses_t1(u, e->recipe));
     for (k++; k < u->nops && u->ops[k].op == IR_ADD_SP; k++)
@@ -633,12 +666,14 @@ static bool tmp_can_stay(const emitter *e, unsigned k) {
 }
 
 /* LOAD_TMP: `reg` set if the temporary need not go to its slot. */
-static void keep_tmp(emitter *e, const jit_op *access) {
+static void keep_tmp(emitter *e, const jit_op *access)
+{
     if (access->op == IR_LOAD_TMP) e->u->ops[access - e->u->ops].reg = tmp_can_stay(e, (unsigned)(access - e->u->ops));
 }
 
 /* Data hooks: T0 is the host address, and stays. */
-static void emit_access_hook(emitter *e, const jit_op *check, const jit_op *access) {
+static void emit_access_hook(emitter *e, const jit_op *check, const jit_op *access)
+{
     jit_writer *w = e->w;
     hook_stub *s = &e->hook[e->nhook++];
     uint32_t at = new_site_of(e, check->insn, check, true, sizeof(jit_hook_site));
@@ -658,7 +693,8 @@ static void emit_access_hook(emitter *e, const jit_op *check, const jit_op *acce
     e_gs_load(w, 8, T0, JIT_SLOT(JIT_SLOT_HOOK_HOST));
 }
 
-static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
+static void emit_check(emitter *e, const jit_op *check, const jit_op *access)
+{
     jit_writer *w = e->w;
     const jit_info *f = &e->u->info[check->insn];
     bool live = f->host_at != 0, is_leader = check->role == JIT_CHECK_LEADER;
@@ -708,7 +744,8 @@ static void emit_check(emitter *e, const jit_op *check, const jit_op *access) {
 
 /* A group's span was not in the TLB: C finds it whole, or a block without groups goes on from here. T0 = the address;
  * the flags are in memory. */
-static void emit_leader_stub(emitter *e, slow_stub *s) {
+static void emit_leader_stub(emitter *e, slow_stub *s)
+{
     jit_writer *w = e->w;
     unsigned vec = jit_level(e->u->key), i = s->check->insn;
     uint8_t *crosses = NULL;
@@ -738,19 +775,22 @@ static void emit_leader_stub(emitter *e, slow_stub *s) {
 }
 
 /* T0 = host address as an offset into the access's window (which it need not be in). Flags are not needed here. */
-static void emit_host_to_offset(emitter *e, const slow_stub *s) {
+static void emit_host_to_offset(emitter *e, const slow_stub *s)
+{
     jit_writer *w = e->w;
     e_r_gs(w, 8, 0x2b, T0, JIT_SLOT(JIT_SLOT_SELF));
     e_alu_imm(w, 8, 5, T0, e->j->window_delta[s->check->window - 1]);
 }
 
-static void emit_offset_to_linear(emitter *e, const slow_stub *s) {
+static void emit_offset_to_linear(emitter *e, const slow_stub *s)
+{
     e_lea(e->w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
 }
 
 /* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A
  * group outside is given up: its members rely on the window. */
-static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
+static void emit_outside(emitter *e, slow_stub *s, bool is_write)
+{
     jit_writer *w = e->w;
     emit_offset_to_linear(e, s);
     emit_tlb_index(e);
@@ -765,7 +805,8 @@ static void emit_outside(emitter *e, slow_stub *s, bool is_write) {
 }
 
 /* After a slow access that is the whole instruction: does a callback want the run loop now? */
-static void emit_leave_check(emitter *e, const slow_stub *s) {
+static void emit_leave_check(emitter *e, const slow_stub *s)
+{
     unsigned i = s->check->insn;
     bool in_host = s->restore || e->u->info[i].written || (e->u->insn[i].flags_maybe & X86_FL_ARITH);
     e_mov_imm(e->w, T1, s->site);
@@ -773,14 +814,16 @@ static void emit_leave_check(emitter *e, const slow_stub *s) {
 }
 
 /* The flags of before the access. A device is asked without making an image of what another block has left. */
-static void emit_slow_restore(emitter *e, const slow_stub *s) {
+static void emit_slow_restore(emitter *e, const slow_stub *s)
+{
     if (s->restore && s->either)
         e_call_to(e->w, e->j->flags);
     else if (s->restore)
         emit_restore(e->w);
 }
 
-static void emit_slow_stub(emitter *e, slow_stub *s) {
+static void emit_slow_stub(emitter *e, slow_stub *s)
+{
     jit_writer *w = e->w;
     jit *j = e->j;
     unsigned vec = jit_level(e->u->key);
@@ -828,7 +871,8 @@ static void emit_slow_stub(emitter *e, slow_stub *s) {
 
 /* A branch to a non-canonical address faults itself: take its stack movement back and let the interpreter do it again.
  */
-static void emit_canonical_test(emitter *e, const leave_stub *s) {
+static void emit_canonical_test(emitter *e, const leave_stub *s)
+{
     jit_writer *w = e->w;
     e_mov(w, 8, T1, T0);
     e_shift_imm(w, 8, 4, T1, 16);
@@ -844,7 +888,8 @@ static void emit_canonical_test(emitter *e, const leave_stub *s) {
     e_patch(fine, w->p);
 }
 
-static void emit_leave_stub(emitter *e, leave_stub *s) {
+static void emit_leave_stub(emitter *e, leave_stub *s)
+{
     jit_writer *w = e->w;
     if (s->jump) e_patch(s->jump, w->p);
     if (s->link) s->link->stub = offset_of(e, w->p);
@@ -880,7 +925,8 @@ static void emit_leave_stub(emitter *e, leave_stub *s) {
 
 /* ---- control flow ---- */
 
-static int32_t jump_offset(const jit_unit *u, bool is_code) {
+static int32_t jump_offset(const jit_unit *u, bool is_code)
+{
     return (int32_t)(offsetof(x86_cpu, jump) + jit_table_index(u->key) * sizeof(x86_jumps) +
                      (is_code ? offsetof(x86_jumps, code) : offsetof(x86_jumps, rip)));
 }
@@ -888,7 +934,8 @@ static int32_t jump_offset(const jit_unit *u, bool is_code) {
 static void emit_count(emitter *e, unsigned n) { e_alu_imm(e->w, 8, 5, CNT, (int32_t)n); }
 
 /* One edge of the block, after instruction i: count, maybe leave, go. */
-static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
+static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need)
+{
     jit_unit *u = e->u;
     unsigned count = u->count ? i + 1 : 0;
     jit_writer *w = e->w;
@@ -930,14 +977,16 @@ static void emit_edge(emitter *e, unsigned i, uint64_t target, unsigned need) {
 }
 
 /* How much the ADD_SP ops of instruction i move the stack pointer. */
-static int32_t sp_delta_of(const jit_unit *u, unsigned i) {
+static int32_t sp_delta_of(const jit_unit *u, unsigned i)
+{
     int32_t delta = 0;
     for (unsigned k = 0; k < u->nops; k++)
         if (u->ops[k].insn == i && u->ops[k].op == IR_ADD_SP) delta += (int32_t)u->ops[k].imm;
     return delta;
 }
 
-static void new_indirect_leave(emitter *e, unsigned i, unsigned reason, unsigned cc) {
+static void new_indirect_leave(emitter *e, unsigned i, unsigned reason, unsigned cc)
+{
     leave_stub *s = new_leave(e, reason, e_jcc(e->w, cc));
     s->rip_in_tmp = true;
     s->tmp_reg = (uint8_t)e->tmp_reg;
@@ -946,7 +995,8 @@ static void new_indirect_leave(emitter *e, unsigned i, unsigned reason, unsigned
 }
 
 /* Instruction i goes where the temporary says. */
-static void emit_indirect(emitter *e, unsigned i) {
+static void emit_indirect(emitter *e, unsigned i)
+{
     jit_writer *w = e->w;
     need_mem(e);
     if (e->u->cpu->cover.is_on && e->tmp_reg == RSP) {
@@ -971,13 +1021,15 @@ static void emit_indirect(emitter *e, unsigned i) {
 }
 
 /* The flags that edges want, before the branch itself (nothing of this changes the host's flags). */
-static void prepare_edges(emitter *e, unsigned need, bool is_live) {
+static void prepare_edges(emitter *e, unsigned need, bool is_live)
+{
     if (need & JIT_NEED_MEM) need_mem(e);
     if (is_live && !e->host) need_host(e);
     before_clobber(e);
 }
 
-static void emit_jcc(emitter *e, const jit_op *o) {
+static void emit_jcc(emitter *e, const jit_op *o)
+{
     prepare_edges(e, e->u->edge_need[0] | e->u->edge_need[1], true);
     bool is_loop = o->target <= e->u->insn_rip[o->insn]; /* then the jump back is the straight way */
     unsigned first = is_loop ? 0 : 1;
@@ -990,7 +1042,8 @@ static void emit_jcc(emitter *e, const jit_op *o) {
     emit_edge(e, o->insn, is_loop ? o->fall : o->target, e->u->edge_need[!first]);
 }
 
-static void leave_by_side(emitter *e, const jit_op *o, unsigned cc) {
+static void leave_by_side(emitter *e, const jit_op *o, unsigned cc)
+{
     e->side[e->nside++] = (side_stub){.jump = e_jcc(e->w, cc),
                                       .op = o,
                                       .host = e->host,
@@ -1002,13 +1055,15 @@ static void leave_by_side(emitter *e, const jit_op *o, unsigned cc) {
                                       .sp = e->sp};
 }
 
-static void emit_side(emitter *e, const jit_op *o) {
+static void emit_side(emitter *e, const jit_op *o)
+{
     need_host(e);
     leave_by_side(e, o, o->cc);
 }
 
 /* Did the temporary turn out as recorded? */
-static void emit_guard(emitter *e, const jit_op *o) {
+static void emit_guard(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     before_clobber(e);
     e->host = false;
@@ -1029,7 +1084,8 @@ static void emit_guard(emitter *e, const jit_op *o) {
 }
 
 /* It did not. In front of a CALL nothing has happened yet: the interpreter makes it. */
-static void emit_guard_stub(emitter *e, const jit_op *o) {
+static void emit_guard_stub(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     if (o->op == IR_GUARD_CALL) {
         leave_stub *s = new_leave(e, JIT_LEAVE_GUARD, NULL);
@@ -1049,7 +1105,8 @@ static void emit_guard_stub(emitter *e, const jit_op *o) {
     emit_indirect(e, o->insn);
 }
 
-static void emit_side_stub(emitter *e, const side_stub *s) {
+static void emit_side_stub(emitter *e, const side_stub *s)
+{
     unsigned need = e->u->info[s->op->insn].side_need;
     e_patch(s->jump, e->w->p);
     e->host = s->host;
@@ -1068,7 +1125,8 @@ static void emit_side_stub(emitter *e, const side_stub *s) {
     emit_edge(e, s->op->insn, s->op->target, need);
 }
 
-static void emit_fallback(emitter *e, const jit_op *o) {
+static void emit_fallback(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     unsigned vec = jit_level(e->u->key);
     need_mem(e);
@@ -1083,7 +1141,8 @@ static void emit_fallback(emitter *e, const jit_op *o) {
 
 /* DIV and IDIV, by a register or the temporary. What could raise #DE goes to the semantic function: DIV when the high half is not below
  * the divisor, IDIV unless the dividend is one half sign-extended and the divisor neither 0 nor -1. */
-static void emit_div(emitter *e, const jit_op *o) {
+static void emit_div(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     const x86_insn *in = &e->u->insn[o->insn];
     bool is_signed = jit_insn_is_idiv(in), is_loaded = in->flags & X86_IF_MEM;
@@ -1114,7 +1173,8 @@ static void emit_div(emitter *e, const jit_op *o) {
     e->recipe = e->late = -1;
 }
 
-static void emit_div_stub(emitter *e, const div_stub *s) {
+static void emit_div_stub(emitter *e, const div_stub *s)
+{
     jit_writer *w = e->w;
     unsigned level = jit_level(e->u->key);
     for (unsigned k = 0; k < 2; k++)
@@ -1125,7 +1185,8 @@ static void emit_div_stub(emitter *e, const div_stub *s) {
     e_jmp_to(w, s->resume);
 }
 
-static void emit_move_tmp(emitter *e, const jit_op *o) {
+static void emit_move_tmp(emitter *e, const jit_op *o)
+{
     bool is_wide = o->size == (e->u->key & JIT_KEY_64 ? 8 : 4) && o->size == 8;
     if (is_wide && !IN_MEMORY(o->reg) && tmp_can_stay(e, (unsigned)(o - e->u->ops))) {
         e->tmp_reg = home[o->reg];
@@ -1136,7 +1197,8 @@ static void emit_move_tmp(emitter *e, const jit_op *o) {
     frame_store(e->w, 8, T1, JIT_FRAME_TMP);
 }
 
-static void emit_flags_tmp(emitter *e) {
+static void emit_flags_tmp(emitter *e)
+{
     jit_writer *w = e->w;
     need_host(e);
     before_clobber(e);
@@ -1150,7 +1212,8 @@ static void emit_flags_tmp(emitter *e) {
     e->host = false;
 }
 
-static void emit_system(emitter *e, unsigned i) {
+static void emit_system(emitter *e, unsigned i)
+{
     jit_writer *w = e->w;
     const x86_operand *op = e->u->insn[i].op;
     if (jit_insn_clears_if(&e->u->insn[i])) {
@@ -1166,7 +1229,8 @@ static void emit_system(emitter *e, unsigned i) {
 }
 
 /* x87 keeps pointers to its last instruction and operand. Which it was is noted; C tells the image when it looks. */
-static void note_x87(emitter *e, unsigned i) {
+static void note_x87(emitter *e, unsigned i)
+{
     const x86_insn *in = &e->u->insn[i];
     jit_writer *w = e->w;
     if (!jit_insn_is_x87(in)) return;
@@ -1181,7 +1245,8 @@ static void note_x87(emitter *e, unsigned i) {
 }
 
 /* Members of a group have their address from its slot, or spell it in the access. */
-static bool needs_address(emitter *e, const jit_op *ea) {
+static bool needs_address(emitter *e, const jit_op *ea)
+{
     const jit_op *check = ea + 1;
     if (check->is_direct || (check->role == JIT_CHECK_MEMBER && !check->window)) return false;
     settle_sp(e); /* the address, or a look from outside */
@@ -1189,7 +1254,8 @@ static bool needs_address(emitter *e, const jit_op *ea) {
     return true;
 }
 
-static void emit_canon(emitter *e, const jit_op *o) {
+static void emit_canon(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     before_clobber(e);
     frame_load(w, 8, T0, JIT_FRAME_TMP);
@@ -1205,7 +1271,8 @@ static void emit_canon(emitter *e, const jit_op *o) {
 
 /* Ops at which the state may be seen, besides accesses. */
 /* Hooks before an instruction. */
-static void emit_hook(emitter *e, const jit_op *o) {
+static void emit_hook(emitter *e, const jit_op *o)
+{
     jit_writer *w = e->w;
     jit *j = e->j;
     const jit_unit *u = e->u;
@@ -1241,13 +1308,15 @@ static void emit_hook(emitter *e, const jit_op *o) {
     e->host = flags.restore;
 }
 
-static void emit_hook_leave(emitter *e, unsigned reason) {
+static void emit_hook_leave(emitter *e, unsigned reason)
+{
     e_gs_load(e->w, 8, T0, JIT_OFF(rip));
     e_mov_imm(e->w, T1, reason);
     e_jmp_to(e->w, e->j->leave[jit_level(e->u->key)]);
 }
 
-static void emit_hook_stub(emitter *e, const hook_stub *s) {
+static void emit_hook_stub(emitter *e, const hook_stub *s)
+{
     jit_writer *w = e->w;
     e_patch(s->jump, w->p);
     if (s->is_direct) {
@@ -1279,7 +1348,8 @@ static const bool op_is_seen[] = {
     [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
     [IR_NEED_STEP] = true};
 
-static void emit_op(emitter *e, unsigned k) {
+static void emit_op(emitter *e, unsigned k)
+{
     const jit_unit *u = e->u;
     const jit_op *o = &u->ops[k];
     unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
@@ -1357,7 +1427,8 @@ static void emit_op(emitter *e, unsigned k) {
     }
 }
 
-static void emit_block(emitter *e) {
+static void emit_block(emitter *e)
+{
     jit_unit *u = e->u;
     jit_block *b = e->block;
     b->entry_mem = e->w->p;
@@ -1378,7 +1449,8 @@ static void emit_block(emitter *e) {
 }
 
 
-static void place_lists(emitter *e) {
+static void place_lists(emitter *e)
+{
     jit_block *b = e->block;
     unsigned leaders = 0;
     for (unsigned k = 0; k < e->u->nops; k++) leaders += e->u->ops[k].role == JIT_CHECK_LEADER;
@@ -1392,7 +1464,8 @@ static void place_lists(emitter *e) {
 }
 
 /* Memory for what comes next, a quarter of a megabyte at a time: one call of the host instead of a fault for each page. */
-static void commit_ahead(jit *j) {
+static void commit_ahead(jit *j)
+{
     enum { STEP = 256 << 10, WRITE = 23 /* MADV_POPULATE_WRITE */, READ = 22 };
     size_t code = (size_t)(j->w.p - j->write_base), step;
     if (code > STEP / 4 && code + STEP / 4 > j->code_ready && j->code_ready < j->code_bytes) {
@@ -1408,7 +1481,8 @@ static void commit_ahead(jit *j) {
     }
 }
 
-jit_block *jit_emit(jit_unit *u, int *failed) {
+jit_block *jit_emit(jit_unit *u, int *failed)
+{
     jit *j = u->j;
     commit_ahead(j);
     emitter e;

@@ -16,23 +16,28 @@ static const uint8_t home[16] = {RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9,
 
 #define JIT_FRAME_REG(guest) (JIT_FRAME_R12 + (guest) - X86_R12)
 
-static inline void frame_op(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned slot) {
+static inline void frame_op(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned slot)
+{
     e_r_mem(w, size, op, reg, RSP, 0xff, 1, (int32_t)(8 * slot));
 }
-static inline void frame_load(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+static inline void frame_load(jit_writer *w, unsigned size, unsigned reg, unsigned slot)
+{
     frame_op(w, size, 0x8b, reg, slot);
 }
-static inline void frame_store(jit_writer *w, unsigned size, unsigned reg, unsigned slot) {
+static inline void frame_store(jit_writer *w, unsigned size, unsigned reg, unsigned slot)
+{
     frame_op(w, size, 0x89, reg, slot);
 }
 
-static inline void emit_push_pop(jit_writer *w, unsigned reg, bool is_push) {
+static inline void emit_push_pop(jit_writer *w, unsigned reg, bool is_push)
+{
     e_rex(w, 4, 0, 0, reg);
     e8(w, (is_push ? 0x50u : 0x58u) | (reg & 7));
 }
 
 /* The host's flags to their slot. */
-static inline void emit_save(jit_writer *w) {
+static inline void emit_save(jit_writer *w)
+{
     e_mov(w, 8, T1, RAX);
     e8(w, 0x9f);                           /* lahf */
     e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
@@ -41,7 +46,8 @@ static inline void emit_save(jit_writer *w) {
 }
 
 /* `pushed`: bytes on the stack above the frame. */
-static inline void emit_restore_from(jit_writer *w, int32_t pushed) {
+static inline void emit_restore_from(jit_writer *w, int32_t pushed)
+{
     e_mov(w, 8, T1, RAX);
     e_r_mem(w, 4, 0x8b, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + pushed);
     e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */

@@ -29,7 +29,8 @@
             HOST_FLAGS("test %1, %1", a, b, out);                                                                      \
     } while (0)
 
-static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
+static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe)
+{
     uint64_t x = cpu->jit_scratch[JIT_SLOT_FLAG_A], y = cpu->jit_scratch[JIT_SLOT_FLAG_B], out;
     unsigned kind = (recipe & 0x7f) - 1;
     if (recipe & JIT_LAZY_IMM) y = (uint64_t)(int64_t)(int16_t)(recipe >> 16);
@@ -40,12 +41,14 @@ static uint64_t lazy_flags(const x86_cpu *cpu, uint64_t recipe) {
     return out & 0xffff;
 }
 
-void jit_load_flags(x86_cpu *cpu) {
+void jit_load_flags(x86_cpu *cpu)
+{
     uint64_t f = cpu->jit_scratch[JIT_SLOT_FLAGS] & 0xffffffff;
     if ((f & 0xff) > 1) f = lazy_flags(cpu, f);
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (f >> 8 & (X86_FL_ARITH & 0xff)) | (f & 1) << 11;
 }
-void jit_store_flags(x86_cpu *cpu) {
+void jit_store_flags(x86_cpu *cpu)
+{
     cpu->jit_scratch[JIT_SLOT_FLAGS] = (cpu->rflags & (X86_FL_ARITH & 0xff)) << 8 | (cpu->rflags >> 11 & 1);
 }
 
@@ -53,20 +56,23 @@ static uint64_t *frame_of(const x86_cpu *cpu) { return (uint64_t *)(uintptr_t)cp
 
 enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8, FRAME_HOMES = 12 * 8 };
 
-static void copy_frame(x86_cpu *cpu) {
+static void copy_frame(x86_cpu *cpu)
+{
     const uint64_t *frame = frame_of(cpu);
     memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], FRAME_REGS);
     memcpy(&cpu->jit_scratch[JIT_SLOT_FLAGS], &frame[JIT_FRAME_FLAGS], FRAME_FLAGS);
 }
 
-void jit_fetch_frame(x86_cpu *cpu, bool has_homes) {
+void jit_fetch_frame(x86_cpu *cpu, bool has_homes)
+{
     copy_frame(cpu);
     if (has_homes) memcpy(cpu->gpr, &frame_of(cpu)[JIT_FRAME_HOMES], FRAME_HOMES);
     jit_load_flags(cpu);
 }
 
 /* What C may have changed, to the frame. */
-static void store_frame(const x86_cpu *cpu) {
+static void store_frame(const x86_cpu *cpu)
+{
     uint64_t *frame = frame_of(cpu);
     memcpy(&frame[JIT_FRAME_R12], &cpu->gpr[X86_R12], FRAME_REGS);
     frame[JIT_FRAME_FLAGS] = cpu->jit_scratch[JIT_SLOT_FLAGS];
@@ -74,7 +80,8 @@ static void store_frame(const x86_cpu *cpu) {
 }
 
 /* Count what has retired since the last time; `index` instructions of the current block have. */
-void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index) {
+void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index)
+{
     int64_t r15 = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] - index, done = j->r15_start - r15;
     cpu->budget -= done;
     cpu->retired += (uint64_t)done;
@@ -82,7 +89,8 @@ void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index) {
 }
 
 /* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
-void jit_load_x87_pointers(jit *j, x86_cpu *cpu) {
+void jit_load_x87_pointers(jit *j, x86_cpu *cpu)
+{
     memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
     uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST],
              last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
@@ -102,18 +110,21 @@ void jit_load_x87_pointers(jit *j, x86_cpu *cpu) {
         X86_FPU_FDS(cpu) = cpu->seg[in->seg].sel;
     }
 }
-void jit_keep_x87_pointers(jit *j, const x86_cpu *cpu) {
+void jit_keep_x87_pointers(jit *j, const x86_cpu *cpu)
+{
     memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
 }
 
 /* Everything retires up to the site's instruction. */
-static void count_up_to(jit *j, x86_cpu *cpu, const jit_site *s) {
+static void count_up_to(jit *j, x86_cpu *cpu, const jit_site *s)
+{
     cpu->hook_site = 0;
     jit_count_retired(j, cpu, s->index);
     if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
 }
 
-jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
+jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at)
+{
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
     jit_fetch_frame(cpu, false);
@@ -125,7 +136,8 @@ jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at) {
 }
 
 /* Somebody wants the run loop: let the next edge leave. */
-static void hurry(jit *j, x86_cpu *cpu) {
+static void hurry(jit *j, x86_cpu *cpu)
+{
     int64_t extra = (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + 1;
     if (extra > 0) {
         cpu->jit_scratch[JIT_SLOT_R15] -= (uint64_t)extra;
@@ -133,16 +145,19 @@ static void hurry(jit *j, x86_cpu *cpu) {
     }
 }
 
-static bool wants_leave(const jit *j, const x86_cpu *cpu) {
+static bool wants_leave(const jit *j, const x86_cpu *cpu)
+{
     return atomic_load_explicit(&cpu->attention, memory_order_relaxed) || j->must_flush || j->window_stale;
 }
 
 /* STI's shadow is over: it covers one instruction. */
-static void end_shadow(x86_cpu *cpu) {
+static void end_shadow(x86_cpu *cpu)
+{
     if (cpu->inhibit == 1) cpu->inhibit = 0;
 }
 
-void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
+void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s)
+{
     if (s->in_shadow) end_shadow(cpu);
     if (s->block->key & JIT_KEY_X87) jit_keep_x87_pointers(j, cpu);
     x86_io_retire(cpu); /* what was read has been handed over: no replay */
@@ -156,7 +171,8 @@ void jit_end_helper(jit *j, x86_cpu *cpu, const jit_site *s) {
 }
 
 /* Leave the block with n of its instructions done, for rip. After end_helper(). */
-static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigned reason, uint64_t rip) {
+static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigned reason, uint64_t rip)
+{
     if (s->block->nedges) jit_cover_add(cpu, s->block, n, 1);
     cpu->jit_scratch[JIT_SLOT_R15] -= n;
     cpu->jit_scratch[JIT_SLOT_REASON] = reason;
@@ -165,14 +181,16 @@ static uint64_t leave_block(x86_cpu *cpu, const jit_site *s, unsigned n, unsigne
 }
 
 /* Something of what the block of s was made for has changed. */
-static bool must_leave(const jit *j, const x86_cpu *cpu, const jit_site *s) {
+static bool must_leave(const jit *j, const x86_cpu *cpu, const jit_site *s)
+{
     return s->block->is_dead || j->must_flush || (cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
            ((s->block->key & JIT_KEY_VEC) && !(s->block->key & JIT_KEY_X87 ? jit_x87_allowed(cpu) : jit_vec_allowed(cpu))) ||
            atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
 /* The whole instruction by its semantic function. True: leave the block after it. */
-static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
+static bool execute(jit *j, x86_cpu *cpu, const jit_site *s)
+{
     const x86_insn *in = jit_site_insn(j, s);
     uint64_t next = cpu->next_rip;
     cpu->stat[X86_STAT_FALLBACKS]++;
@@ -201,14 +219,16 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s) {
 }
 
 /* A group of this block could not be looked up: if that is its habit, make it again without. */
-static void note_bail(jit *j, jit_block *b) {
+static void note_bail(jit *j, jit_block *b)
+{
     if (b->is_dead || ++b->bails < 64) return;
     j->no_groups[jit_hash_block(b->rip) & 1023] = 1;
     jit_kill_block(j, b);
 }
 
 /* The span of a group at la, or NULL to go on in a block without groups. Faults are the first access's own. */
-static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
+static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la)
+{
     bool is_write = s->access & X86_WRITE;
     uint8_t *p = NULL;
     uint64_t last = la + s->span - 1;
@@ -223,7 +243,8 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la) {
 }
 
 /* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
-static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset) {
+static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset)
+{
     *seg = s->is_single || (s->flags & X86_IF_MEM) ? s->seg : X86_SS;
     *offset = *seg == X86_FS || *seg == X86_GS ? la - cpu->seg[*seg].base : la;
     if (s->mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
@@ -231,7 +252,8 @@ static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsi
     return *offset + s->size <= UINT64_C(1) << 32;
 }
 
-static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
+static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la)
+{
     unsigned seg;
     uint64_t offset;
     if (!is_in_range(cpu, s, la, &seg, &offset)) x86_linear(cpu, seg, offset, s->size, s->access);
@@ -239,7 +261,8 @@ static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la) {
 
 /* The access at bounce_la itself. Callbacks see exact state: the registers are in x86_cpu, and what is still in the frame
  * comes when somebody asks (hook.c). So if nobody changes anything, nothing but the access has to be done. */
-static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at) {
+static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at)
+{
     uint64_t *value = j->bounce;
     unsigned n = s->size;
     int status;
@@ -261,7 +284,8 @@ static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at) {
 }
 
 /* Is the address a device's that has been met before? Then the bounce buffer, with what the device answered. */
-static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at) {
+static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at)
+{
     jit_site *s = (jit_site *)(j->arena + at);
     j->bounce_is_device = s->is_quick && x86_tlb_device(cpu, cpu->ctx, la, s->access, &j->bounce_gpa) &&
                           !(cpu->careful | cpu->watch) && (la & 0xfff) + s->size <= 4096;
@@ -273,7 +297,8 @@ static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at) {
 }
 
 /* Does the MMU strategy know the page? Then nobody sees that it was asked, and the guest's registers stay where they are. */
-static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la) {
+static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la)
+{
     bool is_write = s->access & X86_WRITE;
     unsigned n = s->leader_size ? s->span : s->size, seg;
     uint64_t offset;
@@ -284,7 +309,8 @@ static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const
     return x86_tlb_hit(cpu, la, n, is_write);
 }
 
-uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
+uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at)
+{
     jit *j = cpu->jit;
     uint8_t *host = find_device(j, cpu, la, at);
     if (!host && vm_mmu_can_refill(j->vcpu)) host = find_known(j, cpu, (jit_site *)(j->arena + at), la);
@@ -323,7 +349,8 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at) {
 }
 
 /* The store of a PUSH or CALL has killed its own block: what else the instruction does, for its bytes may have gone. */
-static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
+static uint64_t finish_push(x86_cpu *cpu, const jit_site *s)
+{
     if (!s->block->is_dead) return 0;
     bool is_64 = s->mode == 8;
     cpu->gpr[X86_RSP] = is_64 ? cpu->gpr[X86_RSP] - 8 : (uint32_t)(cpu->gpr[X86_RSP] - 4);
@@ -335,7 +362,8 @@ static uint64_t finish_push(x86_cpu *cpu, const jit_site *s) {
     return cpu->rip;
 }
 
-uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
+uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at)
+{
     jit *j = cpu->jit;
     if (!j->bounce_active) return 0;
     if (j->bounce_is_device) {
@@ -352,7 +380,8 @@ uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at) {
 }
 
 /* HLT that does nothing but stop: what its semantic function does, without its long way out. */
-static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s) {
+static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s)
+{
     copy_frame(cpu);
     jit_place_rip(cpu, s);
     cpu->hook_site = 0;
@@ -365,7 +394,8 @@ static uint64_t halt(jit *j, x86_cpu *cpu, const jit_site *s) {
 
 /* #UD where it is known beforehand, for hooks that emulate instructions: a longjmp to caught() takes longer, and if one has
  * done so the block goes on. When nothing has retired the run loop looks at its deadline. */
-static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at) {
+static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at)
+{
     jit_site *s = jit_begin_helper(cpu, at);
     const uint64_t retired = cpu->retired, next = cpu->next_rip;
     jit_hook_half_way(cpu);
@@ -383,7 +413,8 @@ static uint64_t raise_ud(jit *j, x86_cpu *cpu, uint32_t at) {
     return leave_block(cpu, s, s->index, JIT_LEAVE_HOOKED, cpu->rip);
 }
 
-uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
+uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at)
+{
     jit *j = cpu->jit;
     jit_site *s = (jit_site *)(j->arena + at);
     const x86_exec_fn exec = jit_site_insn(j, s)->exec;
@@ -396,7 +427,8 @@ uint64_t jit_help_fallback(x86_cpu *cpu, uint32_t at) {
 }
 
 /* A callback has asked for the run loop: leave after the instruction whose access it was. */
-uint64_t jit_help_after(x86_cpu *cpu, uint32_t at) {
+uint64_t jit_help_after(x86_cpu *cpu, uint32_t at)
+{
     jit *j = cpu->jit;
     uint64_t next = cpu->next_rip; /* as the callback left it */
     jit_site *s = jit_begin_helper(cpu, at);

@@ -20,20 +20,23 @@
 /* x86_cpu.hook_site: where the site is, and beside it */
 enum { IS_DIRECT = 1 /* all registers are in the frame, RIP is that of the site */, IS_FETCHED = 2 /* they no longer are */ };
 
-static const jit_site *site_at(const jit *j, uint64_t hook_site) {
+static const jit_site *site_at(const jit *j, uint64_t hook_site)
+{
     return (const jit_site *)(j->arena + (hook_site & ~UINT64_C(15)));
 }
 
 /* ---- shapes ---- */
 
 /* The only hook of a kind, if it is on everything. */
-static vm_hook *only_data_hook(const vm_machine *m, unsigned kind) {
+static vm_hook *only_data_hook(const vm_machine *m, unsigned kind)
+{
     const vm_hook_list *l = &m->hooks->list[kind];
     vm_hook *h = l->count == 1 && l->wide_count ? l->wide[0] : NULL;
     return h && h->cls == VM_HOOKED_USER && !h->is_gpa && !h->lo && h->hi == UINT64_MAX ? h : NULL;
 }
 
-static jit_hook_id id_of(const vm_hook *h) {
+static jit_hook_id id_of(const vm_hook *h)
+{
     return h ? (jit_hook_id){h, h->desc.fn, h->desc.user, h->lo, h->hi} : (jit_hook_id){0};
 }
 
@@ -42,7 +45,8 @@ enum { WIDE_BYTES = 1 << 20 };
 
 static bool is_wide(uint64_t lo, uint64_t hi) { return hi - lo >= WIDE_BYTES; }
 
-static void add_wide(jit_shape *s, unsigned *n, const vm_hook_list *l, unsigned kind) {
+static void add_wide(jit_shape *s, unsigned *n, const vm_hook_list *l, unsigned kind)
+{
     for (unsigned i = 0; i < l->wide_count; i++) {
         const vm_hook *h = l->wide[i];
         if (!is_wide(h->lo, h->hi)) continue;
@@ -55,7 +59,8 @@ static void add_wide(jit_shape *s, unsigned *n, const vm_hook_list *l, unsigned 
     }
 }
 
-static void shape_now(const x86_cpu *cpu, const vm_machine *m, jit_shape *s) {
+static void shape_now(const x86_cpu *cpu, const vm_machine *m, jit_shape *s)
+{
     unsigned n = 0;
     memset(s, 0, sizeof *s);
     s->watch = cpu->watch;
@@ -69,7 +74,8 @@ static void shape_now(const x86_cpu *cpu, const vm_machine *m, jit_shape *s) {
         if (cpu->hook_mask & X86_HOOK_CODE & X86_HOOK_BIT(kind)) add_wide(s, &n, &m->hooks->list[kind], kind);
 }
 
-void jit_hooks_shape(jit *j) {
+void jit_hooks_shape(jit *j)
+{
     jit_shape now;
     shape_now(&j->vcpu->x86, j->vcpu->machine, &now);
     if (!j->shape_count) j->shape_count = 1;
@@ -84,13 +90,15 @@ void jit_hooks_shape(jit *j) {
 }
 
 /* An edit on little code: the instructions it is about may begin in front of it (FETCH). */
-static void drop_edited(jit *j, const vm_hook_edit *e) {
+static void drop_edited(jit *j, const vm_hook_edit *e)
+{
     enum { LONGEST = 15 };
     if (!(X86_HOOK_CODE & X86_HOOK_BIT(e->kind)) || is_wide(e->lo, e->hi)) return;
     jit_drop_code(j, e->lo < LONGEST ? 0 : e->lo - (LONGEST - 1), e->hi, e->is_gpa);
 }
 
-void jit_hooks_changed(vm_vcpu *cpu, unsigned seen) {
+void jit_hooks_changed(vm_vcpu *cpu, unsigned seen)
+{
     jit *j = cpu->x86.jit;
     if (!j->write_base) return;
     j->window_stale |= !j->shapes[j->shape].watch != !cpu->x86.watch;
@@ -102,11 +110,13 @@ void jit_hooks_changed(vm_vcpu *cpu, unsigned seen) {
 /* ---- which ---- */
 
 /* Traces leave the page only where linear addresses are physical. */
-static uint64_t gpa_of(const jit_unit *u, uint64_t rip) {
+static uint64_t gpa_of(const jit_unit *u, uint64_t rip)
+{
     return (rip ^ u->rip) & X86_PAGE_MASK ? rip : (u->gpa & X86_PAGE_MASK) | (rip & 0xfff);
 }
 
-unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block) {
+unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool begins_block)
+{
     static const struct { uint8_t kind; bool at_block, is_long; } asked[] = {
         {X86_HOOK_BREAK, false, false}, {X86_HOOK_INSN, false, false}, {X86_HOOK_FETCH, false, true},
         {X86_HOOK_BLOCK, true, false},  {X86_HOOK_EDGE, true, false}};
@@ -123,26 +133,30 @@ unsigned jit_hook_kinds(const jit_unit *u, uint64_t rip, unsigned length, bool b
 
 /* Calls are dear while vector registers are in the host's: where there are calls, vector instructions call their semantic
  * functions instead. */
-bool jit_hook_is_near(const jit_unit *u, unsigned i) {
+bool jit_hook_is_near(const jit_unit *u, unsigned i)
+{
     unsigned any = u->cpu->watch & X86_WATCH_ALL;
     if (u->cpu->hook_mask & X86_HOOK_CODE)
         for (unsigned k = 0; k <= i; k++) any |= u->hooked[k];
     return any;
 }
 
-bool jit_hooks_want_interpreter(x86_cpu *cpu) {
+bool jit_hooks_want_interpreter(x86_cpu *cpu)
+{
     if (cpu->hook_done && cpu->hook_rip != cpu->rip) cpu->hook_done = false;
     return (cpu->careful & X86_CAREFUL_STEP) || cpu->hook_done;
 }
 
 /* A part of an instruction (PUSH, CALL, RET...) whose access is watched: the interpreter does the whole instruction. */
-bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la) {
+bool jit_hook_steps(x86_cpu *cpu, const jit_site *s, uint64_t la)
+{
     if ((cpu->watch & X86_WATCH_ALL) && s->access != (X86_READ | X86_WRITE) && cpu->env->watched(cpu, la, s->size, s->access))
         return true;                   /* compiled: the fast path reports by itself */
     return cpu->watch && !s->is_single && cpu->env->watched(cpu, la, s->size, s->access);
 }
 
-uint64_t jit_hook_callee(const vm_machine *m) {
+uint64_t jit_hook_callee(const vm_machine *m)
+{
     const vm_hook *h = m->hooks ? m->hooks->first : NULL;
     return (uint64_t)(uintptr_t)(h && h->desc.fn ? (const void *)(uintptr_t)h->desc.fn : (const void *)(uintptr_t)jit_help_hook);
 }
@@ -150,7 +164,8 @@ uint64_t jit_hook_callee(const vm_machine *m) {
 /* ---- sites ---- */
 
 /* The only hook for this place, or NULL: several. */
-static vm_hook *only_hook(const jit_unit *u, unsigned kinds, uint64_t la, unsigned length, uint64_t gpa) {
+static vm_hook *only_hook(const jit_unit *u, unsigned kinds, uint64_t la, unsigned length, uint64_t gpa)
+{
     if (kinds & (kinds - 1) || kinds & X86_HOOK_BIT(X86_HOOK_BREAK)) return NULL;
     unsigned kind = (unsigned)__builtin_ctz(kinds);
     vm_hook *hit = NULL;
@@ -158,7 +173,8 @@ static vm_hook *only_hook(const jit_unit *u, unsigned kinds, uint64_t la, unsign
     return n == 1 ? hit : NULL;
 }
 
-static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event) {
+static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event)
+{
     jit_hook_site *h = user;
     x86_cpu *cpu = &vcpu->x86;
     (void)event;
@@ -170,7 +186,8 @@ static vm_hook_result call_all(void *user, vm_vcpu *vcpu, const vm_hook_event *e
     return (vm_hook_result)answer;
 }
 
-void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i) {
+void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i)
+{
     const x86_insn *in = &u->insn[i];
     uint64_t rip = u->insn_rip[i], la = u->key & JIT_KEY_64 ? rip : (uint32_t)rip;
     unsigned kinds = u->hooked[i];
@@ -193,7 +210,8 @@ void jit_hook_fill(const jit_unit *u, jit_hook_site *h, unsigned i) {
 
 /* ---- accesses ---- */
 
-unsigned jit_access_hooked(const jit_unit *u, unsigned access) {
+unsigned jit_access_hooked(const jit_unit *u, unsigned access)
+{
     const x86_cpu *cpu = u->cpu;
     if (!(cpu->watch & X86_WATCH_ALL)) return 0;
     return access & ((x86_hooked(cpu, X86_HOOK_READ) ? X86_READ : 0u) | (x86_hooked(cpu, X86_HOOK_WRITE) ? X86_WRITE : 0u));
@@ -201,7 +219,8 @@ unsigned jit_access_hooked(const jit_unit *u, unsigned access) {
 
 /* Accesses to be reported are compiled if there is one of them, it goes one way, and its value is easy to have: loads of
  * general registers, MOV to memory, the stack. */
-bool jit_access_falls_back(const jit_unit *u, const x86_insn *in) {
+bool jit_access_falls_back(const jit_unit *u, const x86_insn *in)
+{
     if (!(in->flags & X86_IF_MEM)) return false;
     unsigned access = jit_insn_access(in);
     if (!jit_access_hooked(u, access)) return false;
@@ -214,13 +233,15 @@ bool jit_access_falls_back(const jit_unit *u, const x86_insn *in) {
     return (in->flags & X86_IF_BRANCH) && jit_insn_pushes(in);
 }
 
-static vm_hook_result report_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event) {
+static vm_hook_result report_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event)
+{
     jit_hook_site *h = user;
     vm_hook_event e = *event;
     return (vm_hook_result)vm_hook_fire(vcpu, (unsigned)h->event.kind, e.address, e.bytes, vm_hook_gpa(vcpu, &e), &e);
 }
 
-void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access) {
+void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, const jit_op *access)
+{
     const x86_insn *in = &u->insn[check->insn];
     unsigned kind = check->access & X86_WRITE ? X86_HOOK_WRITE : X86_HOOK_READ;
     h->hook = only_data_hook(u->j->vcpu->machine, kind);
@@ -239,7 +260,8 @@ void jit_access_fill(const jit_unit *u, jit_hook_site *h, const jit_op *check, c
 
 /* ---- code ---- */
 
-static void store_gs_imm(jit_writer *w, int32_t at, uint64_t v) {
+static void store_gs_imm(jit_writer *w, int32_t at, uint64_t v)
+{
     for (unsigned half = 0; half < (v == (uint64_t)(int32_t)v ? 1 : 2); half++) {
         bool is_whole = v == (uint64_t)(int32_t)v;
         e_r_gs(w, is_whole ? 8 : 4, 0xc7, 0, at + 4 * (int32_t)half);
@@ -247,7 +269,8 @@ static void store_gs_imm(jit_writer *w, int32_t at, uint64_t v) {
     }
 }
 
-static void store_state(jit_writer *w, unsigned state) {
+static void store_state(jit_writer *w, unsigned state)
+{
     e_r_gs(w, 1, 0xc6, 0, JIT_OFF(block_state));
     e8(w, state);
 }
@@ -255,7 +278,8 @@ static void store_state(jit_writer *w, unsigned state) {
 bool jit_hook_is_direct(const jit_unit *u) { return !jit_level(u->key) && !u->cpu->cover.is_on; }
 
 /* Registers that have changed since the direct call before instruction `from` of the unit (none: -1) stored them. */
-static uint16_t stale_since(const jit_unit *u, int from, unsigned insn) {
+static uint16_t stale_since(const jit_unit *u, int from, unsigned insn)
+{
     uint16_t stale = 0;
     if (from < 0) return 0xffff;
     for (unsigned k = (unsigned)from; k < insn; k++)
@@ -264,29 +288,34 @@ static uint16_t stale_since(const jit_unit *u, int from, unsigned insn) {
 }
 
 enum { TO_FRAME = 0x89, FROM_FRAME = 0x8b };
-static void move_home(jit_writer *w, unsigned direction, unsigned reg, unsigned guest) {
+static void move_home(jit_writer *w, unsigned direction, unsigned reg, unsigned guest)
+{
     e_r_mem(w, 8, direction, reg, RSP, 0xff, 1, 8 * (int32_t)(JIT_FRAME_HOMES + guest));
 }
 
-static void store_registers(jit_writer *w, uint16_t which) {
+static void store_registers(jit_writer *w, uint16_t which)
+{
     for (unsigned g = 0; g < X86_R12; g++)
         if (which >> g & 1) move_home(w, TO_FRAME, home[g], g);
 }
 
 /* The flags as the emitter keeps them, by way of RAX, which is in the frame already. */
-static void save_flags(jit_writer *w) {
+static void save_flags(jit_writer *w)
+{
     e8(w, 0x9f);                           /* lahf */
     e8(w, 0x0f), e8(w, 0x90), e8(w, 0xc0); /* seto al */
     e_r_mem(w, 4, 0x89, RAX, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS);
     e_mov(w, 4, T1, RAX);
 }
-static void restore_flags(jit_writer *w) {
+static void restore_flags(jit_writer *w)
+{
     e_mov(w, 4, RAX, T1);
     e8(w, 0x04), e8(w, 0x7f); /* add al, 127: OF */
     e8(w, 0x9e);              /* sahf */
 }
 
-static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, bool flags) {
+static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, bool flags)
+{
     store_registers(w, stale_since(u, from, h->site.index));
     if (flags) save_flags(w);
     store_gs_imm(w, JIT_OFF(hook_site), at | IS_DIRECT);
@@ -295,11 +324,13 @@ static void store_state_of(const jit_unit *u, jit_writer *w, const jit_hook_site
 }
 
 /* mov [rdx + field], reg */
-static void store_field(jit_writer *w, unsigned reg, unsigned field) {
+static void store_field(jit_writer *w, unsigned reg, unsigned field)
+{
     e_r_mem(w, 8, 0x89, reg, RDX, 0xff, 1, (int32_t)field);
 }
 
-static void call_it(jit_writer *w, const jit_hook_site *h) {
+static void call_it(jit_writer *w, const jit_hook_site *h)
+{
     e_mov_imm(w, RDI, (uint64_t)(uintptr_t)h->user);
     e_gs_load(w, 8, RSI, JIT_SLOT(JIT_SLOT_SELF));
     e_mov_imm(w, RAX, (uint64_t)(uintptr_t)h->fn);
@@ -307,7 +338,8 @@ static void call_it(jit_writer *w, const jit_hook_site *h) {
 }
 
 /* EAX = the answer. What C may have destroyed comes back unless the block is to be left: returns the jump taken then. */
-static uint8_t *after_call(jit_writer *w, bool flags) {
+static uint8_t *after_call(jit_writer *w, bool flags)
+{
     e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
     uint8_t *leave = e_jcc(w, CC_NE);
     if (flags) restore_flags(w);
@@ -317,7 +349,8 @@ static uint8_t *after_call(jit_writer *w, bool flags) {
 }
 
 /* The call. Returns the jump taken when the block is to be left. */
-uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, jit_hook_flags flags) {
+uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from, jit_hook_flags flags)
+{
     store_state_of(u, w, h, at, from, flags.save);
     if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) {
         e_gs_load(w, 8, RAX, JIT_OFF(edge_from));
@@ -329,7 +362,8 @@ uint8_t *jit_hook_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h,
 }
 
 /* The same for an access: T0 = host address, which stays; its linear address is in JIT_SLOT_HOOK_LA. */
-uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from) {
+uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *h, uint32_t at, int from)
+{
     unsigned n = h->site.size;
     store_state_of(u, w, h, at, from, false);
     if (h->event.kind == VM_HOOK_MEM_READ)
@@ -350,14 +384,16 @@ uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *
 
 /* At the entry of a unit whose first instruction has a block hook (and nothing else): does a block begin? Returns the
  * jump taken if not simply so. */
-uint8_t *jit_hook_entry(jit_writer *w) {
+uint8_t *jit_hook_entry(jit_writer *w)
+{
     e_r_gs(w, 1, 0x80, 7, JIT_OFF(block_state)); /* cmp byte, EDGE */
     e8(w, X86_BLOCK_EDGE);
     return e_jcc(w, CC_NE);
 }
 
 /* The rest of it: back to `resume` in the middle of a block; otherwise falls through, for the interpreter. */
-void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const uint8_t *resume) {
+void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const uint8_t *resume)
+{
     e_patch(jump, w->p);
     e_r_gs(w, 1, 0x80, 7, JIT_OFF(block_state));
     e8(w, X86_BLOCK_MID);
@@ -372,7 +408,8 @@ void jit_hook_entry_stub(const jit_unit *u, jit_writer *w, uint8_t *jump, const 
 }
 
 /* An edge after instruction i. Flags and registers stay. `goes_on`: it is no branch, the unit was just full. */
-void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on) {
+void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on)
+{
     if (!(u->cpu->hook_mask & X86_HOOK_BLOCKS) || !u->count) return;
     if (goes_on && !(u->insn[i].flags & (X86_IF_BRANCH | X86_IF_END))) {
         store_state(w, X86_BLOCK_MID);
@@ -384,14 +421,16 @@ void jit_hook_edge(const jit_unit *u, jit_writer *w, unsigned i, bool goes_on) {
 }
 
 /* The unit is left in front of instruction i, whose hooks have not been called. */
-void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i) {
+void jit_hook_leave(const jit_unit *u, jit_writer *w, unsigned i)
+{
     if (i && i <= u->count) jit_hook_edge(u, w, i - 1, true);
 }
 
 /* ---- what C does ---- */
 
 /* Emitted code calls: bring what is in the frame to x86_cpu. */
-static void fetch(x86_cpu *cpu) {
+static void fetch(x86_cpu *cpu)
+{
     const uint64_t at = cpu->hook_site;
     if (!at || at & IS_FETCHED) return;
     cpu->hook_site |= IS_FETCHED;
@@ -399,28 +438,33 @@ static void fetch(x86_cpu *cpu) {
     if (at & IS_DIRECT) jit_place_rip(cpu, site_at(cpu->jit, at));
 }
 
-void jit_get_state(vm_vcpu *vcpu, unsigned parts) {
+void jit_get_state(vm_vcpu *vcpu, unsigned parts)
+{
     (void)parts;
     if (vcpu->x86.hook_site) fetch(&vcpu->x86);
 }
 
-void jit_hook_disturb(x86_cpu *cpu) {
+void jit_hook_disturb(x86_cpu *cpu)
+{
     if (cpu->hook_site) atomic_fetch_or(&cpu->attention, X86_ATT_LOOK);
 }
 
-void jit_set_state(vm_vcpu *vcpu, unsigned parts) {
+void jit_set_state(vm_vcpu *vcpu, unsigned parts)
+{
     (void)parts;
     jit_hook_disturb(&vcpu->x86);
 }
 
-uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu) {
+uint64_t jit_hook_retired(const jit *j, const x86_cpu *cpu)
+{
     if (!cpu->hook_site) return cpu->retired;
     const jit_site *s = site_at(j, cpu->hook_site);
     return cpu->retired + (uint64_t)(j->r15_start - (int64_t)cpu->jit_scratch[JIT_SLOT_R15] + s->index);
 }
 
 /* The block is left after the call for site h: where and in which state. */
-static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
+static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer)
+{
     bool is_moved = cpu->is_redirected;
     if (h->hook && answer == X86_HOOK_STOP) {
         vm_hook_note_stop(j->vcpu, h->hook, &h->event);
@@ -445,7 +489,8 @@ static void decide(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
 
 /* The same for an access: unless the hook ended the instruction, the interpreter executes it, from its start, and finds the
  * event reported. */
-static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer) {
+static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answer)
+{
     if (h->hook && answer == X86_HOOK_STOP) vm_hook_note_stop(j->vcpu, h->hook, &h->event);
     if (answer == X86_HOOK_STOP) atomic_fetch_or(&cpu->attention, X86_ATT_STOP);
     if (answer == X86_HOOK_SKIP) {
@@ -462,7 +507,8 @@ static void decide_access(jit *j, x86_cpu *cpu, jit_hook_site *h, unsigned answe
 }
 
 /* After a direct call that answered or changed something. */
-uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
+uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at)
+{
     jit *j = cpu->jit;
     jit_hook_site *h = (jit_hook_site *)(j->arena + at);
     fetch(cpu);
@@ -475,7 +521,8 @@ uint64_t jit_help_hook_left(x86_cpu *cpu, uint64_t answer, uint32_t at) {
     return 0;
 }
 
-static void complete_event(x86_cpu *cpu, jit_hook_site *h) {
+static void complete_event(x86_cpu *cpu, jit_hook_site *h)
+{
     unsigned n = h->site.size;
     h->event.address = cpu->jit_scratch[JIT_SLOT_HOOK_LA];
     if (h->value_reg == JIT_HOOK_IMM) return;
@@ -486,7 +533,8 @@ static void complete_event(x86_cpu *cpu, jit_hook_site *h) {
 }
 
 /* The call where it cannot be direct. Non-zero: leave. */
-uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
+uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at)
+{
     jit *j = cpu->jit;
     jit_hook_site *h = (jit_hook_site *)jit_begin_helper(cpu, at);
     uint64_t flushes = j->flushes;
@@ -507,7 +555,8 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at) {
 }
 
 /* A semantic function has executed the instruction of a site; `leaves`: the block is left after it. */
-void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves) {
+void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves)
+{
     if (!(cpu->hook_mask & X86_HOOK_BLOCKS)) return;
     if (s->flags & (X86_IF_BRANCH | X86_IF_END))
         x86_block_end(cpu, s->mode == 8 ? s->rip : (uint32_t)s->rip);
@@ -516,7 +565,8 @@ void jit_hook_after(x86_cpu *cpu, const jit_site *s, bool leaves) {
 }
 
 /* The instruction at rip has been left half-way: its hooks are not called again when it goes on. */
-void jit_hook_half_way(x86_cpu *cpu) {
+void jit_hook_half_way(x86_cpu *cpu)
+{
     if (!(cpu->hook_mask & X86_HOOK_CODE)) return;
     cpu->hook_done = true;
     cpu->hook_rip = cpu->rip;

@@ -47,7 +47,8 @@
 #define MIN_CODE     (256u << 10)
 #endif
 
-static inline uint64_t read_gs(void) {
+static inline uint64_t read_gs(void)
+{
     uint64_t v;
     __asm__ volatile("rdgsbase %0" : "=r"(v));
     return v;
@@ -56,15 +57,18 @@ static inline void write_gs(uint64_t v) { __asm__ volatile("wrgsbase %0" : : "r"
 
 /* ---- what translated code depends on ---- */
 
-static bool is_flat_data(const x86_seg *s) {
+static bool is_flat_data(const x86_seg *s)
+{
     return !s->base && s->limit == 0xffffffffu &&
            (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
 }
-static bool is_whole_data(const x86_seg *s) {
+static bool is_whole_data(const x86_seg *s)
+{
     return s->limit == 0xffffffffu && (s->attr & (X86_SEG_P | X86_SEG_S | 0xe)) == (X86_SEG_P | X86_SEG_S | 2);
 }
 
-bool jit_vec_allowed(const x86_cpu *cpu) {
+bool jit_vec_allowed(const x86_cpu *cpu)
+{
     return !(cpu->cr0 & (X86_CR0_EM | X86_CR0_TS)) && (cpu->cr4 & X86_CR4_OSFXSR) &&
            (X86_FPU_MXCSR(cpu) & 0x1f80) == 0x1f80;
 }
@@ -72,11 +76,13 @@ bool jit_vec_allowed(const x86_cpu *cpu) {
 /* Strategies under which an address without paging is physical. */
 static bool is_plain_mmu(const vm_machine *m) { return vm_mmu_is_plain(m); }
 
-bool jit_x87_allowed(const x86_cpu *cpu) {
+bool jit_x87_allowed(const x86_cpu *cpu)
+{
     return jit_vec_allowed(cpu) && (X86_FPU_FCW(cpu) & 0x3f) == 0x3f && !(X86_FPU_FSW(cpu) & 0x80);
 }
 
-static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
+static uint32_t jit_key(jit *j, const x86_cpu *cpu)
+{
     uint32_t key = cpu->ctx | j->shape * (JIT_KEY_SHAPE & -JIT_KEY_SHAPE);
     if (cpu->code_size == 8)
         key |= JIT_KEY_64;
@@ -102,7 +108,8 @@ static uint32_t jit_key(jit *j, const x86_cpu *cpu) {
 }
 
 /* Modes and moments that the interpreter handles. */
-static bool wants_interpreter(const jit *j, x86_cpu *cpu) {
+static bool wants_interpreter(const jit *j, x86_cpu *cpu)
+{
     if (jit_hooks_want_interpreter(cpu) || cpu->code_size == 2 || cpu->inhibit || cpu->io_count || j->step_one ||
         (cpu->rflags & X86_FL_RF))
         return true;
@@ -113,7 +120,8 @@ static bool wants_interpreter(const jit *j, x86_cpu *cpu) {
 
 static unsigned hash_page(uint64_t gpa) { return (unsigned)((gpa >> 12 ^ gpa >> 26) & (JIT_PAGES - 1)); }
 
-bool jit_is_stop(const jit *j, uint64_t rip) {
+bool jit_is_stop(const jit *j, uint64_t rip)
+{
     for (unsigned i = 0; i < j->stop_count; i++)
         if (j->stops[i] == rip) return true;
     return false;
@@ -123,7 +131,8 @@ static x86_jumps *jumps_of(x86_cpu *cpu, uint32_t key) { return &cpu->jump[jit_t
 
 enum { TABLE_PART = X86_JUMP_ENTRIES / 64 };
 
-static void clear_table(jit *j, unsigned t) {
+static void clear_table(jit *j, unsigned t)
+{
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
     if (j->table_count[t] <= JIT_LISTED)
         for (unsigned n = 0; n < j->table_count[t]; n++)
@@ -136,7 +145,8 @@ static void clear_table(jit *j, unsigned t) {
     j->table_touched[t] = j->table_gigs[t] = j->table_count[t] = 0;
 }
 
-static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code) {
+static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code)
+{
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
     unsigned i = rip & (X86_JUMP_ENTRIES - 1);
     jumps->rip[i] = rip;
@@ -147,13 +157,15 @@ static void enter_in_table(jit *j, unsigned t, uint64_t rip, const uint8_t *code
     j->table_gigs[t] |= UINT64_C(1) << (rip >> 30 & 63);
 }
 
-static void clear_tables(jit *j) {
+static void clear_tables(jit *j)
+{
     for (unsigned t = 0; t < JIT_TABLES; t++)
         if (j->table_used[t]) clear_table(j, t);
 }
 
 /* Addresses in the gigabyte around la (a large page may have gone) have come to mean something else. */
-static void drop_from_table(jit *j, unsigned t, uint64_t la) {
+static void drop_from_table(jit *j, unsigned t, uint64_t la)
+{
     x86_jumps *jumps = &j->vcpu->x86.jump[t];
     if (!(j->table_gigs[t] >> (la >> 30 & 63) & 1)) return;
     for (uint64_t parts = j->table_touched[t]; parts; parts &= parts - 1) {
@@ -163,7 +175,8 @@ static void drop_from_table(jit *j, unsigned t, uint64_t la) {
     }
 }
 
-static void use_table(jit *j, uint32_t key) {
+static void use_table(jit *j, uint32_t key)
+{
     unsigned t = jit_table_index(key);
     key &= ~JIT_KEY_PLAIN; /* such blocks are never in it */
     if (j->table_key[t] != key && j->table_used[t]) clear_table(j, t);
@@ -172,14 +185,16 @@ static void use_table(jit *j, uint32_t key) {
     j->table_used[t] = true;
 }
 
-static void unlink_in(jit_link *l) {
+static void unlink_in(jit_link *l)
+{
     jit_link **p = &l->to->in;
     while (*p && *p != l) p = &(*p)->next_in;
     if (*p) *p = l->next_in;
     l->to = NULL;
 }
 
-static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
+static void link_blocks(const jit *j, jit_link *l, jit_block *to)
+{
     if (l->to || l->from->is_dead || to->is_dead || (to->crosses && !(to->key & JIT_KEY_CHAIN)) ||
         jit_is_stop(j, to->rip) || l->key != to->key || l->target != to->rip)
         return;
@@ -190,13 +205,15 @@ static void link_blocks(const jit *j, jit_link *l, jit_block *to) {
 }
 
 /* Takes b out of the list at *head whose links are `link` bytes into a block. */
-static void remove_from(jit_block **head, jit_block *b, size_t link) {
+static void remove_from(jit_block **head, jit_block *b, size_t link)
+{
     jit_block **p = head;
     while (*p && *p != b) p = (jit_block **)(void *)((uint8_t *)*p + link);
     if (*p) *p = *(jit_block **)(void *)((uint8_t *)b + link);
 }
 
-void jit_kill_block(jit *j, jit_block *b) {
+void jit_kill_block(jit *j, jit_block *b)
+{
     b->is_dead = true;
     j->kills++;
     if (b->twin && !b->twin->is_dead) jit_kill_block(j, b->twin);
@@ -216,7 +233,8 @@ void jit_kill_block(jit *j, jit_block *b) {
     if (jumps->rip[i] == b->rip) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
-static void flush_all(jit *j) {
+static void flush_all(jit *j)
+{
     if (j->arena_used > 16) { /* blocks live in the arena: without any the tables are still untouched zero pages */
         memset(j->hash, 0, sizeof j->hash);
         memset(j->pages, 0, sizeof j->pages);
@@ -231,14 +249,16 @@ static void flush_all(jit *j) {
 }
 
 /* Is any of [at, at + bytes), all on one page, among the bytes that a block on the page `page` was made from? */
-static bool overlaps_on(const jit_block *b, uint64_t page, uint64_t at, uint64_t bytes) {
+static bool overlaps_on(const jit_block *b, uint64_t page, uint64_t at, uint64_t bytes)
+{
     if ((page ^ at) & X86_PAGE_MASK) return false;
     uint64_t begin = at & 0xfff, end = begin + bytes;
     for (unsigned i = 0; i < b->nextents; i++)
         if (b->extents[i].begin < end && begin < b->extents[i].end) return true;
     return false;
 }
-static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
+static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes)
+{
     return overlaps_on(b, b->gpa, gpa, bytes);
 }
 
@@ -246,7 +266,8 @@ static bool block_overlaps(const jit_block *b, uint64_t gpa, uint64_t bytes) {
  * whose blocks die several times within few instructions is the interpreter's for a while. */
 enum { HEAT_WINDOW = 1000, HEAT_LIMIT = 6, HEAT_TIME = 30000 };
 
-static void note_heat(jit *j, uint64_t gpa) {
+static void note_heat(jit *j, uint64_t gpa)
+{
     unsigned h = hash_page(gpa) & 255;
     uint64_t now = j->vcpu->x86.retired;
     if (now - j->heat[h].last > HEAT_WINDOW) j->heat[h].kills = 0;
@@ -256,7 +277,8 @@ static void note_heat(jit *j, uint64_t gpa) {
 
 static bool is_hot(const jit *j, uint64_t gpa) { return j->vcpu->x86.retired < j->heat[hash_page(gpa) & 255].until; }
 
-static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
+{
     jit *j = cpu->x86.jit;
     if (!j || !j->write_base) return;
     if (bytes > (256u << 12)) {
@@ -282,7 +304,8 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
 }
 
 /* Drops what was translated from code in [lo, hi], linear or guest-physical addresses. */
-void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa) {
+void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa)
+{
     for (uint64_t at = lo;; at = (at & X86_PAGE_MASK) + 4096) {
         uint64_t last = hi - at < 4095 - (at & 0xfff) ? hi : at | 0xfff;
         jit_block *next, **head = is_gpa ? j->pages : j->lines;
@@ -295,7 +318,8 @@ void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa) {
 }
 
 /* An address becomes a place where execution must come back to C. */
-static void add_stop(jit *j, uint64_t rip) {
+static void add_stop(jit *j, uint64_t rip)
+{
     if (jit_is_stop(j, rip)) return;
     j->stops[j->stop_next] = rip;
     j->stop_next = (j->stop_next + 1) % JIT_STOPS;
@@ -305,20 +329,23 @@ static void add_stop(jit *j, uint64_t rip) {
 
 /* ---- translation ---- */
 
-void *jit_take(jit *j, size_t bytes) {
+void *jit_take(jit *j, size_t bytes)
+{
     void *p = j->arena + j->arena_used;
     j->arena_used += (bytes + 15) & ~(size_t)15;
     return p;
 }
 
-void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page) {
+void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page)
+{
     b->extents = jit_take(j, u->nextents * sizeof *b->extents);
     for (unsigned k = 0; k < u->nextents; k++)
         if (u->extents[k].page == page) b->extents[b->nextents++] = u->extents[k];
 }
 
 /* Guest-physical address of code at la; raises the fetch's faults. */
-static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
+static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la)
+{
     unsigned i = X86_TLB_INDEX(la);
     const x86_tlb *t = &cpu->tlb[cpu->ctx];
     if (((la ^ t->e[i].tag_x) & X86_PAGE_MASK) == 0 && (t->meta[i] & X86_TLBM_VALID))
@@ -331,20 +358,23 @@ static uint64_t fetch_gpa(x86_cpu *cpu, uint64_t la) {
 }
 
 /* The page after rip's, as code: its gpa, for instructions that end there. */
-static uint64_t next_page_gpa(x86_cpu *cpu) {
+static uint64_t next_page_gpa(x86_cpu *cpu)
+{
     uint64_t la = (cpu->rip & X86_PAGE_MASK) + 4096;
     return fetch_gpa(cpu, cpu->code_size == 8 ? la : (uint32_t)la);
 }
 
 /* b is told when its bytes change. */
-static void watch(jit *j, jit_block *b) {
+static void watch(jit *j, jit_block *b)
+{
     b->page_next = j->pages[hash_page(b->gpa)];
     j->pages[hash_page(b->gpa)] = b;
     b->line_next = j->lines[hash_page(b->rip)];
     j->lines[hash_page(b->rip)] = b;
 }
 
-static void publish(jit *j, jit_block *b) {
+static void publish(jit *j, jit_block *b)
+{
     unsigned h = jit_hash_block(b->rip);
     watch(j, b);
     b->hash_next = j->hash[h];
@@ -353,7 +383,8 @@ static void publish(jit *j, jit_block *b) {
 }
 
 /* Another page that b was made from. */
-static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa) {
+static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa)
+{
     jit_block *twin = jit_take(j, sizeof *twin);
     memset(twin, 0, sizeof *twin);
     twin->gpa = gpa;
@@ -362,7 +393,8 @@ static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa) {
     return twin;
 }
 
-static jit_block *translate_with(jit_unit *u, int *failed) {
+static jit_block *translate_with(jit_unit *u, int *failed)
+{
     if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
     u->no_groups |= u->nhooked != 0;
     jit_optimise(u);
@@ -370,7 +402,8 @@ static jit_block *translate_with(jit_unit *u, int *failed) {
 }
 
 /* `page` is where the bytes of the block's page are (of a crossing instruction: its own). */
-static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t key, const uint8_t *page) {
+static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t key, const uint8_t *page)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     u->j = j;
@@ -401,7 +434,8 @@ static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t ke
 }
 
 /* NULL: this instruction is the interpreter's (not RAM), or it crosses the page. */
-static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
+static jit_block *translate(jit *j, uint64_t gpa, uint32_t key)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     unsigned prot = 0;
     cpu->env->code_page(cpu, gpa & X86_PAGE_MASK);
@@ -413,7 +447,8 @@ static jit_block *translate(jit *j, uint64_t gpa, uint32_t key) {
 }
 
 /* The one instruction at rip that ends on the next page: translated from a copy of its bytes, watched on both pages. */
-static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
+static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     unsigned first = 4096 - (gpa & 0xfff), prot[2] = {0};
@@ -447,12 +482,14 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key) {
 }
 
 /* Fetches from the page at gpa are forbidden now, whatever has been translated there: the interpreter will meet that. */
-static bool is_forbidden(x86_cpu *cpu, uint64_t gpa) {
+static bool is_forbidden(x86_cpu *cpu, uint64_t gpa)
+{
     unsigned prot = 0;
     return cpu->exec_varies && (!cpu->env->page(cpu, gpa & X86_PAGE_MASK, &prot) || !(prot & X86_EXEC));
 }
 
-static jit_block *find_block(jit *j, uint32_t key) {
+static jit_block *find_block(jit *j, uint32_t key)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     x86_look_for_stop(cpu, cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[X86_CS].base + cpu->rip));
     uint64_t gpa = fetch_gpa(cpu, cpu->rip);
@@ -467,13 +504,15 @@ static jit_block *find_block(jit *j, uint32_t key) {
 
 /* ---- the run loop's side ---- */
 
-static x86_stop interpret_one(jit *j) {
+static x86_stop interpret_one(jit *j)
+{
     j->step_one = false;
     return interp_step(j->vcpu);
 }
 
 /* The interpreter in the JIT's place for at most so many instructions. NONE: they are done. */
-static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t most) {
+static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t most)
+{
     int64_t budget = cpu->budget, given = budget < most ? budget : most;
     cpu->budget = given;
     j->is_cold = true;
@@ -484,7 +523,8 @@ static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t most) {
 }
 
 /* What is not translated: one instruction that is odd, or a stretch where all of the code is. */
-static x86_stop interpret_here(jit *j, x86_cpu *cpu) {
+static x86_stop interpret_here(jit *j, x86_cpu *cpu)
+{
     enum { STRETCH = 256 };
     bool is_long = j->on_hot_page || (cpu->code_size == 2 && !j->step_one);
     j->on_hot_page = false;
@@ -492,7 +532,8 @@ static x86_stop interpret_here(jit *j, x86_cpu *cpu) {
 }
 
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
-static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
+static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code)
+{
     int64_t slice = cpu->budget - (j->vcpu->has_budget ? EXACT_TAIL : 0); /* at least 1 */
     if (slice > j->slice) slice = j->slice;
     cpu->jit_scratch[JIT_SLOT_R15] = (uint64_t)slice;
@@ -512,13 +553,15 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code) {
 }
 
 /* Is the page of code at la known to be global? */
-static bool is_global(const x86_cpu *cpu, uint64_t la) {
+static bool is_global(const x86_cpu *cpu, uint64_t la)
+{
     unsigned i = X86_TLB_INDEX(la);
     const x86_tlb *t = &cpu->tlb[cpu->ctx];
     return !((la ^ t->e[i].tag_x) & X86_PAGE_MASK) && (t->meta[i] & X86_TLBM_GLOBAL);
 }
 
-static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link) {
+static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
+{
     use_table(j, key);
     x86_jumps *jumps = jumps_of(cpu, key);
     unsigned i = cpu->rip & (X86_JUMP_ENTRIES - 1);
@@ -542,21 +585,24 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
 
 static bool at_until(const x86_cpu *cpu) { return cpu->has_until && cpu->rip == cpu->until; }
 
-static bool may_trace(const jit *j, const x86_cpu *cpu) {
+static bool may_trace(const jit *j, const x86_cpu *cpu)
+{
     return JIT_MAX_INSNS >= 8 && !cpu->hook_mask && !cpu->watch && !cpu->cover.ring &&
            !j->must_flush && !j->window_stale && cpu->budget > EXACT_TAIL &&
            !atomic_load_explicit(&cpu->attention, memory_order_relaxed);
 }
 
 /* A block that goes round in itself is as good as a trace. */
-static bool is_loop(const jit_block *b) {
+static bool is_loop(const jit_block *b)
+{
     for (unsigned i = 0; i < b->nlinks; i++)
         if (b->links[i].to == b) return true;
     return false;
 }
 
 /* Is rip where slices end again and again? */
-static bool is_sampled(jit *j, uint64_t rip) {
+static bool is_sampled(jit *j, uint64_t rip)
+{
     unsigned h = jit_hash_block(rip) & 255, wanted = j->slice < SLICE ? 1 : 4;
     if (j->samples[h].rip != rip) {
         j->samples[h].rip = rip;
@@ -566,7 +612,8 @@ static bool is_sampled(jit *j, uint64_t rip) {
 }
 
 /* The pages of a path besides its first. Where linear addresses are physical, nothing but their bytes can change. */
-static void find_pages(jit *j, uint32_t key, const uint64_t *path, unsigned count) {
+static void find_pages(jit *j, uint32_t key, const uint64_t *path, unsigned count)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     u->nmore = 0;
@@ -586,7 +633,8 @@ static void find_pages(jit *j, uint32_t key, const uint64_t *path, unsigned coun
 }
 
 /* Make the block at path[0] again, along the path. */
-static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigned count) {
+static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigned count)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     jit_unit *u = j->unit;
     unsigned prot = 0;
@@ -615,7 +663,8 @@ static void translate_path(jit *j, jit_block *old, const uint64_t *path, unsigne
 bool jit_has_no_guard(const jit *j, uint64_t rip) { return j->no_guard[jit_hash_block(rip) & 1023]; }
 
 /* The CALL at rip went elsewhere: the interpreter makes it. If that is its habit, the trace goes. */
-static void note_miss(jit *j, x86_cpu *cpu) {
+static void note_miss(jit *j, x86_cpu *cpu)
+{
     enum { MOST = 32 };
     jit_block *b = (jit_block *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
     j->step_one = true;
@@ -626,7 +675,8 @@ static void note_miss(jit *j, x86_cpu *cpu) {
 }
 
 /* A slice has ended in front of code that is hot: note where execution goes from here, and translate that way. */
-static x86_stop sample(jit *j, uint32_t key) {
+static x86_stop sample(jit *j, uint32_t key)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     if (!may_trace(j, cpu) || !is_sampled(j, cpu->rip) || wants_interpreter(j, cpu)) return X86_STOP_NONE;
     jit_block *b = find_block(j, key & ~JIT_KEY_PLAIN);
@@ -646,7 +696,8 @@ static x86_stop sample(jit *j, uint32_t key) {
     return X86_STOP_NONE;
 }
 
-static void jit_map_changed(vm_machine *m) {
+static void jit_map_changed(vm_machine *m)
+{
     vm_backend_interp.map_changed(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (m->vcpus[i] && m->vcpus[i]->x86.jit) {
@@ -657,7 +708,8 @@ static void jit_map_changed(vm_machine *m) {
         }
 }
 
-static x86_stop run_loop(jit *j) {
+static x86_stop run_loop(jit *j)
+{
     x86_cpu *cpu = &j->vcpu->x86;
     jit_link *link = NULL;
     for (;;) {
@@ -716,7 +768,8 @@ static x86_stop run_loop(jit *j) {
 static bool jit_start(jit *j);
 
 /* Back from a longjmp: an exit, or a fault to deliver. */
-static x86_stop caught(jit *j, x86_cpu *cpu) {
+static x86_stop caught(jit *j, x86_cpu *cpu)
+{
     if (j->in_code) jit_hook_half_way(cpu);
     j->in_code = false;
     cpu->hook_site = 0;
@@ -741,7 +794,8 @@ enum { COLD_INSTRUCTIONS = 2000 };
 /* A vCPU's first instructions are interpreted: one that executes no more than a snippet needs no code cache. NONE: warm
  * now. LIBVM_JIT_COLD in the environment sets another number (tests of the JIT itself: 0), LIBVM_JIT_SLICE another slice
  * (tests of traces: a short one, after which every path is recorded). */
-static x86_stop run_cold(jit *j, x86_cpu *cpu) {
+static x86_stop run_cold(jit *j, x86_cpu *cpu)
+{
     int64_t budget = cpu->budget;
     if (j->cold_done >= j->cold) return X86_STOP_NONE;
     x86_stop stop = interpret(j, cpu, j->cold - j->cold_done);
@@ -749,7 +803,8 @@ static x86_stop run_cold(jit *j, x86_cpu *cpu) {
     return stop;
 }
 
-static x86_stop jit_run(vm_vcpu *vcpu) {
+static x86_stop jit_run(vm_vcpu *vcpu)
+{
     x86_cpu *cpu = &vcpu->x86;
     jit *j = cpu->jit;
     if (!j->write_base) {
@@ -789,13 +844,15 @@ static x86_stop jit_run(vm_vcpu *vcpu) {
 
 /* An address where code can be within 2 GiB of a function: processors predict calls over that distance best (a far one costs
  * three cycles more here). Below it, where programs have nothing; else the host picks the place, which is near libraries. */
-static void *place_near(uint64_t function, size_t bytes) {
+static void *place_near(uint64_t function, size_t bytes)
+{
     enum { GAP = 64 << 20 };
     uint64_t below = bytes + GAP;
     return function > below + GAP ? (void *)(uintptr_t)((function - below) & ~(uint64_t)(GAP - 1)) : NULL;
 }
 
-static uint8_t *map_cache(size_t bytes, void *near, uint8_t **exec) {
+static uint8_t *map_cache(size_t bytes, void *near, uint8_t **exec)
+{
     int fd = memfd_create("libvm-code", MFD_CLOEXEC);
     if (fd < 0) return NULL;
     uint8_t *w = MAP_FAILED, *x = MAP_FAILED;
@@ -812,7 +869,8 @@ static uint8_t *map_cache(size_t bytes, void *near, uint8_t **exec) {
     return w;
 }
 
-static bool host_has_avx(void) {
+static bool host_has_avx(void)
+{
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_AVX) || !(c & bit_OSXSAVE)) return false;
     uint32_t lo, hi;
@@ -820,13 +878,15 @@ static bool host_has_avx(void) {
     return (lo & 6) == 6;
 }
 
-static bool host_has_bmi2(void) {
+static bool host_has_bmi2(void)
+{
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_BMI2);
 }
 
 /* The cache is made by the first run, so that a machine that never runs costs nothing; near what its code will call most. */
-static bool jit_start(jit *j) {
+static bool jit_start(jit *j)
+{
     vm_machine *m = j->vcpu->machine;
     size_t bytes = m->options.code_cache_bytes ? (size_t)m->options.code_cache_bytes : DEFAULT_CODE;
     bytes = bytes / m->vcpu_count & ~(size_t)4095;
@@ -855,7 +915,8 @@ static bool jit_start(jit *j) {
     return true;
 }
 
-static int jit_vcpu_create(vm_vcpu *cpu) {
+static int jit_vcpu_create(vm_vcpu *cpu)
+{
     int status = vm_backend_interp.vcpu_create(cpu);
     if (status < 0) return status;
     size_t bytes = sizeof(jit) + sizeof(jit_unit);
@@ -873,7 +934,8 @@ static int jit_vcpu_create(vm_vcpu *cpu) {
     return VM_OK;
 }
 
-static void jit_vcpu_destroy(vm_vcpu *cpu) {
+static void jit_vcpu_destroy(vm_vcpu *cpu)
+{
     jit *j = cpu->x86.jit;
     if (j) {
         if (j->write_base) {
@@ -887,27 +949,31 @@ static void jit_vcpu_destroy(vm_vcpu *cpu) {
     vm_backend_interp.vcpu_destroy(cpu);
 }
 
-static void jit_code_changed_both(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+static void jit_code_changed_both(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
+{
     jit_hook_disturb(&cpu->x86);
     jit_code_changed(cpu, gpa, bytes);
     vm_backend_interp.code_changed(cpu, gpa, bytes);
 }
 
-static void jit_flush_code(vm_vcpu *cpu) {
+static void jit_flush_code(vm_vcpu *cpu)
+{
     jit *j = cpu->x86.jit;
     jit_hook_disturb(&cpu->x86);
     if (j->write_base) j->must_flush = true;
     vm_backend_interp.flush_code(cpu);
 }
 
-static void jit_tlb_flushed(vm_vcpu *cpu) {
+static void jit_tlb_flushed(vm_vcpu *cpu)
+{
     jit *j = cpu->x86.jit;
     if (j) clear_tables(j);
     jit_hook_disturb(&cpu->x86);
     if (vm_backend_interp.tlb_flushed) vm_backend_interp.tlb_flushed(cpu);
 }
 
-static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global) {
+static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global)
+{
     jit *j = cpu->x86.jit;
     for (unsigned t = 0; j && t < JIT_TABLES; t++) {
         if (!j->table_used[t] || (keep_global && !bytes && !j->table_local[t])) continue;
@@ -920,7 +986,8 @@ static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep
 }
 
 /* Tables with more than is listed are not set aside. */
-static void jit_park(vm_vcpu *cpu, unsigned slot) {
+static void jit_park(vm_vcpu *cpu, unsigned slot)
+{
     jit *j = cpu->x86.jit;
     if (!j) return;
     j->parks[slot].count = 0;
@@ -939,7 +1006,8 @@ static void jit_park(vm_vcpu *cpu, unsigned slot) {
     }
 }
 
-static void jit_unpark(vm_vcpu *cpu, unsigned slot) {
+static void jit_unpark(vm_vcpu *cpu, unsigned slot)
+{
     jit *j = cpu->x86.jit;
     if (!j || j->parks[slot].kills != j->kills) return;
     for (unsigned n = 0; n < j->parks[slot].count; n++) {
@@ -953,7 +1021,8 @@ static void jit_unpark(vm_vcpu *cpu, unsigned slot) {
 
 static bool is_usable(void) { return getauxval(AT_HWCAP2) & 2; } /* FSGSBASE for user code */
 
-static int jit_query(const char *capability, uint64_t *value) {
+static int jit_query(const char *capability, uint64_t *value)
+{
     if (!strcmp(capability, "available"))
         *value = is_usable();
     else
@@ -961,18 +1030,21 @@ static int jit_query(const char *capability, uint64_t *value) {
     return VM_OK;
 }
 
-static int jit_machine_create(vm_machine *m) {
+static int jit_machine_create(vm_machine *m)
+{
     (void)m;
     return is_usable() ? VM_OK : vm_fail(VM_E_UNSUPPORTED, "JIT: the host kernel does not let programs use WRGSBASE");
 }
 
 /* While the interpreter runs in the JIT's place, it knows how far it is. */
-static uint64_t jit_retired(const vm_vcpu *cpu) {
+static uint64_t jit_retired(const vm_vcpu *cpu)
+{
     const jit *j = cpu->x86.jit;
     return j && j->is_cold ? vm_backend_interp.retired(cpu) : j ? jit_hook_retired(j, &cpu->x86) : cpu->x86.retired;
 }
 
-static void jit_look_again(vm_vcpu *cpu) {
+static void jit_look_again(vm_vcpu *cpu)
+{
     const jit *j = cpu->x86.jit;
     if (j && j->is_cold) vm_backend_interp.look_again(cpu);
     jit_hook_disturb(&cpu->x86);

@@ -63,7 +63,8 @@ typedef struct jit_site {
     bool is_quick;  /* a device may be asked without all the state in x86_cpu: see ask_device() */
 } jit_site;            /* at multiples of 16 in the arena */
 
-static inline void jit_place_rip(x86_cpu *cpu, const jit_site *s) {
+static inline void jit_place_rip(x86_cpu *cpu, const jit_site *s)
+{
     cpu->rip = s->rip;
     cpu->next_rip = s->next;
     cpu->is_redirected = false;

@@ -66,7 +66,8 @@ static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
 
 /* Vector instructions that must not run natively although they only touch their operands: conditional or implicit
  * memory. */
-static bool is_odd_vector(uint16_t m) {
+static bool is_odd_vector(uint16_t m)
+{
     switch (m) {
     case ZYDIS_MNEMONIC_MASKMOVDQU:
     case ZYDIS_MNEMONIC_VMASKMOVDQU:
@@ -90,7 +91,8 @@ static bool is_odd_vector(uint16_t m) {
     }
 }
 
-static unsigned memory_size(const x86_insn *in) {
+static unsigned memory_size(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS) return in->op[i].size;
     return 0;
@@ -98,7 +100,8 @@ static unsigned memory_size(const x86_insn *in) {
 
 static bool is_x87_store(const x86_insn *in);
 
-unsigned jit_insn_access(const x86_insn *in) {
+unsigned jit_insn_access(const x86_insn *in)
+{
     if (!(in->flags & X86_IF_MEM)) return 0;
     bool first = in->op[0].kind == X86_OP_MEM || in->op[0].kind == X86_OP_MOFFS;
     if (jit_insn_is_x87(in))
@@ -111,32 +114,37 @@ unsigned jit_insn_access(const x86_insn *in) {
     }
 }
 
-static bool is_vector(const jit_unit *u, const x86_insn *in) {
+static bool is_vector(const jit_unit *u, const x86_insn *in)
+{
     return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) &&
            !is_odd_vector(in->mnemonic) && x86_simd_offered(u->cpu, in);
 }
 
 /* Alignment that the instruction itself demands of its memory operand, or 1. */
-static unsigned demanded_alignment(const x86_insn *in) {
+static unsigned demanded_alignment(const x86_insn *in)
+{
     if (in->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B) return 16;
     return in->flags & X86_IF_VEC ? x86_simd_alignment(in) : 1;
 }
 
 /* Can the memory operand's address be made inline? */
-static bool address_form(const jit_unit *u, const x86_insn *in) {
+static bool address_form(const jit_unit *u, const x86_insn *in)
+{
     if (in->asz == 2 || (u->key & JIT_KEY_AC)) return false;
     if (u->key & JIT_KEY_64) return true;
     if (in->seg == X86_FS || in->seg == X86_GS) return u->key & (in->seg == X86_FS ? JIT_KEY_FS : JIT_KEY_GS);
     return (u->key & JIT_KEY_FLAT) && in->seg != X86_CS; /* CS may be execute-only */
 }
 
-static bool needs_rex(unsigned reg, unsigned size) {
+static bool needs_rex(unsigned reg, unsigned size)
+{
     return reg >= 8 || reg == X86_RSP || (size == 1 && reg >= 4 && reg < 16);
 }
 
 /* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs
  * one. */
-static bool native_form(const jit_unit *u, const x86_insn *in) {
+static bool native_form(const jit_unit *u, const x86_insn *in)
+{
     bool high = false, rex = in->flags & X86_IF_MEM;
     unsigned in_memory = 0;
     for (unsigned i = 0; i < in->nops; i++) {
@@ -164,7 +172,8 @@ static bool native_form(const jit_unit *u, const x86_insn *in) {
     return true;
 }
 
-static bool is_bit_string(const x86_insn *in) {
+static bool is_bit_string(const x86_insn *in)
+{
     return (in->flags & X86_IF_MEM) && in->op[1].kind == X86_OP_GPR &&
            (in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_BTS ||
             in->mnemonic == ZYDIS_MNEMONIC_BTR || in->mnemonic == ZYDIS_MNEMONIC_BTC);
@@ -176,14 +185,16 @@ bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in-
 
 bool jit_insn_clears_if(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CLI; }
 
-bool jit_insn_names_sp(const x86_insn *in) {
+bool jit_insn_names_sp(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_GPR && in->op[i].reg == X86_RSP) return true;
     return false;
 }
 
 bool jit_insn_is_mov(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_MOV; }
-bool jit_insn_moves(const x86_insn *in) {
+bool jit_insn_moves(const x86_insn *in)
+{
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_MOV:
     case ZYDIS_MNEMONIC_MOVZX:
@@ -197,7 +208,8 @@ bool jit_insn_pushes(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
 bool jit_insn_divides(const x86_insn *in) { return classes[in->mnemonic] == C_DIV; }
 
-static bool is_x87_store(const x86_insn *in) {
+static bool is_x87_store(const x86_insn *in)
+{
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_FST:
     case ZYDIS_MNEMONIC_FSTP:
@@ -209,18 +221,21 @@ static bool is_x87_store(const x86_insn *in) {
     }
 }
 
-static bool x87_form(const jit_unit *u, const x86_insn *in) {
+static bool x87_form(const jit_unit *u, const x86_insn *in)
+{
     return !(in->flags & X86_IF_MEM) || (memory_size(in) && address_form(u, in));
 }
 
 /* The stack is as wide as this code pushes. */
-static bool stack_form(const jit_unit *u, const x86_insn *in) {
+static bool stack_form(const jit_unit *u, const x86_insn *in)
+{
     if (u->key & JIT_KEY_AC) return false;
     return u->key & JIT_KEY_64 ? in->osz == 8 : in->osz == 4 && (u->key & JIT_KEY_FLAT);
 }
 
 /* CLI where no IOPL matters; MOV of a selector to the whole of a register. */
-static bool is_system_form(const jit_unit *u, const x86_insn *in) {
+static bool is_system_form(const jit_unit *u, const x86_insn *in)
+{
     if (in->mnemonic == ZYDIS_MNEMONIC_CLI) return u->key & JIT_KEY_RING0;
     return in->mnemonic == ZYDIS_MNEMONIC_MOV && in->op[1].kind == X86_OP_SEG && in->op[0].kind == X86_OP_GPR &&
            in->op[0].size >= 4 && in->op[0].reg != X86_RSP;
@@ -229,7 +244,8 @@ static bool is_system_form(const jit_unit *u, const x86_insn *in) {
 bool jit_in_shadow(const jit_unit *u, unsigned i) { return i && u->insn[i - 1].exec == x86_op_sti; }
 
 /* The class under which this very form is handled, or C_FALLBACK. */
-static unsigned class_of(const jit_unit *u, const x86_insn *in) {
+static unsigned class_of(const jit_unit *u, const x86_insn *in)
+{
     unsigned c = classes[in->mnemonic];
     if (x86_is_logged(in) || jit_access_falls_back(u, in)) return C_FALLBACK;
     if (is_vector(u, in)) {
@@ -275,12 +291,14 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in) {
 
 /* ---- flags ---- */
 
-void jit_classify_flags(const x86_insn *in, jit_info *info) {
+void jit_classify_flags(const x86_insn *in, jit_info *info)
+{
     info->read = in->flags_read & X86_FL_ARITH;
     info->written = in->flags_written & X86_FL_ARITH & ~in->flags_maybe;
 }
 
-bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in) {
+bool jit_insn_can_leave(const jit_unit *u, const x86_insn *in)
+{
     switch (class_of(u, in)) {
     case C_FALLBACK:
     case C_PUSH:
@@ -301,7 +319,8 @@ bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in) { return class_o
 
 /* One instruction backwards: what must be in the host's flags and what must be exact before it, given what must after
  * it. */
-void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact) {
+void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact)
+{
     if (f->falls_back) { /* all flags through memory */
         f->host_at = *host = 0;
         f->exact_at = *exact = X86_FL_ARITH;
@@ -315,7 +334,8 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
 }
 
 /* Decode what lies at page offset `at`. */
-static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
+static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in)
+{
     unsigned avail = 4096 - at, size = u->key & JIT_KEY_64 ? 8 : 4;
     if (u->crosses ? at != (u->rip & 0xfff) || x86_decode(u->bytes, 15, size, in)
                    : !avail || x86_decode_again(u->j->forms, u->page + at, avail < 15 ? avail : 15, size, in))
@@ -325,7 +345,8 @@ static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in) {
 }
 
 /* The bytes of the page that rip lies on, or NULL: not one of the unit's. *index as in jit_extent. */
-static const uint8_t *page_of(const jit_unit *u, uint64_t rip, unsigned *index) {
+static const uint8_t *page_of(const jit_unit *u, uint64_t rip, unsigned *index)
+{
     *index = 0;
     if (!((rip ^ u->rip) & X86_PAGE_MASK)) return u->page;
     for (unsigned k = 0; k < u->nmore; k++) {
@@ -336,7 +357,8 @@ static const uint8_t *page_of(const jit_unit *u, uint64_t rip, unsigned *index) 
 }
 
 /* Decode what lies at rip, on any of the unit's pages. */
-static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in) {
+static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in)
+{
     unsigned index, offset = rip & 0xfff, first = 4096 - offset;
     const uint8_t *page = page_of(u, rip, &index), *next = first < 15 ? page_of(u, rip + first, &index) : NULL;
     uint8_t bytes[15];
@@ -353,7 +375,8 @@ static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in) {
 }
 
 /* Does the instruction at rip, on the block's page, end on the next? */
-bool jit_crosses_page(const jit_unit *u, uint64_t rip) {
+bool jit_crosses_page(const jit_unit *u, uint64_t rip)
+{
     x86_insn in;
     return (rip & 0xfff) > 4096 - 15 && !((rip ^ u->rip) & X86_PAGE_MASK) && !decode_at(u, rip & 0xfff, &in);
 }
@@ -363,13 +386,15 @@ static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_
 enum { LOOK_AHEAD = 8 };
 
 /* Does this branch always end in code that takes its flags from memory? `next` is the address after it. */
-static bool goes_elsewhere(const jit_unit *u, const x86_insn *in, uint64_t next) {
+static bool goes_elsewhere(const jit_unit *u, const x86_insn *in, uint64_t next)
+{
     unsigned c = class_of(u, in);
     if (c != C_RET && c != C_JMP && c != C_CALL) return false;
     return in->op[0].kind != X86_OP_REL || ((wrap(u, next + in->imm) ^ u->rip) & X86_PAGE_MASK);
 }
 
-unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
+unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent)
+{
     x86_insn in[LOOK_AHEAD];
     jit_info info[LOOK_AHEAD];
     unsigned n = 0, offset = rip & 0xfff;
@@ -400,7 +425,8 @@ unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent) {
     return (host ? JIT_NEED_HOST : 0) | (exact ? JIT_NEED_MEM : 0);
 }
 
-unsigned jit_recipe_kind(const x86_insn *in) {
+unsigned jit_recipe_kind(const x86_insn *in)
+{
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_CMP: return JIT_RECIPE_CMP;
     case ZYDIS_MNEMONIC_TEST: return JIT_RECIPE_TEST;
@@ -413,7 +439,8 @@ unsigned jit_recipe_kind(const x86_insn *in) {
     }
 }
 
-unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm) {
+unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm)
+{
     unsigned width = in->mode == 8 ? 8 : 4;
     *imm = 0;
     if (in->nops != 2 || in->op[0].kind != X86_OP_GPR || in->op[0].size != width) return JIT_MOVE_NONE;
@@ -431,7 +458,8 @@ unsigned jit_pointer_move(const x86_insn *in, unsigned *src, int64_t *imm) {
     }
 }
 
-static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
+static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops)
+{
     switch (mnemonic) {
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_DIV:
@@ -461,7 +489,8 @@ static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops) {
     }
 }
 
-uint16_t jit_changed_regs(const x86_insn *in) {
+uint16_t jit_changed_regs(const x86_insn *in)
+{
     uint16_t changed = implicit_changes(in->mnemonic, in->nops);
     bool reads_first = in->mnemonic == ZYDIS_MNEMONIC_CMP || in->mnemonic == ZYDIS_MNEMONIC_TEST ||
                        in->mnemonic == ZYDIS_MNEMONIC_BT || in->mnemonic == ZYDIS_MNEMONIC_PUSH ||
@@ -475,7 +504,8 @@ uint16_t jit_changed_regs(const x86_insn *in) {
     return changed;
 }
 
-void jit_bound(const x86_insn *in, uint64_t *most) {
+void jit_bound(const x86_insn *in, uint64_t *most)
+{
     const x86_operand *to = &in->op[0], *from = &in->op[1];
     if (in->nops != 2 || to->kind != X86_OP_GPR || to->reg >= 16 || to->size < 4) return;
     uint64_t width = to->size == 4 ? UINT32_MAX : UINT64_MAX;
@@ -493,7 +523,8 @@ void jit_bound(const x86_insn *in, uint64_t *most) {
 
 /* ---- instructions to IR ---- */
 
-static jit_op *add_op(jit_unit *u, unsigned op, unsigned insn) {
+static jit_op *add_op(jit_unit *u, unsigned op, unsigned insn)
+{
     jit_op *o = &u->ops[u->nops++];
     memset(o, 0, sizeof *o);
     o->op = (uint8_t)op;
@@ -501,14 +532,16 @@ static jit_op *add_op(jit_unit *u, unsigned op, unsigned insn) {
     return o;
 }
 
-static void add_check(jit_unit *u, unsigned i, unsigned access, unsigned size, unsigned align) {
+static void add_check(jit_unit *u, unsigned i, unsigned access, unsigned size, unsigned align)
+{
     jit_op *o = add_op(u, IR_CHECK, i);
     o->access = (uint8_t)access;
     o->size = (uint8_t)size;
     o->align = (uint8_t)align;
 }
 
-static void lift_native(jit_unit *u, unsigned i, const x86_insn *in) {
+static void lift_native(jit_unit *u, unsigned i, const x86_insn *in)
+{
     if (!(in->flags & X86_IF_MEM)) {
         add_op(u, IR_NATIVE, i);
         return;
@@ -522,13 +555,15 @@ static unsigned stack_bytes(const jit_unit *u) { return u->key & JIT_KEY_64 ? 8 
 
 static void add_sp(jit_unit *u, unsigned i, int64_t delta) { add_op(u, IR_ADD_SP, i)->imm = delta; }
 
-static void lift_load_tmp(jit_unit *u, unsigned i, unsigned size) {
+static void lift_load_tmp(jit_unit *u, unsigned i, unsigned size)
+{
     add_op(u, IR_EA, i);
     add_check(u, i, X86_READ, size, 1);
     add_op(u, IR_LOAD_TMP, i)->size = (uint8_t)size;
 }
 
-static void lift_store_stack(jit_unit *u, unsigned i, unsigned op, unsigned reg, int64_t imm) {
+static void lift_store_stack(jit_unit *u, unsigned i, unsigned op, unsigned reg, int64_t imm)
+{
     unsigned n = stack_bytes(u);
     add_op(u, IR_EA_SP, i)->imm = -(int64_t)n;
     add_check(u, i, X86_WRITE, n, 1);
@@ -540,7 +575,8 @@ static void lift_store_stack(jit_unit *u, unsigned i, unsigned op, unsigned reg,
 }
 
 /* RET: the temporary is where to. */
-static void lift_load_return(jit_unit *u, unsigned i, const x86_insn *in) {
+static void lift_load_return(jit_unit *u, unsigned i, const x86_insn *in)
+{
     unsigned n = stack_bytes(u);
     add_op(u, IR_EA_SP, i);
     add_check(u, i, X86_READ, n, 1);
@@ -549,7 +585,8 @@ static void lift_load_return(jit_unit *u, unsigned i, const x86_insn *in) {
 }
 
 /* JMP and CALL through a register or memory: the temporary is where to. */
-static void lift_load_target(jit_unit *u, unsigned i, const x86_insn *in) {
+static void lift_load_target(jit_unit *u, unsigned i, const x86_insn *in)
+{
     unsigned n = stack_bytes(u);
     if (in->flags & X86_IF_MEM) {
         lift_load_tmp(u, i, n);
@@ -560,7 +597,8 @@ static void lift_load_target(jit_unit *u, unsigned i, const x86_insn *in) {
     o->size = (uint8_t)n;
 }
 
-static void lift_push(jit_unit *u, unsigned i, const x86_insn *in) {
+static void lift_push(jit_unit *u, unsigned i, const x86_insn *in)
+{
     if (in->flags & X86_IF_MEM) {
         lift_load_tmp(u, i, stack_bytes(u));
         lift_store_stack(u, i, IR_PUSH_TMP, 0, 0);
@@ -570,7 +608,8 @@ static void lift_push(jit_unit *u, unsigned i, const x86_insn *in) {
         lift_store_stack(u, i, IR_PUSH_REG, in->op[0].reg, 0);
 }
 
-static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
+static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in)
+{
     unsigned n = stack_bytes(u);
     add_op(u, IR_EA_SP, i);
     add_check(u, i, X86_READ, n, 1);
@@ -580,7 +619,8 @@ static void lift_pop(jit_unit *u, unsigned i, const x86_insn *in) {
     if (in->op[0].reg != X86_RSP) add_sp(u, i, n);
 }
 
-static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned class) {
+static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned class)
+{
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool is_direct = in->op[0].kind == X86_OP_REL;
     if (class == C_RET) {
@@ -598,20 +638,23 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
 }
 
 /* STI shadows the next instruction, so it ends nothing: where it is a block's last, C leaves after it. */
-static bool ends_unit(const jit_unit *u, const x86_insn *in) {
+static bool ends_unit(const jit_unit *u, const x86_insn *in)
+{
     if (is_system_form(u, in) || (in->exec == x86_op_sti && !u->path && !u->cpu->hook_mask)) return false;
     return in->flags & (X86_IF_BRANCH | X86_IF_END);
 }
 
 /* By the semantic function. #UD may be a hook's to emulate: then it goes on behind, as after a jump. */
-static void lift_fallback(jit_unit *u, unsigned i) {
+static void lift_fallback(jit_unit *u, unsigned i)
+{
     const x86_insn *in = &u->insn[i];
     bool goes_on = in->exec == x86_op_illegal && !u->cpu->cover.is_on;
     add_op(u, ends_unit(u, in) && !goes_on ? IR_FALLBACK_END : IR_FALLBACK, i);
     if (goes_on) add_op(u, IR_JUMP, i)->target = wrap(u, u->insn_rip[i] + in->length);
 }
 
-static void lift_insn(jit_unit *u, unsigned i) {
+static void lift_insn(jit_unit *u, unsigned i)
+{
     const x86_insn *in = &u->insn[i];
     unsigned c = u->forced >> i & 1 ? C_FALLBACK : class_of(u, in), n = stack_bytes(u);
     switch (c) {
@@ -660,7 +703,8 @@ enum { MAX_COPIES = 4, MAX_HOOKED_COPIES = 8 /* entering costs more */ };
 enum { MAX_PIECES = 6, MAX_BRANCHES = 8, MAX_PATH_PIECES = JIT_MAX_EXTENTS - JIT_MAX_SIDES - 8 };
 
 /* The block is made from [begin, end), on one page. */
-static void add_extent(jit_unit *u, uint64_t begin, uint64_t end) {
+static void add_extent(jit_unit *u, uint64_t begin, uint64_t end)
+{
     unsigned page;
     page_of(u, begin, &page);
     jit_extent x = {(uint16_t)(begin & 0xfff), (uint16_t)(((end - 1) & 0xfff) + 1), (uint16_t)page};
@@ -669,26 +713,30 @@ static void add_extent(jit_unit *u, uint64_t begin, uint64_t end) {
     if (u->nextents < JIT_MAX_EXTENTS) u->extents[u->nextents++] = x;
 }
 
-static void close_piece(jit_unit *u, const trace *t, uint64_t end) {
+static void close_piece(jit_unit *u, const trace *t, uint64_t end)
+{
     for (uint64_t at = t->piece; at < end; at = (at | 0xfff) + 1) add_extent(u, at, end - 1 > (at | 0xfff) ? (at | 0xfff) + 1 : end);
 }
 
 /* Go on reading at target. */
-static void jump_to(jit_unit *u, trace *t, uint64_t target, uint64_t end) {
+static void jump_to(jit_unit *u, trace *t, uint64_t target, uint64_t end)
+{
     close_piece(u, t, end);
     t->rip = target;
     t->piece = target;
 }
 
 /* Is there room for another copy of a loop that closes here? */
-static bool may_repeat(jit_unit *u, trace *t, uint64_t target) {
+static bool may_repeat(jit_unit *u, trace *t, uint64_t target)
+{
     if (target != u->rip || !t->can_loop) return false;
     if (!t->body) t->body = u->count;
     t->copies++;
     return t->copies < (u->nhooked ? MAX_HOOKED_COPIES : MAX_COPIES) && u->count + t->body <= JIT_MAX_INSNS && u->nextents < MAX_PIECES;
 }
 
-static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
+static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target)
+{
     jit_op *o = add_op(u, IR_SIDE, i);
     o->cc = (uint8_t)cc;
     o->target = target;
@@ -696,7 +744,8 @@ static void add_side(jit_unit *u, unsigned i, unsigned cc, uint64_t target) {
 }
 
 /* The branch at i of a recorded path: true when the trace goes on where it went. */
-static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end) {
+static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end)
+{
     unsigned page;
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), direct = wrap(u, next + in->imm), target = u->path[i + 1];
     bool is_last = i + 1 == u->path_count, is_direct = class != C_RET && in->op[0].kind == X86_OP_REL;
@@ -728,7 +777,8 @@ static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, u
 }
 
 /* A direct jump or branch: true when the trace goes on. */
-static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end) {
+static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in, unsigned class, uint64_t end)
+{
     uint64_t next = wrap(u, u->insn_rip[i] + in->length), target = wrap(u, next + in->imm);
     bool same_page = !((target ^ u->rip) & X86_PAGE_MASK);
     if (JIT_MAX_INSNS < 8 || u->crosses || in->op[0].kind != X86_OP_REL || !same_page || u->sides >= MAX_BRANCHES ||
@@ -752,7 +802,8 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
 }
 
 /* One instruction. False: it is not part of this block. */
-static bool lift_next(jit_unit *u, trace *t) {
+static bool lift_next(jit_unit *u, trace *t)
+{
     unsigned i = u->count;
     x86_insn *in = &u->insn[i];
     if ((i && jit_is_stop(u->j, t->rip)) || u->nops + JIT_INSN_OPS > JIT_MAX_OPS ||
@@ -800,7 +851,8 @@ static bool lift_next(jit_unit *u, trace *t) {
     return true;
 }
 
-bool jit_lift(jit_unit *u, unsigned max_insns) {
+bool jit_lift(jit_unit *u, unsigned max_insns)
+{
     trace t = {.rip = u->rip, .piece = u->rip, .is_open = true, .can_loop = !(u->key & JIT_KEY_PLAIN)};
     u->count = u->nops = u->sides = u->nextents = u->nhooked = 0;
     while (t.is_open && u->count < max_insns && lift_next(u, &t))

@@ -13,14 +13,16 @@
  */
 #include "jit/jit.h"
 
-static unsigned need_of(jit_unit *u, uint64_t rip) {
+static unsigned need_of(jit_unit *u, uint64_t rip)
+{
     jit_extent seen;
     unsigned need = jit_flag_need(u, rip, &seen);
     if (seen.end > seen.begin && u->nextents < JIT_MAX_EXTENTS) u->extents[u->nextents++] = seen;
     return need;
 }
 
-static void edges_need(jit_unit *u) {
+static void edges_need(jit_unit *u)
+{
     u->edge_need[0] = u->edge_need[1] = 0;
     for (unsigned i = 0; i < u->count; i++) u->info[i].is_side = false;
     for (unsigned k = 0; k < u->nops; k++) {
@@ -44,7 +46,8 @@ static void edges_need(jit_unit *u) {
     }
 }
 
-static void flag_pass(jit_unit *u) {
+static void flag_pass(jit_unit *u)
+{
     jit_extent own;
     u->entry_need = jit_flag_need(u, u->rip, &own);
     edges_need(u);
@@ -92,7 +95,8 @@ typedef struct group_pass {
     uint64_t offset_of[JIT_MAX_OPS];
 } group_pass;
 
-static bool operand_pointer(const group_pass *g, unsigned i, pointer *p) {
+static bool operand_pointer(const group_pass *g, unsigned i, pointer *p)
+{
     const x86_insn *in = &g->u->insn[i];
     if (in->seg == X86_FS || in->seg == X86_GS || in->asz != (in->mode == 8 ? 8 : 4)) return false;
     *p = (pointer){0, (uint64_t)in->disp};
@@ -110,7 +114,8 @@ static bool operand_pointer(const group_pass *g, unsigned i, pointer *p) {
 
 /* Without paging: an operand at a fixed address, or one indexed by a register of known range, that lies in the window
  * whatever happens needs no check at all. */
-static bool is_static(const group_pass *g, const jit_op *c) {
+static bool is_static(const group_pass *g, const jit_op *c)
+{
     const jit_unit *u = g->u;
     const x86_insn *in = &u->insn[c->insn];
     unsigned w = c->access & X86_WRITE ? 1 : 0;
@@ -129,7 +134,8 @@ static bool is_static(const group_pass *g, const jit_op *c) {
 }
 
 /* The address that the EA op before CHECK k makes. */
-static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
+static bool check_pointer(const group_pass *g, unsigned k, pointer *p)
+{
     const jit_op *ea = &g->u->ops[k - 1];
     switch (ea->op) {
     case IR_EA: return operand_pointer(g, ea->insn, p);
@@ -143,7 +149,8 @@ static bool check_pointer(const group_pass *g, unsigned k, pointer *p) {
 }
 
 /* Widen group q to hold [offset, offset + size) aligned as demanded; false when it does not fit. */
-static bool join(group *q, uint64_t offset, unsigned size, unsigned align) {
+static bool join(group *q, uint64_t offset, unsigned size, unsigned align)
+{
     int64_t at = (int64_t)(offset - q->low); /* absolute addresses can be any distance away */
     if (at < -MAX_SPAN || at > MAX_SPAN) return false;
     int64_t low = at < 0 ? at : 0, high = at + size > q->span ? at + size : q->span;
@@ -160,7 +167,8 @@ static bool join(group *q, uint64_t offset, unsigned size, unsigned align) {
     return true;
 }
 
-static void place_check(group_pass *g, unsigned k) {
+static void place_check(group_pass *g, unsigned k)
+{
     jit_op *c = &g->u->ops[k];
     pointer p;
     if (is_static(g, c)) {
@@ -195,12 +203,14 @@ static void place_check(group_pass *g, unsigned k) {
     g->group_of[k] = (uint8_t)(++g->count);
 }
 
-static void fresh(group_pass *g, unsigned r) {
+static void fresh(group_pass *g, unsigned r)
+{
     g->reg[r] = (pointer){g->next_symbol++, 0};
     g->most[r] = UINT64_MAX;
 }
 
-static void follow_insn(group_pass *g, unsigned i) {
+static void follow_insn(group_pass *g, unsigned i)
+{
     const x86_insn *in = &g->u->insn[i];
     unsigned src = 0;
     int64_t imm;
@@ -221,7 +231,8 @@ static void follow_insn(group_pass *g, unsigned i) {
     jit_bound(in, g->most);
 }
 
-static void follow(group_pass *g, unsigned k) {
+static void follow(group_pass *g, unsigned k)
+{
     const jit_op *o = &g->u->ops[k];
     switch (o->op) {
     case IR_NATIVE:
@@ -248,7 +259,8 @@ static void follow(group_pass *g, unsigned k) {
     }
 }
 
-static void settle(group_pass *g, unsigned k) {
+static void settle(group_pass *g, unsigned k)
+{
     jit_op *c = &g->u->ops[k], *ea = c - 1, *access = c + 1;
     const group *q = &g->groups[g->group_of[k] - 1];
     if (q->members < 2) return;
@@ -262,7 +274,8 @@ static void settle(group_pass *g, unsigned k) {
     ea->adjust = -c->disp;
 }
 
-static void group_pass_run(jit_unit *u) {
+static void group_pass_run(jit_unit *u)
+{
     group_pass g;
     g.u = u;
     g.next_symbol = 1;
@@ -277,7 +290,8 @@ static void group_pass_run(jit_unit *u) {
 /* ---- windows: without paging, accesses need a bounds check only, and what lies beside one that was checked needs none
  * ---- */
 
-static unsigned window_of(const jit_unit *u, unsigned k) {
+static unsigned window_of(const jit_unit *u, unsigned k)
+{
     const jit_op *c = &u->ops[k], *ea = c - 1;
     const x86_insn *in = &u->insn[c->insn];
     bool is_leader = c->role == JIT_CHECK_LEADER;
@@ -292,7 +306,8 @@ static unsigned window_of(const jit_unit *u, unsigned k) {
 }
 
 /* May member k be spelled as gs:[register + displacement]? */
-static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w) {
+static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w)
+{
     const jit_op *ea = c - 1;
     const x86_insn *in = &u->insn[c->insn];
     int64_t disp = (ea->op == IR_EA ? in->disp : ea->imm) + u->j->window_delta[w] - (int64_t)u->j->window_gpa[w];
@@ -301,7 +316,8 @@ static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w) {
            (ea->op != IR_EA || (in->base < X86_R12 && (in->index == X86_NOREG || in->index < X86_R12)));
 }
 
-static void window_pass(jit_unit *u) {
+static void window_pass(jit_unit *u)
+{
     uint8_t by_slot[JIT_GROUPS] = {0};
     for (unsigned k = 1; k < u->nops; k++) {
         jit_op *c = &u->ops[k];
@@ -322,7 +338,8 @@ static void window_pass(jit_unit *u) {
     }
 }
 
-void jit_optimise(jit_unit *u) {
+void jit_optimise(jit_unit *u)
+{
     flag_pass(u);
     if (!u->no_groups) group_pass_run(u);
     if (u->key & JIT_KEY_WINDOW) window_pass(u);

@@ -9,7 +9,8 @@ static const char *const ir_names[] = {
 #undef IR
 };
 
-static void print_op(vm_machine *m, const jit_unit *u, const jit_op *o) {
+static void print_op(vm_machine *m, const jit_unit *u, const jit_op *o)
+{
     char text[96] = "";
     const jit_info *f = &u->info[o->insn];
     if (o->op == IR_NATIVE || o->op == IR_EA || o->op == IR_LEA || o->op == IR_FALLBACK || o->op == IR_FALLBACK_END)
@@ -20,7 +21,8 @@ static void print_op(vm_machine *m, const jit_unit *u, const jit_op *o) {
                   f->host_at, f->exact_at);
 }
 
-static void print_code(jit *j, vm_machine *m, const uint8_t *p, const uint8_t *end) {
+static void print_code(jit *j, vm_machine *m, const uint8_t *p, const uint8_t *end)
+{
     ZydisDisassembledInstruction d;
     while (p < end && ZYAN_SUCCESS(ZydisDisassembleIntel(ZYDIS_MACHINE_MODE_LONG_64, (uintptr_t)(p + j->w.to_exec), p,
                                                          (size_t)(end - p), &d))) {
@@ -29,7 +31,8 @@ static void print_code(jit *j, vm_machine *m, const uint8_t *p, const uint8_t *e
     }
 }
 
-void jit_print(jit *j, const jit_unit *u, const jit_block *b) {
+void jit_print(jit *j, const jit_unit *u, const jit_block *b)
+{
     vm_machine *m = j->vcpu->machine;
     unsigned mask = vm_trace_mask(m);
     vm_trace_line(m, mask & VM_TRACE_IR ? VM_TRACE_IR : VM_TRACE_MCODE,

@@ -17,22 +17,26 @@ static const struct {
                  {JIT_FRAME_TMP, false, JIT_SLOT(JIT_SLOT_TMP)}};
 enum { FRAME_MAP = sizeof frame_map / sizeof *frame_map, FRAME_BYTES = (8 * JIT_FRAME_SLOTS + 15) & ~15 };
 
-static void emit_spill_homes(jit_writer *w) {
+static void emit_spill_homes(jit_writer *w)
+{
     for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
 }
-static void emit_reload_homes(jit_writer *w) {
+static void emit_reload_homes(jit_writer *w)
+{
     for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
 }
 
 /* Registers to the x86_cpu. `pushed`: bytes on the stack above the frame. */
-static void emit_spill(jit_writer *w, int32_t pushed) {
+static void emit_spill(jit_writer *w, int32_t pushed)
+{
     emit_spill_homes(w);
     for (unsigned i = 0; i < FRAME_MAP; i++) {
         e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * frame_map[i].slot + pushed);
         e_gs_store(w, 8, RAX, frame_map[i].at);
     }
 }
-static void emit_reload(jit_writer *w, int32_t pushed) {
+static void emit_reload(jit_writer *w, int32_t pushed)
+{
     for (unsigned i = 0; i < FRAME_MAP; i++) {
         if (!frame_map[i].comes_back) continue;
         e_gs_load(w, 8, RAX, frame_map[i].at);
@@ -51,7 +55,8 @@ static void emit_mxcsr(jit_writer *w, unsigned op, int32_t disp) { /* /2 ldmxcsr
 }
 /* Register n from or to the XSAVE image. */
 enum { VEC_STORE, VEC_LOAD_128, VEC_LOAD_256 };
-static void emit_vec(jit *j, unsigned n, unsigned how) {
+static void emit_vec(jit *j, unsigned n, unsigned how)
+{
     jit_writer *w = &j->w;
     e8(w, 0x65);
     if (how == VEC_LOAD_256) /* vmovups xmm, m128 */
@@ -72,7 +77,8 @@ static void emit_vec(jit *j, unsigned n, unsigned how) {
 static void emit_fx(jit_writer *w, unsigned n) { /* /0 fxsave64, /1 fxrstor64 */
     e8(w, 0x65), e8(w, 0x48), e8(w, 0x0f), e8(w, 0xae), e8(w, n << 3 | 4), e8(w, 0x25), e32(w, (uint32_t)FPU(0));
 }
-static void emit_vec_spill(jit *j, unsigned level) {
+static void emit_vec_spill(jit *j, unsigned level)
+{
     if (level == 2) {
         emit_fx(&j->w, 0);
         e8(&j->w, 0xdb), e8(&j->w, 0xe3); /* fninit: C expects an empty stack */
@@ -83,7 +89,8 @@ static void emit_vec_spill(jit *j, unsigned level) {
 }
 /* Upper halves that are zero are made so with VZEROUPPER: loaded as zeros they would count as in use, and each legacy
  * SSE instruction would have to merge with (and wait for) the register's old value. */
-static void emit_vec_reload(jit *j, unsigned level) {
+static void emit_vec_reload(jit *j, unsigned level)
+{
     jit_writer *w = &j->w;
     if (level == 2) emit_fx(w, 1);
     uint8_t *clean = NULL, *done = NULL;
@@ -107,7 +114,8 @@ static void emit_vec_reload(jit *j, unsigned level) {
 static const uint8_t saved[] = {RBX, RBP, R12, R13, R14, R15};
 
 /* void enter(const void *code): GS base is set. */
-static uint8_t *emit_enter(jit *j, unsigned vec) {
+static uint8_t *emit_enter(jit *j, unsigned vec)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     for (unsigned i = 0; i < sizeof saved; i++) emit_push_pop(w, saved[i], true);
@@ -126,14 +134,16 @@ static uint8_t *emit_enter(jit *j, unsigned vec) {
 }
 
 /* Back to C. `pushed`: bytes on the stack above the frame. */
-static void emit_return(jit_writer *w, int32_t pushed) {
+static void emit_return(jit_writer *w, int32_t pushed)
+{
     e_alu_imm(w, 8, 0, RSP, 8 + FRAME_BYTES + pushed);
     for (unsigned i = sizeof saved; i-- > 0;) emit_push_pop(w, saved[i], false);
     e8(w, 0xc3);
 }
 
 /* T0 = rip, T1 = reason: back to C. */
-static uint8_t *emit_leave(jit *j, unsigned vec) {
+static uint8_t *emit_leave(jit *j, unsigned vec)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_gs_store(w, 8, T0, JIT_OFF(rip));
@@ -147,7 +157,8 @@ static uint8_t *emit_leave(jit *j, unsigned vec) {
 }
 
 /* The ways out that blocks take most, so that their stubs are short. T0 = the link, or rip. `save`: the flags first. */
-static uint8_t *emit_leave_link(jit *j, unsigned vec, bool save) {
+static uint8_t *emit_leave_link(jit *j, unsigned vec, bool save)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     if (save) emit_save(w);
@@ -157,7 +168,8 @@ static uint8_t *emit_leave_link(jit *j, unsigned vec, bool save) {
     e_jmp_to(w, j->leave[vec]);
     return start;
 }
-static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save) {
+static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     if (save) emit_save(w);
@@ -167,7 +179,8 @@ static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save) {
 }
 
 /* T1 = site: go on, or leave after its instruction if somebody asked for the run loop. `in_host`: the flags are. */
-static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host) {
+static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_mov(w, 8, T0, RCX); /* JRCXZ asks without the flags */
@@ -190,7 +203,8 @@ static uint8_t *emit_leave_check_thunk(jit *j, unsigned vec, bool in_host) {
 
 /* Call a helper from emitted code: T1 = site, T0 = address; the result comes back in T0. What lies in the frame C fetches
  * and stores itself, if it has to. JIT_OUT: it has said where and why to leave; all state is in the x86_cpu already. */
-static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address, bool can_leave) {
+static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has_address, bool can_leave)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     emit_spill_homes(w);
@@ -219,7 +233,8 @@ static uint8_t *emit_helper(jit *j, unsigned vec, const void *function, bool has
 }
 
 /* One recipe in memory, carried out: the host's flags. */
-static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size) {
+static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size)
+{
     static const uint8_t ops[][2] = {[JIT_RECIPE_CMP] = {0x3b},
                                      [JIT_RECIPE_TEST] = {0x85},
                                      [JIT_RECIPE_ADD] = {0x2b, 0x03},
@@ -232,7 +247,8 @@ static void emit_memory_recipe(jit_writer *w, unsigned kind, unsigned size) {
 }
 
 /* The flags in memory, image or recipe, become the host's. Keeps T0. */
-static uint8_t *emit_flags_thunk(jit *j) {
+static uint8_t *emit_flags_thunk(jit *j)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_r_mem(w, 4, 0x8b, T1, RSP, 0xff, 1, 8 * JIT_FRAME_FLAGS + 8);
@@ -260,7 +276,8 @@ static uint8_t *emit_flags_thunk(jit *j) {
 }
 
 /* After a direct call to a hook that has to be left: T0 = its answer, T1 = site. The registers are in x86_cpu. */
-static uint8_t *emit_hook_left(jit *j) {
+static uint8_t *emit_hook_left(jit *j)
+{
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     e_alu_imm(w, 8, 5, RSP, 8);
@@ -276,7 +293,8 @@ static uint8_t *emit_hook_left(jit *j) {
     return start;
 }
 
-void jit_emit_thunks(jit *j) {
+void jit_emit_thunks(jit *j)
+{
     for (unsigned vec = 0; vec < 3; vec++) {
         j->enter[vec] = emit_enter(j, vec) + j->w.to_exec;
         j->leave[vec] = emit_leave(j, vec);

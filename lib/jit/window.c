@@ -6,7 +6,8 @@
 
 /* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there
  * may soon be more of it. */
-static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
+static void find_write_window(jit *j, const vm_range *r, int64_t delta)
+{
     enum { MARGIN = 64, LEAST = 64 };
     uint64_t pages = r->bytes >> 12, begin = 0, best = 0, best_pages = 0;
     const _Atomic uint8_t *flags = r->region->page_flags + (r->offset >> 12);
@@ -26,7 +27,8 @@ static void find_write_window(jit *j, const vm_range *r, int64_t delta) {
     j->window_delta[1] = (int32_t)d;
 }
 
-static bool is_window_region(const vm_range *r) {
+static bool is_window_region(const vm_range *r)
+{
     const vm_region *g = r->region;
     return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) &&
            r->bytes >= 4096;
@@ -34,7 +36,8 @@ static bool is_window_region(const vm_range *r) {
 
 /* The windows: the largest readable RAM region whose address fits an immediate, and what of it may be written unseen.
  */
-static void place_windows(jit *j) {
+static void place_windows(jit *j)
+{
     const vm_machine *m = j->vcpu->machine;
     uint64_t *slot = j->vcpu->x86.jit_scratch;
     const vm_range *best = NULL;
@@ -56,7 +59,8 @@ static void place_windows(jit *j) {
     if ((r.region->prot & VM_PROT_W) && m->vcpu_count == 1 && !m->dirty_log && !m->track) find_write_window(j, &r, delta);
 }
 
-void jit_find_windows(jit *j) {
+void jit_find_windows(jit *j)
+{
     uint64_t *limit = &j->vcpu->x86.jit_scratch[JIT_SLOT_WINDOW_LIMIT];
     j->window_stale = false;
     if (j->vcpu->x86.watch) { /* blocks that rely on windows wait */
@@ -71,7 +75,8 @@ void jit_find_windows(jit *j) {
 }
 
 /* A page of the write window holds code now: cut the window. */
-void jit_note_code_page(jit *j, uint64_t gpa) {
+void jit_note_code_page(jit *j, uint64_t gpa)
+{
     if (gpa - j->window_gpa[1] < j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] + 255) {
         jit_find_windows(j);
         j->must_flush = true;

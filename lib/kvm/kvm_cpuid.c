@@ -38,7 +38,8 @@ static const struct feature_word {
     {0x80000021, NO_INDEX, REG_EAX, 0},
 };
 
-static const struct feature_word *word_of(uint32_t leaf, uint32_t sub, unsigned reg) {
+static const struct feature_word *word_of(uint32_t leaf, uint32_t sub, unsigned reg)
+{
     for (unsigned i = 0; i < sizeof feature_words / sizeof feature_words[0]; i++) {
         const struct feature_word *w = &feature_words[i];
         if (w->leaf == leaf && (w->sub == NO_INDEX || w->sub == sub) && w->reg == reg) return w;
@@ -48,7 +49,8 @@ static const struct feature_word *word_of(uint32_t leaf, uint32_t sub, unsigned 
 
 #define MAX_ENTRIES 256u
 
-int kvm_cpuid_read(kvm_machine *km) {
+int kvm_cpuid_read(kvm_machine *km)
+{
     for (unsigned n = 256; n <= 4096; n *= 2) {
         struct kvm_cpuid2 *c = calloc(1, sizeof *c + n * sizeof c->entries[0]);
         if (!c) return vm_fail(VM_E_NOMEM, "no memory for KVM's CPUID");
@@ -65,7 +67,8 @@ int kvm_cpuid_read(kvm_machine *km) {
     return vm_fail_errno(VM_E_HOST, "KVM_GET_SUPPORTED_CPUID");
 }
 
-uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsigned reg) {
+uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsigned reg)
+{
     for (unsigned i = 0; i < km->supported->nent; i++) {
         const struct kvm_cpuid_entry2 *e = &km->supported->entries[i];
         if (e->function == leaf && (!(e->flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX) || e->index == sub)) {
@@ -77,7 +80,8 @@ uint32_t kvm_supported(const kvm_machine *km, uint32_t leaf, uint32_t sub, unsig
 }
 
 /* Bits of a word that a guest on this KVM may see. */
-uint32_t kvm_cpuid_allowed(void *km, uint32_t leaf, uint32_t sub, unsigned reg) {
+uint32_t kvm_cpuid_allowed(void *km, uint32_t leaf, uint32_t sub, unsigned reg)
+{
     const struct feature_word *w = word_of(leaf, sub, reg);
     return w ? kvm_supported(km, leaf, sub, reg) | w->ours : ~0u;
 }
@@ -86,13 +90,15 @@ uint32_t kvm_cpuid_allowed(void *km, uint32_t leaf, uint32_t sub, unsigned reg) 
 
 static const uint32_t indexed_leaves[] = {4, 7, 0xb, 0xd, 0x8000001d};
 
-static unsigned index_count(uint32_t leaf) {
+static unsigned index_count(uint32_t leaf)
+{
     for (unsigned i = 0; i < sizeof indexed_leaves / sizeof indexed_leaves[0]; i++)
         if (indexed_leaves[i] == leaf) return leaf == 0xd ? 64 : 8;
     return 1;
 }
 
-static void add_leaf(kvm_vcpu *kv, struct kvm_cpuid2 *table, uint32_t leaf) {
+static void add_leaf(kvm_vcpu *kv, struct kvm_cpuid2 *table, uint32_t leaf)
+{
     unsigned n = index_count(leaf);
     for (uint32_t sub = 0; sub < n && table->nent < MAX_ENTRIES; sub++) {
         uint32_t out[4];
@@ -110,14 +116,16 @@ static void add_leaf(kvm_vcpu *kv, struct kvm_cpuid2 *table, uint32_t leaf) {
     }
 }
 
-static void add_range(kvm_vcpu *kv, struct kvm_cpuid2 *table, uint32_t first) {
+static void add_range(kvm_vcpu *kv, struct kvm_cpuid2 *table, uint32_t first)
+{
     uint32_t out[4];
     x86_cpuid(&kv->cpu->x86, first, 0, out);
     if (out[0] < first || out[0] > first + 0x100) return;
     for (uint32_t leaf = first; leaf <= out[0]; leaf++) add_leaf(kv, table, leaf);
 }
 
-static bool shows(const struct kvm_cpuid2 *t, uint32_t leaf, uint32_t sub, unsigned reg, unsigned bit) {
+static bool shows(const struct kvm_cpuid2 *t, uint32_t leaf, uint32_t sub, unsigned reg, unsigned bit)
+{
     for (unsigned i = 0; i < t->nent; i++)
         if (t->entries[i].function == leaf && t->entries[i].index == sub) {
             const uint32_t out[4] = {t->entries[i].eax, t->entries[i].ebx, t->entries[i].ecx, t->entries[i].edx};
@@ -137,7 +145,8 @@ static const struct {
 };
 #define CR4_KNOWN UINT64_C(0x7ff) /* VME to OSXMMEXCPT */
 
-static void set_masks(kvm_machine *km) {
+static void set_masks(kvm_machine *km)
+{
     km->cr4_mask = CR4_KNOWN;
     for (unsigned i = 0; i < sizeof cr4_features / sizeof cr4_features[0]; i++)
         if (shows(km->cpuid, cr4_features[i].leaf, 0, cr4_features[i].reg, cr4_features[i].feature))
@@ -147,7 +156,8 @@ static void set_masks(kvm_machine *km) {
     km->has_gigabyte_pages = shows(km->cpuid, 0x80000001, 0, REG_EDX, 26);
 }
 
-int kvm_cpuid_set(kvm_vcpu *kv) {
+int kvm_cpuid_set(kvm_vcpu *kv)
+{
     kvm_machine *km = kv->km;
     struct kvm_cpuid2 *table = calloc(1, sizeof *table + MAX_ENTRIES * sizeof table->entries[0]);
     if (!table) return vm_fail(VM_E_NOMEM, "no memory for a vCPU's CPUID");

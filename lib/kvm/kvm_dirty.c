@@ -21,7 +21,8 @@
 #define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
 #endif
 
-static void mark_dirty(vm_machine *m, uint64_t gpa) {
+static void mark_dirty(vm_machine *m, uint64_t gpa)
+{
     const vm_range *r = vm_view_find(&m->view, gpa);
     if (!r || !r->region->page_flags) return;
     uint64_t page = (r->offset + (gpa - r->gpa)) >> 12;
@@ -35,7 +36,8 @@ static void mark_dirty(vm_machine *m, uint64_t gpa) {
 
 /* ---- rings ---- */
 
-void kvm_dirty_choose(kvm_machine *km) {
+void kvm_dirty_choose(kvm_machine *km)
+{
     const uint64_t bytes = RING_ENTRIES * sizeof(struct kvm_dirty_gfn);
     static const uint32_t kinds[] = {KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING};
     for (unsigned i = 0; i < 2 && !km->ring_entries && !km->emulates_ring0; i++) {
@@ -46,7 +48,8 @@ void kvm_dirty_choose(kvm_machine *km) {
     }
 }
 
-int kvm_dirty_ring_map(kvm_vcpu *kv) {
+int kvm_dirty_ring_map(kvm_vcpu *kv)
+{
     size_t bytes = kv->km->ring_entries * sizeof *kv->ring;
     if (!bytes) return VM_OK;
     kv->ring = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kv->fd, KVM_DIRTY_LOG_PAGE_OFFSET * 4096);
@@ -55,11 +58,13 @@ int kvm_dirty_ring_map(kvm_vcpu *kv) {
     return vm_fail_errno(VM_E_HOST, "mmap of a vCPU's dirty ring");
 }
 
-void kvm_dirty_ring_unmap(kvm_vcpu *kv) {
+void kvm_dirty_ring_unmap(kvm_vcpu *kv)
+{
     if (kv->ring) munmap(kv->ring, kv->km->ring_entries * sizeof *kv->ring);
 }
 
-static unsigned harvest(kvm_vcpu *kv) {
+static unsigned harvest(kvm_vcpu *kv)
+{
     kvm_machine *km = kv->km;
     unsigned taken = 0;
     for (; taken < km->ring_entries; taken++, kv->ring_next++) {
@@ -74,7 +79,8 @@ static unsigned harvest(kvm_vcpu *kv) {
     return taken;
 }
 
-static void sync_rings(vm_machine *m) {
+static void sync_rings(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     unsigned taken = 0;
     pthread_mutex_lock(&km->lock);
@@ -86,7 +92,8 @@ static void sync_rings(vm_machine *m) {
 
 /* ---- bitmaps ---- */
 
-static void sync_slot(vm_machine *m, unsigned number, const kvm_slot *s) {
+static void sync_slot(vm_machine *m, unsigned number, const kvm_slot *s)
+{
     uint64_t pages = s->bytes / 4096, *bits = calloc((pages + 63) / 64, sizeof *bits);
     struct kvm_dirty_log log = {.slot = number, .dirty_bitmap = bits};
     bool is_known = bits && kvm_ioctl(kvm_machine_of(m)->vm_fd, KVM_GET_DIRTY_LOG, &log) == 0;
@@ -98,7 +105,8 @@ static void sync_slot(vm_machine *m, unsigned number, const kvm_slot *s) {
     free(bits);
 }
 
-void kvm_dirty_sync(vm_machine *m) {
+void kvm_dirty_sync(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     if (km->ring_entries) {
         sync_rings(m);

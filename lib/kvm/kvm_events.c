@@ -9,7 +9,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-void kvm_doorbell(vm_machine *m, const vm_doorbell *d, int fd, bool on) {
+void kvm_doorbell(vm_machine *m, const vm_doorbell *d, int fd, bool on)
+{
     int vm = kvm_machine_of(m)->vm_fd;
     struct kvm_ioeventfd e = {.addr = d->address,
                               .len = d->width,
@@ -22,7 +23,8 @@ void kvm_doorbell(vm_machine *m, const vm_doorbell *d, int fd, bool on) {
         kvm_ioctl(vm, KVM_IOEVENTFD, &e);
 }
 
-void kvm_coalesce(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on) {
+void kvm_coalesce(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool on)
+{
     kvm_machine *km = kvm_machine_of(m);
     struct kvm_coalesced_mmio_zone z = {.addr = at, .size = (uint32_t)bytes, .pio = is_port};
     if (!km->coalesced_page || bytes > UINT32_MAX || (is_port && !km->can_coalesce_ports)) return;
@@ -31,7 +33,8 @@ void kvm_coalesce(vm_machine *m, bool is_port, uint64_t at, uint64_t bytes, bool
 }
 
 /* The kernel adds at `last` under a lock of its own; `first` is ours, under the device lock. */
-void kvm_collected(kvm_vcpu *kv) {
+void kvm_collected(kvm_vcpu *kv)
+{
     kvm_machine *km = kv->km;
     struct kvm_coalesced_mmio_ring *ring = (void *)((uint8_t *)kv->run + km->coalesced_page);
     const uint32_t most = (4096 - sizeof *ring) / sizeof ring->coalesced_mmio[0];

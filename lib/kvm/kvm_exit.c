@@ -27,7 +27,8 @@ static uint8_t *io_data(kvm_vcpu *kv) { return (uint8_t *)kv->run + kv->run->io.
 
 static bool is_port_exit(const kvm_vcpu *kv) { return kv->run->exit_reason == KVM_EXIT_IO; }
 
-static x86_stop report(kvm_vcpu *kv, const x86_io_access *a) {
+static x86_stop report(kvm_vcpu *kv, const x86_io_access *a)
+{
     x86_cpu *x = &kv->cpu->x86;
     kv->is_reported = true;
     x->io = *a;
@@ -42,7 +43,8 @@ static x86_stop report(kvm_vcpu *kv, const x86_io_access *a) {
 }
 
 /* Of the sizes that accesses have; the others through memcpy, whose call costs more than the rest of this. */
-static uint64_t load(const uint8_t *from, unsigned n) {
+static uint64_t load(const uint8_t *from, unsigned n)
+{
     uint64_t v = 0;
     if (n == 1) return *from;
     if (n == 4)
@@ -54,7 +56,8 @@ static uint64_t load(const uint8_t *from, unsigned n) {
 
 /* ---- ports ---- */
 
-static x86_stop port_out(kvm_vcpu *kv) {
+static x86_stop port_out(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_run *run = kv->run;
     for (unsigned i = 0; i < run->io.count; i++) {
@@ -67,7 +70,8 @@ static x86_stop port_out(kvm_vcpu *kv) {
     return X86_STOP_NONE;
 }
 
-static x86_stop port_in(kvm_vcpu *kv) {
+static x86_stop port_in(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_run *run = kv->run;
     for (unsigned i = 0; i < run->io.count; i++) {
@@ -84,7 +88,8 @@ static x86_stop port_in(kvm_vcpu *kv) {
     return X86_STOP_NONE;
 }
 
-x86_stop kvm_handle_io(kvm_vcpu *kv) {
+x86_stop kvm_handle_io(kvm_vcpu *kv)
+{
     if (kv->run->io.direction == KVM_EXIT_IO_OUT) {
         kv->open = KVM_OPEN_WRITE;
         kv->rip_unresolved = true;
@@ -98,7 +103,8 @@ x86_stop kvm_handle_io(kvm_vcpu *kv) {
 
 /* KVM shows an access to RAM as MMIO when it has no slot for it, or when the memory behind the slot is gone: a file
  * that was cut short. The second would be SIGBUS here. */
-static bool is_memory_gone(kvm_vcpu *kv, uint64_t gpa) {
+static bool is_memory_gone(kvm_vcpu *kv, uint64_t gpa)
+{
     const vm_range *r = vm_view_find(&kv->cpu->machine->view, gpa);
     if (!r || r->region->kind == VM_REGION_MMIO) return false;
     uint8_t byte;
@@ -106,7 +112,8 @@ static bool is_memory_gone(kvm_vcpu *kv, uint64_t gpa) {
     return process_vm_readv(getpid(), &to, 1, &from, 1, 0) < 0 && errno == EFAULT;
 }
 
-x86_stop kvm_handle_mmio(kvm_vcpu *kv) {
+x86_stop kvm_handle_mmio(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     unsigned n = run->mmio.len <= 8 ? run->mmio.len : 8;
@@ -131,7 +138,8 @@ x86_stop kvm_handle_mmio(kvm_vcpu *kv) {
  * The run loop has put the result into io_log, or it has dropped the access (io_count = 0): then it is tried again,
  * which is what the interpreter does when it executes the instruction from its start. Where it is the interpreter that
  * goes on, what was read stays in io_log for it. */
-x86_stop kvm_complete(kvm_vcpu *kv, bool is_interpreted) {
+x86_stop kvm_complete(kvm_vcpu *kv, bool is_interpreted)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     bool is_answered = x->io_count == 1 && x->io_log[0].done && !kv->dirty;
@@ -162,7 +170,8 @@ x86_stop kvm_complete(kvm_vcpu *kv, bool is_interpreted) {
 
 /* ---- finding the instruction ---- */
 
-static bool translate(x86_cpu *x, uint64_t la, uint64_t *gpa) {
+static bool translate(x86_cpu *x, uint64_t la, uint64_t *gpa)
+{
     x86_walk w;
     if (!x86_is_long(x)) la = (uint32_t)la;
     if (!x86_walk_page(x, la, X86_READ, X86_CTX_KERNEL_AC, false, &w)) return false;
@@ -171,7 +180,8 @@ static bool translate(x86_cpu *x, uint64_t la, uint64_t *gpa) {
 }
 
 /* Code bytes at la, as many of n as can be read. */
-static unsigned read_code(x86_cpu *x, uint64_t la, uint8_t *to, unsigned n) {
+static unsigned read_code(x86_cpu *x, uint64_t la, uint8_t *to, unsigned n)
+{
     unsigned done = 0;
     while (done < n) {
         uint64_t gpa;
@@ -183,11 +193,13 @@ static unsigned read_code(x86_cpu *x, uint64_t la, uint8_t *to, unsigned n) {
     return done;
 }
 
-static uint64_t seg_base(const x86_cpu *x, unsigned seg) {
+static uint64_t seg_base(const x86_cpu *x, unsigned seg)
+{
     return x86_is_long(x) && seg != X86_FS && seg != X86_GS ? 0 : x->seg[seg].base;
 }
 
-static bool reaches(x86_cpu *x, uint64_t la, uint64_t gpa) {
+static bool reaches(x86_cpu *x, uint64_t la, uint64_t gpa)
+{
     uint64_t at;
     return translate(x, la, &at) && gpa >= at && gpa - at < 64;
 }
@@ -196,7 +208,8 @@ static uint64_t address_mask(unsigned asz) { return asz == 8 ? ~UINT64_C(0) : as
 
 /* Linear address of the operand of `in` (at `rip`) that lies at gpa; false: none does. After a string iteration RDI and
  * RSI have moved by `step`. */
-static bool operand_at(x86_cpu *x, const x86_insn *in, uint64_t rip, uint64_t gpa, int64_t step, uint64_t *la) {
+static bool operand_at(x86_cpu *x, const x86_insn *in, uint64_t rip, uint64_t gpa, int64_t step, uint64_t *la)
+{
     uint64_t saved = x->rip, mask = address_mask(in->asz), candidates[4];
     unsigned n = 0;
     if (in->flags & X86_IF_STRING) {
@@ -217,19 +230,22 @@ static bool operand_at(x86_cpu *x, const x86_insn *in, uint64_t rip, uint64_t gp
     return false;
 }
 
-static unsigned string_width(const x86_insn *in) {
+static unsigned string_width(const x86_insn *in)
+{
     bool is_port = in->opcode >= 0x6c && in->opcode <= 0x6f;
     return !(in->opcode & 1) ? 1 : in->osz == 8 && is_port ? 4 : in->osz;
 }
 
-static int64_t string_step(const x86_cpu *x, const x86_insn *in) {
+static int64_t string_step(const x86_cpu *x, const x86_insn *in)
+{
     return x->rflags & X86_FL_DF ? -(int64_t)string_width(in) : (int64_t)string_width(in);
 }
 
 static bool is_plain(const x86_insn *in) { return in->map == 0; }
 
 /* The width of what `in` writes to memory, 0: not known. */
-static unsigned write_width(const x86_insn *in) {
+static unsigned write_width(const x86_insn *in)
+{
     if (in->flags & X86_IF_STRING) return string_width(in);
     for (unsigned i = 0; i < in->nops; i++)
         if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS) return in->op[i].size;
@@ -237,7 +253,8 @@ static unsigned write_width(const x86_insn *in) {
 }
 
 /* Does `in` at `rip` do the write that this exit is about? */
-static bool does_write(kvm_vcpu *kv, const x86_insn *in, uint64_t rip) {
+static bool does_write(kvm_vcpu *kv, const x86_insn *in, uint64_t rip)
+{
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_run *run = kv->run;
     uint64_t la;
@@ -256,7 +273,8 @@ static bool does_write(kvm_vcpu *kv, const x86_insn *in, uint64_t rip) {
            ((is_imm && (uint8_t)in->imm == run->io.port) || (is_dx && (uint16_t)x->gpr[X86_RDX] == run->io.port));
 }
 
-static unsigned decode_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in) {
+static unsigned decode_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in)
+{
     x86_cpu *x = &kv->cpu->x86;
     uint8_t bytes[15];
     unsigned n = read_code(x, seg_base(x, X86_CS) + rip, bytes, sizeof bytes);
@@ -265,7 +283,8 @@ static unsigned decode_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in) {
 
 /* Straight-line code since the last entry: its instructions are known one by one. */
 #define WALK_BYTES 256u
-static unsigned length_by_walk(kvm_vcpu *kv, uint64_t after, x86_insn *found) {
+static unsigned length_by_walk(kvm_vcpu *kv, uint64_t after, x86_insn *found)
+{
     uint64_t at = kv->boundary;
     while (at < after && after - at <= WALK_BYTES) {
         unsigned length = decode_at(kv, at, found);
@@ -276,21 +295,24 @@ static unsigned length_by_walk(kvm_vcpu *kv, uint64_t after, x86_insn *found) {
     return 0;
 }
 
-static bool is_repeated(const x86_insn *in) {
+static bool is_repeated(const x86_insn *in)
+{
     return (in->flags & X86_IF_STRING) && (in->flags & (X86_IF_REP | X86_IF_REPNE));
 }
 
 /* Which of two instructions that end at the same place and do the same: the byte before the shorter is a prefix that
  * changes nothing, or the end of the instruction before. LOCK, address-size and (in 16-bit code) segment prefixes are
  * meant; others that change nothing are rarely written. */
-static bool is_meant(const x86_insn *longer, uint8_t first) {
+static bool is_meant(const x86_insn *longer, uint8_t first)
+{
     bool is_segment = first == 0x26 || first == 0x2e || first == 0x36 || first == 0x3e;
     return first == 0xf0 || first == 0x67 || (is_segment && longer->mode == 2);
 }
 
 /* The instruction that ends at `after` and does the write; its length, 0: none. A repeated string instruction cannot be
  * it: RIP stays on those. */
-static unsigned length_before(kvm_vcpu *kv, uint64_t after, x86_insn *found) {
+static unsigned length_before(kvm_vcpu *kv, uint64_t after, x86_insn *found)
+{
     unsigned best = length_by_walk(kv, after, found);
     for (unsigned length = 1, is_walked = best; !is_walked && length <= 15 && length <= after; length++) {
         x86_insn in;
@@ -303,14 +325,16 @@ static unsigned length_before(kvm_vcpu *kv, uint64_t after, x86_insn *found) {
     return best;
 }
 
-static bool stands_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in) {
+static bool stands_at(kvm_vcpu *kv, uint64_t rip, x86_insn *in)
+{
     return decode_at(kv, rip, in) && does_write(kv, in, rip);
 }
 
 /* An ambiguous OUT (`at` RIP, or `before` it): let KVM finish it and see whether RIP moves. A finished write needs nothing
  * more from us. Where RIP stands depends on who did the access, the fast path for OUT or the emulator, but is the same
  * each time; only for OUT to port 0x7E KVM takes the other way. */
-static bool is_rip_after(kvm_vcpu *kv, uint64_t rip, const x86_insn *at, const x86_insn *before) {
+static bool is_rip_after(kvm_vcpu *kv, uint64_t rip, const x86_insn *at, const x86_insn *before)
+{
     bool is_string = at->flags & X86_IF_STRING;
     bool is_constant = is_string == !!(before->flags & X86_IF_STRING) && kv->run->io.port != 0x7e;
     int8_t seen = is_constant ? kv->rip_at[is_string] : 0;
@@ -320,7 +344,8 @@ static bool is_rip_after(kvm_vcpu *kv, uint64_t rip, const x86_insn *at, const x
 }
 
 /* String registers as before the iteration that made this access. */
-static void undo_iteration(x86_cpu *x, const x86_insn *in) {
+static void undo_iteration(x86_cpu *x, const x86_insn *in)
+{
     uint64_t mask = address_mask(in->asz);
     int64_t step = string_step(x, in);
     bool has_si = (in->opcode & 0xfe) != 0xaa, has_di = (in->opcode & 0xfe) != 0x6e;
@@ -332,19 +357,22 @@ static void undo_iteration(x86_cpu *x, const x86_insn *in) {
 
 /* The last read exit was of the instruction that ends at `rip` (or repeats there): its registers are the ones before
  * it. */
-static bool is_same_instruction(kvm_vcpu *kv, uint64_t rip, bool is_repeating) {
+static bool is_same_instruction(kvm_vcpu *kv, uint64_t rip, bool is_repeating)
+{
     x86_insn in;
     uint64_t start = kv->read_state[16];
     return kv->has_read_state && (is_repeating ? start == rip : start + decode_at(kv, start, &in) == rip);
 }
 
-static void undo_stack(x86_cpu *x, const x86_insn *in) {
+static void undo_stack(x86_cpu *x, const x86_insn *in)
+{
     bool is_pop = is_plain(in) && in->opcode == 0x8f;
     if (is_pop) x->gpr[X86_RSP] -= in->osz;
 }
 
 /* Devices are polled by loops: the same instruction exits again and again. */
-static kvm_known *known_of(kvm_vcpu *kv, uint64_t after, kvm_known *now) {
+static kvm_known *known_of(kvm_vcpu *kv, uint64_t after, kvm_known *now)
+{
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_run *run = kv->run;
     bool is_port = is_port_exit(kv);
@@ -359,13 +387,15 @@ static kvm_known *known_of(kvm_vcpu *kv, uint64_t after, kvm_known *now) {
     return &kv->known[(after ^ after >> 4) & 15];
 }
 
-static bool is_known(const kvm_known *k, const kvm_known *now) {
+static bool is_known(const kvm_known *k, const kvm_known *now)
+{
     return k && k->length && k->after == now->after && k->mode == now->mode && k->reason == now->reason &&
            k->port == now->port && k->width == now->width && !memcmp(k->bytes, now->bytes, sizeof k->bytes);
 }
 
 /* The instruction stands before `rip`: show it there. */
-static void show_before(kvm_vcpu *kv, uint64_t rip) {
+static void show_before(kvm_vcpu *kv, uint64_t rip)
+{
     x86_cpu *x = &kv->cpu->x86;
     x86_insn at, before;
     kvm_known now, *k = known_of(kv, rip, &now);
@@ -390,7 +420,8 @@ static void show_before(kvm_vcpu *kv, uint64_t rip) {
     }
 }
 
-void kvm_resolve(kvm_vcpu *kv) {
+void kvm_resolve(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     x86_insn at;
     kv->rip_unresolved = kv->has_code = false;
@@ -411,7 +442,8 @@ void kvm_resolve(kvm_vcpu *kv) {
     if (kv->cpu->has_pending) kv->cpu->pending.rip = x->rip; /* an exit that named no instruction */
 }
 
-uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa, bool is_write) {
+uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa, bool is_write)
+{
     x86_cpu *x = &kv->cpu->x86;
     kvm_get_mode(kv);
     if (!(x->cr0 & X86_CR0_PG) || x->flat) return gpa;

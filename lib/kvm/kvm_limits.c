@@ -20,7 +20,8 @@
 #include <string.h>
 #include "x86/system.h"
 
-static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags) {
+static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags)
+{
     static const struct kvm_segment code = {.limit = 0xffff, .type = 11, .present = 1, .s = 1};
     struct kvm_sregs s;
     struct kvm_regs r;
@@ -40,7 +41,8 @@ static bool holds(kvm_vcpu *kv, uint64_t cr0, uint64_t rflags) {
            r.rflags == rflags;
 }
 
-static void probe(kvm_vcpu *kv) {
+static void probe(kvm_vcpu *kv)
+{
     kvm_machine *km = kv->km;
     struct kvm_sregs s;
     struct kvm_regs r;
@@ -54,7 +56,8 @@ static void probe(kvm_vcpu *kv) {
     kvm_ioctl(kv->fd, KVM_SET_REGS, &r);
 }
 
-bool kvm_is_limited(kvm_vcpu *kv) {
+bool kvm_is_limited(kvm_vcpu *kv)
+{
     probe(kv);
     return kv->km->lacks_legacy_paging;
 }
@@ -65,7 +68,8 @@ bool kvm_is_kernel_msr(uint32_t msr) { return msr >= 0xc0000080 && msr <= 0xc000
 
 /* Long mode with a kernel that ring 3 calls, or will: page tables of its own, and a target of SYSCALL or a task
  * segment, without which no interrupt leaves ring 3. */
-static bool has_kernel(kvm_vcpu *kv) {
+static bool has_kernel(kvm_vcpu *kv)
+{
     const x86_cpu *x = &kv->cpu->x86;
     if (!(kv->dirty & (VM_STATE_SREGS | VM_STATE_MSRS))) return false;
     kvm_get_state(kv->cpu, VM_STATE_SREGS);
@@ -75,7 +79,8 @@ static bool has_kernel(kvm_vcpu *kv) {
 }
 
 /* The state about to be loaded is one that KVM would not run. */
-bool kvm_is_beyond(kvm_vcpu *kv) {
+bool kvm_is_beyond(kvm_vcpu *kv)
+{
     const x86_cpu *x = &kv->cpu->x86;
     bool is_v86 = x->rflags & X86_FL_VM, is_legacy = false, is_long;
     if (kv->dirty & VM_STATE_SREGS) is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);

@@ -34,14 +34,16 @@
 #define KVM_CAP_XSAVE2 208
 #endif
 
-int kvm_ioctl(int fd, unsigned long request, void *argument) {
+int kvm_ioctl(int fd, unsigned long request, void *argument)
+{
     int rc;
     do rc = ioctl(fd, request, argument);
     while (rc < 0 && errno == EINTR);
     return rc;
 }
 
-static int check(int fd, unsigned long capability) {
+static int check(int fd, unsigned long capability)
+{
     int rc = ioctl(fd, KVM_CHECK_EXTENSION, capability);
     return rc < 0 ? 0 : rc;
 }
@@ -61,7 +63,8 @@ static const struct {
 };
 
 /* An open /dev/kvm that has what this backend needs, or a status and a line that says why not. */
-static int open_kvm(int *out) {
+static int open_kvm(int *out)
+{
     int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (fd < 0)
         return vm_fail(VM_E_UNSUPPORTED, "KVM is not usable: /dev/kvm %s",
@@ -91,7 +94,8 @@ __attribute__((weak)) bool kvm_is_hardware_ring0(int kvm_fd) { /* weak: tests pr
 }
 
 /* Whether the hardware walks the host's second level of tables; otherwise KVM keeps shadow page tables. */
-static bool has_nested_paging(void) {
+static bool has_nested_paging(void)
+{
     static const char *const files[] = {"/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"};
     char c = 0;
     for (unsigned i = 0; i < 2 && !c; i++) {
@@ -104,7 +108,8 @@ static bool has_nested_paging(void) {
 }
 
 /* What needs the device; the rest is known without it. */
-static int query_open(const char *capability, uint64_t *value) {
+static int query_open(const char *capability, uint64_t *value)
+{
     int fd, rc = open_kvm(&fd);
     *value = 0;
     if (rc) return VM_OK; /* 0; vm_errmsg() says why */
@@ -130,7 +135,8 @@ static int query_open(const char *capability, uint64_t *value) {
     return VM_OK;
 }
 
-int kvm_query(const char *capability, uint64_t *value) {
+int kvm_query(const char *capability, uint64_t *value)
+{
     static const char *const open_names[] = {"available", "auto",       "hardware-ring0", "max-vcpus",
                                              "max-slots", "dirty-ring", "nested-paging"};
     for (unsigned i = 0; i < sizeof open_names / sizeof open_names[0]; i++)
@@ -148,7 +154,8 @@ int kvm_query(const char *capability, uint64_t *value) {
 
 /* ---- slots ---- */
 
-static int set_slot(kvm_machine *km, unsigned number, const kvm_slot *s) {
+static int set_slot(kvm_machine *km, unsigned number, const kvm_slot *s)
+{
     struct kvm_userspace_memory_region region = {.slot = number,
                                                  .flags = s->flags,
                                                  .guest_phys_addr = s->gpa,
@@ -157,7 +164,8 @@ static int set_slot(kvm_machine *km, unsigned number, const kvm_slot *s) {
     return kvm_ioctl(km->vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
 }
 
-static int free_slot(kvm_machine *km) {
+static int free_slot(kvm_machine *km)
+{
     for (; km->free_hint < km->slot_count; km->free_hint++)
         if (!km->slots[km->free_hint].bytes) return (int)km->free_hint;
     if (km->slot_count == km->max_slots) return -1;
@@ -175,7 +183,8 @@ static int free_slot(kvm_machine *km) {
     return (int)km->slot_count++;
 }
 
-static void remove_slot(kvm_machine *km, unsigned number) {
+static void remove_slot(kvm_machine *km, unsigned number)
+{
     kvm_slot empty = km->slots[number];
     empty.bytes = 0;
     set_slot(km, number, &empty);
@@ -191,7 +200,8 @@ typedef struct run_iter {
     uint64_t offset; /* in the range */
 } run_iter;
 
-static bool slot_flags(const kvm_machine *km, const vm_machine *m, unsigned prot, uint32_t *flags) {
+static bool slot_flags(const kvm_machine *km, const vm_machine *m, unsigned prot, uint32_t *flags)
+{
     *flags = 0;
     if (!(prot & VM_PROT_R)) return false;
     if (!(prot & VM_PROT_W)) {
@@ -204,11 +214,13 @@ static bool slot_flags(const kvm_machine *km, const vm_machine *m, unsigned prot
 }
 
 /* What the region and, under strategy "ept", the view allow at an offset into a range. */
-static unsigned slot_prot(const vm_machine *m, const vm_range *r, uint64_t offset) {
+static unsigned slot_prot(const vm_machine *m, const vm_range *r, uint64_t offset)
+{
     return vm_region_prot(r->region, r->offset + offset) & vm_ept_machine_prot(m, r->gpa + offset);
 }
 
-static bool next_piece(run_iter *it, kvm_slot *out) {
+static bool next_piece(run_iter *it, kvm_slot *out)
+{
     kvm_machine *km = kvm_machine_of(it->m);
     for (; it->range < it->view->count; it->range++, it->offset = 0) {
         const vm_range *r = &it->view->ranges[it->range];
@@ -229,7 +241,8 @@ static bool next_piece(run_iter *it, kvm_slot *out) {
 }
 
 /* Pieces that continue each other (same backing, same permission) are one run. */
-static bool next_run(run_iter *it, kvm_slot *out) {
+static bool next_run(run_iter *it, kvm_slot *out)
+{
     if (!next_piece(it, out)) return false;
     for (;;) {
         run_iter ahead = *it;
@@ -242,12 +255,14 @@ static bool next_run(run_iter *it, kvm_slot *out) {
     }
 }
 
-static bool same_slot(const kvm_slot *a, const kvm_slot *b) {
+static bool same_slot(const kvm_slot *a, const kvm_slot *b)
+{
     return a->gpa == b->gpa && a->bytes == b->bytes && a->host == b->host && a->flags == b->flags;
 }
 
 /* Both lists are sorted by gpa: mark the slots that are wanted as they are, and leave the other runs in *runs. */
-static size_t match_slots(kvm_machine *km, kvm_slot *runs, size_t count) {
+static size_t match_slots(kvm_machine *km, kvm_slot *runs, size_t count)
+{
     size_t left = 0;
     for (unsigned i = 0; i < km->order_count; i++) km->slots[km->order[i]].is_kept = false;
     for (size_t r = 0, s = 0; r < count; r++) {
@@ -261,7 +276,8 @@ static size_t match_slots(kvm_machine *km, kvm_slot *runs, size_t count) {
     return left;
 }
 
-static void remove_unwanted(kvm_machine *km) {
+static void remove_unwanted(kvm_machine *km)
+{
     unsigned kept = 0;
     for (unsigned i = 0; i < km->order_count; i++) {
         unsigned number = km->order[i];
@@ -274,7 +290,8 @@ static void remove_unwanted(kvm_machine *km) {
 }
 
 /* Shell sort: no memory, and the list is two sorted parts. */
-static void sort_order(kvm_machine *km) {
+static void sort_order(kvm_machine *km)
+{
     for (unsigned gap = km->order_count / 2; gap > 0; gap = gap == 2 ? 1 : gap * 5 / 11)
         for (unsigned i = gap; i < km->order_count; i++) {
             unsigned number = km->order[i], at = i;
@@ -286,7 +303,8 @@ static void sort_order(kvm_machine *km) {
 
 /* Put runs into slots; one that finds none is served without. Their numbers go behind the others in `order`, then to
  * their places. */
-static void add_slots(kvm_machine *km, const kvm_slot *runs, size_t count) {
+static void add_slots(kvm_machine *km, const kvm_slot *runs, size_t count)
+{
     km->unslotted = 0;
     for (size_t i = 0; i < count; i++) {
         int number = free_slot(km);
@@ -304,7 +322,8 @@ static void add_slots(kvm_machine *km, const kvm_slot *runs, size_t count) {
     if (count > 4) sort_order(km);
 }
 
-static kvm_slot *wanted_runs(vm_machine *m, size_t *count) {
+static kvm_slot *wanted_runs(vm_machine *m, size_t *count)
+{
     size_t capacity = 0;
     kvm_slot *runs = NULL, one;
     run_iter it = {.m = m, .view = &m->view};
@@ -321,7 +340,8 @@ static kvm_slot *wanted_runs(vm_machine *m, size_t *count) {
     return runs;
 }
 
-void kvm_map_changed(vm_machine *m) {
+void kvm_map_changed(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     size_t count;
     kvm_slot *runs = wanted_runs(m, &count);
@@ -343,7 +363,8 @@ void kvm_map_changed(vm_machine *m) {
 #define FLAT_BYTES (FLAT_PAGES * 4096u)
 
 /* The highest hole of the map that holds the tables. */
-static uint64_t flat_hole(vm_machine *m, uint64_t limit) {
+static uint64_t flat_hole(vm_machine *m, uint64_t limit)
+{
     uint64_t end = limit;
     for (size_t i = m->view.count; i-- > 0;) {
         const vm_range *r = &m->view.ranges[i];
@@ -354,25 +375,29 @@ static uint64_t flat_hole(vm_machine *m, uint64_t limit) {
     return end >= FLAT_BYTES ? end - FLAT_BYTES : 0;
 }
 
-static uint64_t *flat_page(kvm_machine *km, uint64_t entry) {
+static uint64_t *flat_page(kvm_machine *km, uint64_t entry)
+{
     return (uint64_t *)(km->flat_host + ((entry & UINT64_C(0xffffffffff000)) - km->flat_gpa));
 }
 
 /* The next free table page as an entry, 0 when used up. */
-static uint64_t flat_take(kvm_machine *km) {
+static uint64_t flat_take(kvm_machine *km)
+{
     if (km->flat_used == km->flat_bytes) return 0;
     uint64_t entry = (km->flat_gpa + km->flat_used) | PTE_TABLE;
     km->flat_used += 4096;
     return entry;
 }
 
-static uint64_t *flat_table(kvm_machine *km, uint64_t *slot) {
+static uint64_t *flat_table(kvm_machine *km, uint64_t *slot)
+{
     if (!*slot) *slot = flat_take(km);
     return *slot ? flat_page(km, *slot) : NULL;
 }
 
 /* Make the GiB around gpa reachable. */
-static bool flat_reach(kvm_machine *km, uint64_t gpa) {
+static bool flat_reach(kvm_machine *km, uint64_t gpa)
+{
     if (gpa >> 47) return false;
     uint64_t *pml4 = (uint64_t *)km->flat_host, *pd;
     uint64_t *pdpt = flat_table(km, &pml4[gpa >> 39]);
@@ -388,12 +413,14 @@ static bool flat_reach(kvm_machine *km, uint64_t gpa) {
     return pd != NULL;
 }
 
-static uint64_t flat_limit(const vm_machine *m) {
+static uint64_t flat_limit(const vm_machine *m)
+{
     uint64_t guest = m->vcpus[0]->x86.phys_mask + 1, host = UINT64_C(1) << kvm_machine_of((vm_machine *)m)->phys_bits;
     return guest < host ? guest : host;
 }
 
-bool kvm_flat_extend(vm_machine *m, uint64_t gpa) {
+bool kvm_flat_extend(vm_machine *m, uint64_t gpa)
+{
     kvm_machine *km = kvm_machine_of(m);
     pthread_mutex_lock(&km->lock);
     size_t used = km->flat_used;
@@ -403,7 +430,8 @@ bool kvm_flat_extend(vm_machine *m, uint64_t gpa) {
 }
 
 /* What the map uses, the first 4 GiB (devices, absolute addresses), and where the guest is. */
-static void flat_fill(vm_machine *m, uint64_t gpa) {
+static void flat_fill(vm_machine *m, uint64_t gpa)
+{
     kvm_machine *km = kvm_machine_of(m);
     const uint64_t gib = UINT64_C(1) << 30;
     flat_reach(km, gpa);
@@ -417,7 +445,8 @@ static void flat_fill(vm_machine *m, uint64_t gpa) {
     }
 }
 
-static int flat_slot_set(vm_machine *m) {
+static int flat_slot_set(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     kvm_slot s = {.gpa = km->flat_gpa,
                   .bytes = km->flat_bytes,
@@ -433,7 +462,8 @@ static int flat_slot_set(vm_machine *m) {
     return VM_OK;
 }
 
-static int flat_ready(vm_machine *m, uint64_t gpa) {
+static int flat_ready(vm_machine *m, uint64_t gpa)
+{
     kvm_machine *km = kvm_machine_of(m);
     if (!km->flat_host) {
         uint64_t at = flat_hole(m, flat_limit(m));
@@ -456,7 +486,8 @@ static int flat_ready(vm_machine *m, uint64_t gpa) {
     return VM_OK;
 }
 
-int kvm_flat_ready(vm_machine *m, uint64_t gpa) {
+int kvm_flat_ready(vm_machine *m, uint64_t gpa)
+{
     kvm_machine *km = kvm_machine_of(m);
     pthread_mutex_lock(&km->lock);
     int rc = flat_ready(m, gpa);
@@ -465,7 +496,8 @@ int kvm_flat_ready(vm_machine *m, uint64_t gpa) {
 }
 
 /* The map changed: if it now covers the tables, build them elsewhere; vCPUs in flat mode reload CR3. */
-void kvm_flat_moved(vm_machine *m) {
+void kvm_flat_moved(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     bool is_covered = false;
     for (size_t i = 0; i < m->view.count; i++) {
@@ -493,7 +525,8 @@ void kvm_flat_moved(vm_machine *m) {
 
 /* MSRs that lib/dev answers: KVM must not do them itself (without an in-kernel APIC it would silently ignore some). And
  * those that kvm_limits.c waits for. */
-static void filter_msrs(kvm_machine *km) {
+static void filter_msrs(kvm_machine *km)
+{
     static const uint8_t none[32]; /* all bits clear: deny */
     struct kvm_enable_cap cap = {
         .cap = KVM_CAP_X86_USER_SPACE_MSR,
@@ -513,7 +546,8 @@ static void filter_msrs(kvm_machine *km) {
 }
 
 /* An instruction that KVM cannot emulate comes to us, at every privilege level, instead of being a #UD in the guest. */
-static void ask_for_failures(kvm_machine *km) {
+static void ask_for_failures(kvm_machine *km)
+{
     struct kvm_enable_cap cap = {.cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = {1}};
     if (check(km->vm_fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE)) kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
 }
@@ -521,7 +555,8 @@ static void ask_for_failures(kvm_machine *km) {
 /* Intel hosts whose CPUs cannot run real mode as it is (no "unrestricted guest") do it with the help of a page table and
  * a task segment that KVM keeps in guest-physical memory: below the ROM, where a PC has nothing. Others ignore both. */
 #define HELPER_PAGES UINT64_C(0xfeffc000)
-static void place_helper_pages(kvm_machine *km) {
+static void place_helper_pages(kvm_machine *km)
+{
     uint64_t identity = HELPER_PAGES;
     if (check(km->vm_fd, KVM_CAP_SET_IDENTITY_MAP_ADDR)) kvm_ioctl(km->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity);
     if (check(km->vm_fd, KVM_CAP_SET_TSS_ADDR))
@@ -537,13 +572,15 @@ static void place_helper_pages(kvm_machine *km) {
 
 /* KVM shall not write over a VMCALL or VMMCALL that is not the host's own: no CPU rewrites programs, the dirty log
  * would not see it, and there are hosts on which it never ends. The guest gets #UD. */
-static void leave_hypercalls(kvm_machine *km) {
+static void leave_hypercalls(kvm_machine *km)
+{
     struct kvm_enable_cap cap = {.cap = KVM_CAP_DISABLE_QUIRKS2, .args = {KVM_X86_QUIRK_FIX_HYPERCALL_INSN}};
     if (check(km->vm_fd, KVM_CAP_DISABLE_QUIRKS2) & KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
         kvm_ioctl(km->vm_fd, KVM_ENABLE_CAP, &cap);
 }
 
-static void read_capabilities(kvm_machine *km) {
+static void read_capabilities(kvm_machine *km)
+{
     int fd = km->vm_fd, sync = check(fd, KVM_CAP_SYNC_REGS), xsave = check(fd, KVM_CAP_XSAVE2);
     km->can_sync = (sync & KVM_SYNC_X86_VALID_FIELDS) == KVM_SYNC_X86_VALID_FIELDS;
     km->can_read_only = check(fd, KVM_CAP_READONLY_MEM);
@@ -564,12 +601,14 @@ static const uint32_t model_words[][3] = {
 };
 
 /* What x86_model_cut() leaves in a model: features, and no longer physical addresses than the host's. */
-static uint32_t allowed_in_model(void *km, uint32_t leaf, uint32_t sub, unsigned reg) {
+static uint32_t allowed_in_model(void *km, uint32_t leaf, uint32_t sub, unsigned reg)
+{
     return leaf == 0x80000008 && reg == 0 ? kvm_supported(km, leaf, sub, reg) : kvm_cpuid_allowed(km, leaf, sub, reg);
 }
 
 /* A machine that began elsewhere comes to KVM with the CPU it has: it must be one that KVM can do. */
-static int check_model(vm_machine *m, kvm_machine *km) {
+static int check_model(vm_machine *m, kvm_machine *km)
+{
     x86_cpu *x = &m->vcpus[0]->x86;
     const struct x86_model *had = x->model;
     struct x86_model *cut = x86_model_cut(had, allowed_in_model, km);
@@ -595,21 +634,24 @@ static int check_model(vm_machine *m, kvm_machine *km) {
     return rc;
 }
 
-static int take_model(vm_machine *m, kvm_machine *km) {
+static int take_model(vm_machine *m, kvm_machine *km)
+{
     if (m->vcpu_count) return check_model(m, km);
     if (m->own_model) return VM_OK;
     m->own_model = x86_model_cut(x86_model_find(m->cpu_model), allowed_in_model, km);
     return m->own_model ? VM_OK : vm_fail(VM_E_NOMEM, "no memory for a CPU model");
 }
 
-static void take_tsc(vm_machine *m, int vcpu) {
+static void take_tsc(vm_machine *m, int vcpu)
+{
     int khz = m->tsc_is_host || !m->is_pc ? 0 : ioctl(vcpu, KVM_GET_TSC_KHZ, 0);
     if (khz <= 0) return;
     m->tsc_is_host = true;
     m->tsc_hz = (uint64_t)khz * 1000;
 }
 
-int vm_kvm_model(vm_machine *m) {
+int vm_kvm_model(vm_machine *m)
+{
     kvm_machine km = {.vm_fd = -1};
     int rc = open_kvm(&km.kvm_fd), vcpu = -1;
     if (rc) return rc;
@@ -633,7 +675,8 @@ int vm_kvm_model(vm_machine *m) {
     return rc;
 }
 
-int kvm_machine_create(vm_machine *m) {
+int kvm_machine_create(vm_machine *m)
+{
     kvm_machine *km = calloc(1, sizeof *km);
     if (!km) return vm_fail(VM_E_NOMEM, "no memory for a KVM machine");
     km->vm_fd = -1;
@@ -676,7 +719,8 @@ fail_open:
     return rc;
 }
 
-void kvm_machine_destroy(vm_machine *m) {
+void kvm_machine_destroy(vm_machine *m)
+{
     kvm_machine *km = kvm_machine_of(m);
     if (!km) return;
     close(km->vm_fd);
@@ -692,13 +736,15 @@ void kvm_machine_destroy(vm_machine *m) {
 }
 
 /* The guest's TSC is the host's: ring 3 may read it without KVM in between, and other backends can follow it. */
-void kvm_set_tsc_offset(kvm_vcpu *kv, uint64_t offset) {
+void kvm_set_tsc_offset(kvm_vcpu *kv, uint64_t offset)
+{
     struct kvm_device_attr attr = {
         .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET, .addr = (uint64_t)(uintptr_t)&offset};
     kvm_ioctl(kv->fd, KVM_SET_DEVICE_ATTR, &attr);
 }
 
-int kvm_vcpu_create(vm_vcpu *cpu) {
+int kvm_vcpu_create(vm_vcpu *cpu)
+{
     kvm_machine *km = kvm_machine_of(cpu->machine);
     kvm_vcpu *kv = calloc(1, sizeof *kv);
     int rc = VM_E_NOMEM;
@@ -745,7 +791,8 @@ fail:
     return rc;
 }
 
-void kvm_vcpu_destroy(vm_vcpu *cpu) {
+void kvm_vcpu_destroy(vm_vcpu *cpu)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     if (!kv) return;
     if (kv->has_soft) interp_destroy(cpu);

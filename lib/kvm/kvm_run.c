@@ -38,7 +38,8 @@
 #define CLOSE_EXITS  64u   /* failures with fewer exits between them are close */
 #define BEYOND_SLICE 32768
 
-x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
+x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...)
+{
     va_list args;
     va_start(args, format);
     vsnprintf(kv->reason, sizeof kv->reason, format, args);
@@ -50,7 +51,8 @@ x86_stop kvm_host_failed(kvm_vcpu *kv, const char *format, ...) {
 /* ---- kicks ---- */
 
 /* The process has no thread but this one. */
-static bool is_alone(void) {
+static bool is_alone(void)
+{
 #if __has_include(<sys/single_threaded.h>)
     return __libc_single_threaded;
 #else
@@ -58,7 +60,8 @@ static bool is_alone(void) {
 #endif
 }
 
-void kvm_kick(vm_vcpu *cpu) {
+void kvm_kick(vm_vcpu *cpu)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     int saved = errno;
     if (kv && kv->is_inside) { /* then its thread lives */
@@ -71,7 +74,8 @@ void kvm_kick(vm_vcpu *cpu) {
     errno = saved;
 }
 
-static void block_kicks(kvm_vcpu *kv) {
+static void block_kicks(kvm_vcpu *kv)
+{
     sigset_t kick, *old = &kv->callers_mask;
     if (kv->has_blocked || (is_alone() && !kv->has_mask && kv->cpu->deadline == UINT64_MAX)) return;
     kv->thread = pthread_self();
@@ -93,7 +97,8 @@ static void block_kicks(kvm_vcpu *kv) {
 }
 
 /* Take pending kick signals; one that this library did not send is kept for its owner. */
-static void drain_kicks(kvm_vcpu *kv) {
+static void drain_kicks(kvm_vcpu *kv)
+{
     sigset_t kick;
     siginfo_t info;
     const struct timespec now = {0};
@@ -104,7 +109,8 @@ static void drain_kicks(kvm_vcpu *kv) {
         if (!(info.si_code == SI_TKILL && info.si_pid == getpid()) && info.si_code != SI_TIMER) kv->has_foreign = true;
 }
 
-static void unblock_kicks(kvm_vcpu *kv) {
+static void unblock_kicks(kvm_vcpu *kv)
+{
     const sigset_t *old = &kv->callers_mask;
     if (!kv->has_blocked) return;
     kv->has_blocked = false;
@@ -126,7 +132,8 @@ static void unblock_kicks(kvm_vcpu *kv) {
 
 /* The run's deadline is a timer that sends the kick signal to this thread. It costs system calls only in runs that have
  * one. */
-static int arm_timer(kvm_vcpu *kv) {
+static int arm_timer(kvm_vcpu *kv)
+{
     uint64_t at = kv->cpu->deadline;
     if (at == UINT64_MAX) return VM_OK;
     int tid = (int)syscall(SYS_gettid);
@@ -158,7 +165,8 @@ static bool is_late(const kvm_vcpu *kv) { return kv->is_timer_armed && vm_host_n
 
 /* KVM_RUN: 0 or -errno. x86 is not touched; the shared page then has the registers. only_complete: no guest instruction
  * beyond an open one. */
-static int enter(kvm_vcpu *kv, bool only_complete) {
+static int enter(kvm_vcpu *kv, bool only_complete)
+{
     struct kvm_run *run = kv->run;
     bool wants_sregs = kv->sregs_wanted > 0, wants_events = kv->events_wanted > 0;
     run->immediate_exit = only_complete;
@@ -190,7 +198,8 @@ static int enter(kvm_vcpu *kv, bool only_complete) {
     return rc;
 }
 
-static kvm_open open_of(const struct kvm_run *run) {
+static kvm_open open_of(const struct kvm_run *run)
+{
     switch (run->exit_reason) {
     case KVM_EXIT_IO: return run->io.direction == KVM_EXIT_IO_OUT ? KVM_OPEN_WRITE : KVM_OPEN_READ;
     case KVM_EXIT_MMIO: return run->mmio.is_write ? KVM_OPEN_WRITE : KVM_OPEN_READ;
@@ -201,7 +210,8 @@ static kvm_open open_of(const struct kvm_run *run) {
 }
 
 #define MAX_SETTLE 5000u
-int kvm_settle(kvm_vcpu *kv) {
+int kvm_settle(kvm_vcpu *kv)
+{
     for (unsigned i = 0; kv->open != KVM_OPEN_NONE; i++) {
         if (i == MAX_SETTLE) return vm_fail(VM_E_HOST, "KVM does not finish an instruction");
         int rc = enter(kv, true);
@@ -218,7 +228,8 @@ int kvm_settle(kvm_vcpu *kv) {
 
 /* ---- registers around an open exit ---- */
 
-void kvm_show(kvm_vcpu *kv) {
+void kvm_show(kvm_vcpu *kv)
+{
     const x86_cpu *x = &kv->cpu->x86;
     memcpy(kv->shown, x->gpr, sizeof x->gpr);
     kv->shown[16] = x->rip;
@@ -228,7 +239,8 @@ void kvm_show(kvm_vcpu *kv) {
 }
 
 /* KVM's registers to x86; where somebody changed what was shown, his value stays. */
-static void absorb(kvm_vcpu *kv) {
+static void absorb(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     uint64_t gpr[16], rip = x->rip, next_rip = x->next_rip, rflags = x->rflags;
     bool is_merge = kv->regs_changed && kv->is_shown && !kv->is_replaced;
@@ -256,7 +268,8 @@ static void absorb(kvm_vcpu *kv) {
 
 /* ---- the interpreter in KVM's place ---- */
 
-static x86_stop deliver_queued(kvm_vcpu *kv) {
+static x86_stop deliver_queued(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_vcpu_events *e = &kv->run->s.regs.events;
     x86_stop stop = X86_STOP_NONE;
@@ -271,7 +284,8 @@ static x86_stop deliver_queued(kvm_vcpu *kv) {
 }
 
 /* PC: the interpreter's turn to take interrupts. */
-static x86_stop interpreter_interrupts(kvm_vcpu *kv) {
+static x86_stop interpreter_interrupts(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     if (!kv->cpu->machine->is_pc || kv->cpu->holds_interrupts) return X86_STOP_NONE;
     if (x->nmi_pending && !x->nmi_blocked && !x->inhibit) return x86_deliver_interrupt(x, X86_NMI, true);
@@ -282,7 +296,8 @@ static x86_stop interpreter_interrupts(kvm_vcpu *kv) {
     return vector < 0 ? X86_STOP_NONE : x86_deliver_interrupt(x, (uint8_t)vector, false);
 }
 
-static int prepare_interpreter(kvm_vcpu *kv) {
+static int prepare_interpreter(kvm_vcpu *kv)
+{
     vm_vcpu *cpu = kv->cpu;
     bool is_read = kv->open == KVM_OPEN_READ;
     kvm_get_state(cpu, VM_STATE_ALL);
@@ -312,7 +327,8 @@ static int prepare_interpreter(kvm_vcpu *kv) {
 }
 
 /* X86_STOP_NONE: done, KVM goes on. */
-x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions) {
+x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions)
+{
     x86_cpu *x = &kv->cpu->x86;
     if (prepare_interpreter(kv) != VM_OK) return X86_STOP_HOST;
     x86_stop stop = deliver_queued(kv);
@@ -333,7 +349,8 @@ x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions) {
     return stop;
 }
 
-static x86_stop emulation_failed(kvm_vcpu *kv) {
+static x86_stop emulation_failed(kvm_vcpu *kv)
+{
     if (kv->exits - kv->last_failure > CLOSE_EXITS)
         kv->soft_batch = 1;
     else if (kv->soft_batch < MAX_BATCH)
@@ -344,7 +361,8 @@ static x86_stop emulation_failed(kvm_vcpu *kv) {
     return kvm_interpret(kv, kv->soft_batch);
 }
 
-static bool needs_interpreter(kvm_vcpu *kv) {
+static bool needs_interpreter(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     if (kv->cpu->has_budget || x->budget == 1 || x->exception_exits || x->step_asked || x->hook_mask)
         return true; /* a slice of one: the run loop wants one instruction done before it looks */
@@ -355,7 +373,8 @@ static bool needs_interpreter(kvm_vcpu *kv) {
 
 /* ---- until ---- */
 
-static int set_debug(kvm_vcpu *kv) {
+static int set_debug(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_guest_debug d;
     if (!x->has_until && !kv->debug.control) return VM_OK;
@@ -377,7 +396,8 @@ static int set_debug(kvm_vcpu *kv) {
 
 /* Give KVM the next vector if it can take one now, or ask it to say when. KVM's answer (ready_for_interrupt_injection)
  * is about the state at the last exit, so after a change of ours it is asked again. */
-static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed) {
+static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed)
+{
     struct kvm_run *run = kv->run;
     run->request_interrupt_window = 0;
     if (is_changed || kv->cpu->machine->is_pc) { /* KVM takes it from here at every entry, and leaves it here */
@@ -406,7 +426,8 @@ static x86_stop feed_interrupts(kvm_vcpu *kv, bool is_changed) {
     return X86_STOP_NONE;
 }
 
-static void sync_cr8(kvm_vcpu *kv) {
+static void sync_cr8(kvm_vcpu *kv)
+{
     if (kv->run->cr8 != kv->cr8) {
         kv->cr8 = (uint8_t)kv->run->cr8;
         kv->cpu->x86.env->cr8_write(&kv->cpu->x86, kv->cr8);
@@ -417,7 +438,8 @@ static void sync_cr8(kvm_vcpu *kv) {
 
 static bool is_apic_msr(uint32_t msr) { return msr == 0x1b || msr == 0x6e0 || (msr >= 0x800 && msr < 0x900); }
 
-static x86_stop handle_msr(kvm_vcpu *kv) {
+static x86_stop handle_msr(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_run *run = kv->run;
     uint32_t msr = run->msr.index;
@@ -440,7 +462,8 @@ static x86_stop handle_msr(kvm_vcpu *kv) {
 }
 
 /* In flat mode an address beyond the identity tables is a page fault that the guest cannot handle. */
-static x86_stop handle_shutdown(kvm_vcpu *kv) {
+static x86_stop handle_shutdown(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     kvm_get_state(kv->cpu, VM_STATE_REGS | VM_STATE_SREGS);
     if (x->flat && kvm_flat_extend(kv->cpu->machine, x->cr2)) {
@@ -460,7 +483,8 @@ static x86_stop handle_shutdown(kvm_vcpu *kv) {
     return X86_STOP_SHUTDOWN;
 }
 
-static x86_stop handle_debug(kvm_vcpu *kv) {
+static x86_stop handle_debug(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     if (x->has_until && x->rip == x->until) return X86_STOP_UNTIL;
     return kvm_interpret(kv, 1);
@@ -468,7 +492,8 @@ static x86_stop handle_debug(kvm_vcpu *kv) {
 
 /* What KVM's emulator does not know, and an interrupt or exception whose delivery meets a device or no memory, is done by
  * the interpreter: the event is still queued in KVM. */
-static x86_stop handle_internal_error(kvm_vcpu *kv) {
+static x86_stop handle_internal_error(kvm_vcpu *kv)
+{
     const struct kvm_run *run = kv->run;
     if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION) return emulation_failed(kv);
     if (run->internal.suberror == KVM_INTERNAL_ERROR_DELIVERY_EV) return kvm_interpret(kv, 1);
@@ -477,7 +502,8 @@ static x86_stop handle_internal_error(kvm_vcpu *kv) {
                            run->internal.ndata > 1 ? (unsigned long long)run->internal.data[1] : 0);
 }
 
-static x86_stop handle_exit(kvm_vcpu *kv) {
+static x86_stop handle_exit(kvm_vcpu *kv)
+{
     struct kvm_run *run = kv->run;
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
@@ -512,7 +538,8 @@ static x86_stop handle_exit(kvm_vcpu *kv) {
     }
 }
 
-static x86_stop entry_failed(kvm_vcpu *kv, int error) {
+static x86_stop entry_failed(kvm_vcpu *kv, int error)
+{
     switch (error) {
     case EFAULT: return kvm_host_failed(kv, "guest memory has no host memory behind it any more (KVM_RUN: EFAULT)");
     case EINVAL: return kvm_host_failed(kv, "KVM does not accept this register state (KVM_RUN: EINVAL)");
@@ -525,14 +552,16 @@ static x86_stop entry_failed(kvm_vcpu *kv, int error) {
 /* ---- the run ---- */
 
 /* What must be so before KVM goes on with the guest. */
-static x86_stop before_entry(kvm_vcpu *kv) {
+static x86_stop before_entry(kvm_vcpu *kv)
+{
     bool is_changed = kv->dirty != 0;
     kv->is_replaced = kv->regs_changed = false;
     if (kvm_load(kv) != VM_OK) return X86_STOP_HOST;
     return feed_interrupts(kv, is_changed);
 }
 
-static x86_stop run_guest(kvm_vcpu *kv) {
+static x86_stop run_guest(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     for (;;) {
         x86_stop stop = X86_STOP_NONE;
@@ -566,7 +595,8 @@ static x86_stop run_guest(kvm_vcpu *kv) {
     }
 }
 
-static x86_stop run_blocked(kvm_vcpu *kv) {
+static x86_stop run_blocked(kvm_vcpu *kv)
+{
     x86_stop stop = X86_STOP_NONE;
     bool is_soft = kv->is_soft_io || (kv->is_replaced && kv->cpu->x86.io_count);
     if (kv->is_replaced && kvm_settle(kv) != VM_OK) return X86_STOP_HOST;
@@ -580,7 +610,8 @@ static x86_stop run_blocked(kvm_vcpu *kv) {
     return stop == X86_STOP_NONE ? run_guest(kv) : stop;
 }
 
-x86_stop kvm_run(vm_vcpu *cpu) {
+x86_stop kvm_run(vm_vcpu *cpu)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     block_kicks(kv);
     kv->in_run = true;
@@ -594,7 +625,8 @@ x86_stop kvm_run(vm_vcpu *cpu) {
 
 /* Everything into x86. An open write is done (its exit needs no completion any more); an open read is executed again by
  * the next backend, which takes the caller's answer then. */
-void kvm_leave(vm_vcpu *cpu) {
+void kvm_leave(vm_vcpu *cpu)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     bool is_write = kv->is_reported && kv->open == KVM_OPEN_WRITE;
     if (kv->dirty != VM_STATE_ALL && prepare_interpreter(kv) == VM_OK && deliver_queued(kv) == X86_STOP_SHUTDOWN)
@@ -614,24 +646,29 @@ void kvm_leave(vm_vcpu *cpu) {
 
 /* ---- the interpreter's caches ---- */
 
-static void kvm_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) {
+static void kvm_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
+{
     if (kvm_vcpu_of(cpu)->has_soft) interp_code_changed(cpu, gpa, bytes);
 }
 
-static void kvm_flush_code(vm_vcpu *cpu) {
+static void kvm_flush_code(vm_vcpu *cpu)
+{
     if (kvm_vcpu_of(cpu)->has_soft) interp_flush_code(cpu);
 }
 
-static void kvm_hooks_changed(vm_vcpu *cpu, unsigned seen) {
+static void kvm_hooks_changed(vm_vcpu *cpu, unsigned seen)
+{
     (void)seen;
     kvm_flush_code(cpu);
 }
 
-static void kvm_tlb_flushed(vm_vcpu *cpu) {
+static void kvm_tlb_flushed(vm_vcpu *cpu)
+{
     if (kvm_vcpu_of(cpu) && kvm_vcpu_of(cpu)->has_soft) interp_tlb_flushed(cpu);
 }
 
-void kvm_flush_tlb(kvm_vcpu *kv) {
+void kvm_flush_tlb(kvm_vcpu *kv)
+{
     kv->is_tlb_stale = false;
     x86_tlb_clear(&kv->cpu->x86);
     kvm_tlb_flushed(kv->cpu);

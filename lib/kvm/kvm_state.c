@@ -76,31 +76,36 @@ struct msr_block {
     struct kvm_msr_entry entry[MSR_COUNT];
 };
 
-static uint64_t *msr_field(x86_cpu *x, uint32_t number) {
+static uint64_t *msr_field(x86_cpu *x, uint32_t number)
+{
     for (unsigned i = 0; i < MSR_COUNT; i++)
         if (msr_table[i].number == number) return (uint64_t *)((uint8_t *)x + msr_table[i].offset);
     return NULL;
 }
 
 /* Every MSR of the table until this vCPU has shown which ones KVM knows (transfer_msrs drops the others). */
-void kvm_msr_list(kvm_vcpu *kv) {
+void kvm_msr_list(kvm_vcpu *kv)
+{
     _Static_assert(MSR_COUNT <= KVM_MAX_MSRS, "the list holds the table");
     kv->msr_count = MSR_COUNT;
     for (unsigned i = 0; i < MSR_COUNT; i++) kv->msrs[i] = msr_table[i].number;
 }
 
-bool kvm_keeps_msr(const kvm_vcpu *kv, uint32_t msr) {
+bool kvm_keeps_msr(const kvm_vcpu *kv, uint32_t msr)
+{
     for (unsigned i = 0; i < kv->msr_count; i++)
         if (kv->msrs[i] == msr) return true;
     return false;
 }
 
-static void drop_msr(kvm_vcpu *kv, unsigned at) {
+static void drop_msr(kvm_vcpu *kv, unsigned at)
+{
     memmove(&kv->msrs[at], &kv->msrs[at + 1], (kv->msr_count - at - 1) * sizeof kv->msrs[0]);
     kv->msr_count--;
 }
 
-static bool is_readable(kvm_vcpu *kv, uint32_t number) {
+static bool is_readable(kvm_vcpu *kv, uint32_t number)
+{
     struct {
         struct kvm_msrs head;
         struct kvm_msr_entry entry;
@@ -109,7 +114,8 @@ static bool is_readable(kvm_vcpu *kv, uint32_t number) {
 }
 
 /* IA32_TSC_ADJUST is a memory of what was added to the TSC; writing it from outside adds nothing. */
-static void follow_tsc_adjust(kvm_vcpu *kv, bool is_read) {
+static void follow_tsc_adjust(kvm_vcpu *kv, bool is_read)
+{
     uint64_t adjust = kv->cpu->x86.tsc_adjust + kv->cpu->machine->tsc_offset;
     if (!is_read && adjust != kv->tsc_offset) kvm_set_tsc_offset(kv, adjust);
     kv->tsc_offset = adjust;
@@ -117,7 +123,8 @@ static void follow_tsc_adjust(kvm_vcpu *kv, bool is_read) {
 
 /* KVM stops at the first MSR it refuses and says how many it did. One it does not know at all is forgotten; a value it
  * does not take is an error. */
-static int transfer_msrs(kvm_vcpu *kv, bool is_read) {
+static int transfer_msrs(kvm_vcpu *kv, bool is_read)
+{
     x86_cpu *x = &kv->cpu->x86;
     unsigned done = 0;
     while (done < kv->msr_count) {
@@ -151,7 +158,8 @@ static int transfer_msrs(kvm_vcpu *kv, bool is_read) {
 
 static uint64_t *xsave_features(void *image) { return (uint64_t *)((uint8_t *)image + 512); }
 
-static void fpu_from(kvm_vcpu *kv) {
+static void fpu_from(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     uint8_t *from = (uint8_t *)kv->xsave, *to = x->fpu.image;
     uint64_t present = *xsave_features(from);
@@ -172,14 +180,16 @@ static void fpu_from(kvm_vcpu *kv) {
 static bool is_zero(const uint8_t *at, size_t bytes) { return at[0] == 0 && !memcmp(at, at + 1, bytes - 1); }
 
 /* Components that are not as after a reset; the hardware saves and restores no others, at every entry and exit. */
-static uint64_t features_in_use(const x86_cpu *x, const uint8_t *image) {
+static uint64_t features_in_use(const x86_cpu *x, const uint8_t *image)
+{
     bool has_x87 = X86_FPU_FCW(x) != 0x37f || !is_zero(image + 2, 22) || !is_zero(image + 32, 128);
     bool has_sse = X86_FPU_MXCSR(x) != 0x1f80 || !is_zero(image + 160, 256);
     return (has_x87 ? XFEATURE_X87 : 0) | (has_sse ? XFEATURE_SSE : 0) |
            (!is_zero(image + 576, 256) ? XFEATURE_AVX : 0);
 }
 
-static void fpu_to(kvm_vcpu *kv) {
+static void fpu_to(kvm_vcpu *kv)
+{
     x86_cpu *x = &kv->cpu->x86;
     uint8_t *to = (uint8_t *)kv->xsave;
     uint64_t can = kvm_supported(kv->km, 0xd, 0, 0) & XFEATURE_AVX, in_use = features_in_use(x, x->fpu.image);
@@ -191,7 +201,8 @@ static void fpu_to(kvm_vcpu *kv) {
     *xsave_features(to) = in_use & (XFEATURE_X87 | XFEATURE_SSE | can);
 }
 
-static int read_fpu(kvm_vcpu *kv) {
+static int read_fpu(kvm_vcpu *kv)
+{
     kvm_machine *km = kv->km;
     if (kvm_ioctl(kv->fd, km->xsave_bytes > sizeof(struct kvm_xsave) ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, kv->xsave) < 0)
         return vm_fail_errno(VM_E_HOST, "KVM_GET_XSAVE");
@@ -205,7 +216,8 @@ static int read_fpu(kvm_vcpu *kv) {
 }
 
 /* A new vCPU is as KVM makes one, until something else was loaded: FPU initialised, XCR0 1. */
-static int write_fpu(kvm_vcpu *kv) {
+static int write_fpu(kvm_vcpu *kv)
+{
     struct kvm_xcrs xcrs;
     bool is_new = !kv->is_loaded;
     fpu_to(kv);
@@ -225,14 +237,16 @@ static int write_fpu(kvm_vcpu *kv) {
         move(rsi, X86_RSI) move(rdi, X86_RDI) move(r8, X86_R8) move(r9, X86_R9) move(r10, X86_R10) move(r11, X86_R11)  \
             move(r12, X86_R12) move(r13, X86_R13) move(r14, X86_R14) move(r15, X86_R15)
 
-static void regs_copy_from(x86_cpu *x, const struct kvm_regs *r) {
+static void regs_copy_from(x86_cpu *x, const struct kvm_regs *r)
+{
 #define FROM(name, index) x->gpr[index] = r->name;
     SAME_REGISTERS(FROM)
     x->rip = x->next_rip = r->rip;
     x->rflags = r->rflags;
 }
 
-static void regs_copy_to(const x86_cpu *x, struct kvm_regs *r) {
+static void regs_copy_to(const x86_cpu *x, struct kvm_regs *r)
+{
 #define TO(name, index) r->name = x->gpr[index];
     SAME_REGISTERS(TO)
     r->rip = x->rip;
@@ -243,13 +257,15 @@ void kvm_regs_from(kvm_vcpu *kv) { regs_copy_from(&kv->cpu->x86, &kv->run->s.reg
 
 /* ---- system registers ---- */
 
-static void seg_from(x86_seg *to, const struct kvm_segment *s) {
+static void seg_from(x86_seg *to, const struct kvm_segment *s)
+{
     unsigned low = s->type | (unsigned)s->s << 4 | (unsigned)s->dpl << 5 | (unsigned)(s->present && !s->unusable) << 7;
     unsigned high = (unsigned)s->avl | (unsigned)s->l << 1 | (unsigned)s->db << 2 | (unsigned)s->g << 3;
     *to = (x86_seg){.base = s->base, .limit = s->limit, .sel = s->selector, .attr = (uint16_t)(low | high << 12)};
 }
 
-static void seg_to(const x86_seg *from, struct kvm_segment *s) {
+static void seg_to(const x86_seg *from, struct kvm_segment *s)
+{
     unsigned a = from->attr;
     memset(s, 0, sizeof *s);
     s->base = from->base;
@@ -267,7 +283,8 @@ static void seg_to(const x86_seg *from, struct kvm_segment *s) {
 }
 
 /* The hardware enters only with a busy TSS in TR. */
-static void tr_to(const x86_seg *from, struct kvm_segment *s, bool is_long) {
+static void tr_to(const x86_seg *from, struct kvm_segment *s, bool is_long)
+{
     seg_to(from, s);
     bool is_busy16 = s->type == X86_SYS_TSS16_BUSY && !is_long;
     if (!s->present || s->s || !(is_busy16 || s->type == X86_SYS_TSS32_BUSY)) {
@@ -278,7 +295,8 @@ static void tr_to(const x86_seg *from, struct kvm_segment *s, bool is_long) {
     }
 }
 
-static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e) {
+static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e)
+{
     x86_cpu *x = &kv->cpu->x86;
     x->inhibit = e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? 2
                  : e->interrupt.shadow & KVM_X86_SHADOW_INT_STI  ? 1
@@ -288,7 +306,8 @@ static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e) {
 }
 
 /* An event that KVM had begun to inject stays, unless the whole state was replaced. */
-static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e) {
+static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e)
+{
     const x86_cpu *x = &kv->cpu->x86;
     if (!kv->has_events) memset(e, 0, sizeof *e);
     e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
@@ -302,7 +321,8 @@ static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e) {
 
 static const unsigned char seg_order[] = {X86_CS, X86_DS, X86_ES, X86_FS, X86_GS, X86_SS};
 
-static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s) {
+static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s)
+{
     x86_cpu *x = &kv->cpu->x86;
     const struct kvm_segment *data = &s->cs; /* cs, ds, es, fs, gs, ss lie in a row */
     for (unsigned i = 0; i < sizeof seg_order; i++) seg_from(&x->seg[seg_order[i]], &data[i]);
@@ -323,7 +343,8 @@ static void sregs_copy_from(kvm_vcpu *kv, const struct kvm_sregs *s) {
         x86_read_phys(x, x->cr3 & UINT64_C(0xffffffe0), x->pdpte, sizeof x->pdpte);
 }
 
-static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
+static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s)
+{
     x86_cpu *x = &kv->cpu->x86;
     struct kvm_segment *data = &s->cs;
     bool is_long = x->efer & X86_EFER_LMA;
@@ -359,7 +380,8 @@ static int sregs_copy_to(kvm_vcpu *kv, struct kvm_sregs *s) {
 /* RFLAGS beyond these does not change what x86_mode_changed() finds. */
 #define MODE_FLAGS (X86_FL_TF | X86_FL_IF | X86_FL_RF | X86_FL_VM | X86_FL_AC)
 
-static int read_mode(kvm_vcpu *kv) {
+static int read_mode(kvm_vcpu *kv)
+{
     struct kvm_sync_regs *sync = &kv->run->s.regs;
     if (!kv->has_synced_sregs) {
         if (kvm_ioctl(kv->fd, KVM_GET_SREGS, &sync->sregs) < 0) return vm_fail_errno(VM_E_HOST, "KVM_GET_SREGS");
@@ -379,7 +401,8 @@ static int read_mode(kvm_vcpu *kv) {
     return VM_OK;
 }
 
-static int read_events(kvm_vcpu *kv) {
+static int read_events(kvm_vcpu *kv)
+{
     struct kvm_sync_regs *sync = &kv->run->s.regs;
     if (!kv->has_synced_events) {
         if (kvm_ioctl(kv->fd, KVM_GET_VCPU_EVENTS, &sync->events) < 0)
@@ -392,7 +415,8 @@ static int read_events(kvm_vcpu *kv) {
     return VM_OK;
 }
 
-void kvm_get_mode(kvm_vcpu *kv) {
+void kvm_get_mode(kvm_vcpu *kv)
+{
     if (kv->valid & (KVM_PART_MODE | VM_STATE_SREGS)) return;
     if (read_mode(kv) == VM_OK) kv->valid |= KVM_PART_MODE;
     const uint32_t *touched = kv->cpu->x86.tlb_touched;
@@ -401,7 +425,8 @@ void kvm_get_mode(kvm_vcpu *kv) {
 
 /* Reading the events puts a page fault's address that KVM still holds with the exception into CR2: they come first, and
  * system registers that came before them are read again. */
-static int read_sregs(kvm_vcpu *kv) {
+static int read_sregs(kvm_vcpu *kv)
+{
     int rc = read_events(kv);
     if (rc) return rc;
     if (kv->run->s.regs.events.exception.pending) {
@@ -414,7 +439,8 @@ static int read_sregs(kvm_vcpu *kv) {
 
 /* ---- debug registers ---- */
 
-static int read_debug(kvm_vcpu *kv) {
+static int read_debug(kvm_vcpu *kv)
+{
     struct kvm_debugregs d;
     memset(&d, 0, sizeof d);
     if (kvm_ioctl(kv->fd, KVM_GET_DEBUGREGS, &d) < 0) return vm_fail_errno(VM_E_HOST, "KVM_GET_DEBUGREGS");
@@ -425,7 +451,8 @@ static int read_debug(kvm_vcpu *kv) {
     return VM_OK;
 }
 
-static int write_debug(kvm_vcpu *kv) {
+static int write_debug(kvm_vcpu *kv)
+{
     struct kvm_debugregs d;
     x86_cpu *x = &kv->cpu->x86;
     bool is_reset =
@@ -442,7 +469,8 @@ static int write_debug(kvm_vcpu *kv) {
 /* ---- by parts ---- */
 
 /* A part that cannot be fetched keeps its last value; the next run finds the same failure and reports it. */
-void kvm_get_state(vm_vcpu *cpu, unsigned parts) {
+void kvm_get_state(vm_vcpu *cpu, unsigned parts)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     if (kv->rip_unresolved && (parts & VM_STATE_REGS)) kvm_resolve(kv);
     unsigned missing = parts & ~kv->valid;
@@ -461,7 +489,8 @@ void kvm_get_state(vm_vcpu *cpu, unsigned parts) {
 }
 
 /* The caller fetched what it did not replace, so x86 holds these parts in full. */
-void kvm_set_state(vm_vcpu *cpu, unsigned parts) {
+void kvm_set_state(vm_vcpu *cpu, unsigned parts)
+{
     kvm_vcpu *kv = kvm_vcpu_of(cpu);
     kv->valid |= parts;
     kv->dirty |= parts;
@@ -474,7 +503,8 @@ void kvm_set_state(vm_vcpu *cpu, unsigned parts) {
 }
 
 /* Everything KVM needs before it may enter. Never called while an exit is open. */
-int kvm_load(kvm_vcpu *kv) {
+int kvm_load(kvm_vcpu *kv)
+{
     struct kvm_sync_regs *sync = &kv->run->s.regs;
     unsigned dirty = kv->dirty;
     if (!dirty) return VM_OK;

@@ -38,7 +38,8 @@ void vm_mmu_forget(vm_machine *m);
 extern const vm_mmu_ops vm_mmu_tlb, vm_mmu_flat, vm_mmu_shadow, vm_mmu_ept;
 bool vm_mmu_is_flat(const vm_vcpu *cpu);                  /* no page tables in use now */
 /* Under this strategy addresses without paging are physical, and RAM is what the map says. */
-static inline bool vm_mmu_is_plain(const vm_machine *m) {
+static inline bool vm_mmu_is_plain(const vm_machine *m)
+{
     return m->mmu == &vm_mmu_tlb || m->mmu == &vm_mmu_flat || m->mmu == &vm_mmu_shadow;
 }
 

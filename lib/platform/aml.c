@@ -7,7 +7,8 @@ enum { OP_ZERO = 0x00, OP_ONE = 0x01, OP_NAME = 0x08, OP_BYTE = 0x0a, OP_WORD = 
        OP_QWORD = 0x0e, OP_SCOPE = 0x10, OP_BUFFER = 0x11, OP_PACKAGE = 0x12, OP_METHOD = 0x14, OP_EXT = 0x5b,
        OP_DEVICE = 0x82, OP_IF = 0xa0 };
 
-void vm_aml_bytes(vm_aml *a, const void *data, size_t bytes) {
+void vm_aml_bytes(vm_aml *a, const void *data, size_t bytes)
+{
     if (a->failed)
         return;
     if (a->bytes + bytes > a->capacity) {
@@ -28,7 +29,8 @@ void vm_aml_bytes(vm_aml *a, const void *data, size_t bytes) {
 
 void vm_aml_byte(vm_aml *a, uint8_t value) { vm_aml_bytes(a, &value, 1); }
 
-void vm_aml_name(vm_aml *a, const char *path) {
+void vm_aml_name(vm_aml *a, const char *path)
+{
     unsigned segments = 1;
     if (*path == '\\')
         vm_aml_byte(a, (uint8_t)*path++);
@@ -55,7 +57,8 @@ void vm_aml_name(vm_aml *a, const char *path) {
     }
 }
 
-void vm_aml_integer(vm_aml *a, uint64_t value) {
+void vm_aml_integer(vm_aml *a, uint64_t value)
+{
     if (value <= 1) {
         vm_aml_byte(a, value ? OP_ONE : OP_ZERO);
         return;
@@ -65,7 +68,8 @@ void vm_aml_integer(vm_aml *a, uint64_t value) {
     vm_aml_bytes(a, &value, n);
 }
 
-void vm_aml_string(vm_aml *a, const char *text) {
+void vm_aml_string(vm_aml *a, const char *text)
+{
     vm_aml_byte(a, OP_STRING);
     vm_aml_bytes(a, text, strlen(text) + 1);
 }
@@ -77,7 +81,8 @@ uint32_t vm_aml_eisa(const char *id) {               /* 19.3.4: three letters of
 }
 
 /* ---- packages ---- */
-static void open_package(vm_aml *a) {
+static void open_package(vm_aml *a)
+{
     if (a->depth == sizeof a->open / sizeof *a->open) {
         a->failed = true;
         return;
@@ -86,7 +91,8 @@ static void open_package(vm_aml *a) {
 }
 
 /* PkgLength counts itself: one byte up to 63, else 2 to 4 with the low nibble in the first (20.2.4). */
-void vm_aml_close(vm_aml *a) {
+void vm_aml_close(vm_aml *a)
+{
     if (a->failed || !a->depth)
         return;
     size_t at = a->open[--a->depth], body = a->bytes - at;
@@ -107,58 +113,68 @@ void vm_aml_close(vm_aml *a) {
     memcpy(a->data + at, head, n);
 }
 
-void vm_aml_scope(vm_aml *a, const char *path) {
+void vm_aml_scope(vm_aml *a, const char *path)
+{
     vm_aml_byte(a, OP_SCOPE);
     open_package(a);
     vm_aml_name(a, path);
 }
 
-void vm_aml_device(vm_aml *a, const char *name) {
+void vm_aml_device(vm_aml *a, const char *name)
+{
     vm_aml_byte(a, OP_EXT);
     vm_aml_byte(a, OP_DEVICE);
     open_package(a);
     vm_aml_name(a, name);
 }
 
-void vm_aml_method(vm_aml *a, const char *name, unsigned args) {
+void vm_aml_method(vm_aml *a, const char *name, unsigned args)
+{
     vm_aml_byte(a, OP_METHOD);
     open_package(a);
     vm_aml_name(a, name);
     vm_aml_byte(a, (uint8_t)args);
 }
 
-void vm_aml_if(vm_aml *a) {
+void vm_aml_if(vm_aml *a)
+{
     vm_aml_byte(a, OP_IF);
     open_package(a);
 }
 
-void vm_aml_package(vm_aml *a, unsigned count) {
+void vm_aml_package(vm_aml *a, unsigned count)
+{
     vm_aml_byte(a, OP_PACKAGE);
     open_package(a);
     vm_aml_byte(a, (uint8_t)count);
 }
 
 /* ---- names ---- */
-void vm_aml_define(vm_aml *a, const char *name) {
+void vm_aml_define(vm_aml *a, const char *name)
+{
     vm_aml_byte(a, OP_NAME);
     vm_aml_name(a, name);
 }
 
-void vm_aml_define_integer(vm_aml *a, const char *name, uint64_t value) {
+void vm_aml_define_integer(vm_aml *a, const char *name, uint64_t value)
+{
     vm_aml_define(a, name);
     vm_aml_integer(a, value);
 }
 
-void vm_aml_define_eisa(vm_aml *a, const char *name, const char *id) {
+void vm_aml_define_eisa(vm_aml *a, const char *name, const char *id)
+{
     vm_aml_define_integer(a, name, vm_aml_eisa(id));
 }
 
-void vm_aml_define_string(vm_aml *a, const char *name, const char *text) {
+void vm_aml_define_string(vm_aml *a, const char *name, const char *text)
+{
     vm_aml_define(a, name);
     vm_aml_string(a, text);
 }
 
-void vm_aml_define_resources(vm_aml *a, const char *name, const uint8_t *descriptors, size_t bytes) {
+void vm_aml_define_resources(vm_aml *a, const char *name, const uint8_t *descriptors, size_t bytes)
+{
     uint8_t sum = 0x79, end[2] = { 0x79, 0 };
     for (size_t i = 0; i < bytes; i++)
         sum += descriptors[i];
@@ -173,12 +189,14 @@ void vm_aml_define_resources(vm_aml *a, const char *name, const uint8_t *descrip
 }
 
 /* ---- resources ---- */
-static uint8_t *put(uint8_t *p, uint64_t value, unsigned bytes) {
+static uint8_t *put(uint8_t *p, uint64_t value, unsigned bytes)
+{
     memcpy(p, &value, bytes);
     return p + bytes;
 }
 
-uint8_t *vm_res_io(uint8_t *p, uint16_t base, uint8_t count) {
+uint8_t *vm_res_io(uint8_t *p, uint16_t base, uint8_t count)
+{
     p = put(p, 0x0147, 2);                           /* I/O port descriptor, 16-bit decode */
     p = put(p, base, 2);
     p = put(p, base, 2);
@@ -186,12 +204,14 @@ uint8_t *vm_res_io(uint8_t *p, uint16_t base, uint8_t count) {
     return put(p, count, 1);
 }
 
-uint8_t *vm_res_irq(uint8_t *p, unsigned irq) {
+uint8_t *vm_res_irq(uint8_t *p, unsigned irq)
+{
     p = put(p, 0x22, 1);
     return put(p, UINT64_C(1) << irq, 2);
 }
 
-uint8_t *vm_res_memory32(uint8_t *p, uint32_t base, uint32_t bytes, bool is_writable) {
+uint8_t *vm_res_memory32(uint8_t *p, uint32_t base, uint32_t bytes, bool is_writable)
+{
     p = put(p, 0x86, 1);
     p = put(p, 9, 2);
     p = put(p, is_writable, 1);
@@ -200,7 +220,8 @@ uint8_t *vm_res_memory32(uint8_t *p, uint32_t base, uint32_t bytes, bool is_writ
 }
 
 /* Address space descriptors: kind 0 memory, 1 I/O, 2 bus; producer, fixed ends (6.4.3.5). */
-static uint8_t *window(uint8_t *p, uint8_t tag, unsigned kind, unsigned flags, uint64_t first, uint64_t last, unsigned width) {
+static uint8_t *window(uint8_t *p, uint8_t tag, unsigned kind, unsigned flags, uint64_t first, uint64_t last, unsigned width)
+{
     p = put(p, tag, 1);
     p = put(p, 3 + 5 * width, 2);
     p = put(p, kind, 1);
@@ -215,7 +236,8 @@ static uint8_t *window(uint8_t *p, uint8_t tag, unsigned kind, unsigned flags, u
 
 uint8_t *vm_res_bus(uint8_t *p, uint16_t first, uint16_t last) { return window(p, 0x88, 2, 0, first, last, 2); }
 uint8_t *vm_res_io_window(uint8_t *p, uint16_t first, uint16_t last) { return window(p, 0x88, 1, 3, first, last, 2); }
-uint8_t *vm_res_memory_window32(uint8_t *p, uint32_t first, uint32_t last, bool is_cacheable) {
+uint8_t *vm_res_memory_window32(uint8_t *p, uint32_t first, uint32_t last, bool is_cacheable)
+{
     return window(p, 0x87, 0, is_cacheable ? 3 : 1, first, last, 4);
 }
 uint8_t *vm_res_memory_window64(uint8_t *p, uint64_t first, uint64_t last) { return window(p, 0x8a, 0, 1, first, last, 8); }

@@ -36,7 +36,8 @@ struct vm_platform_pc {
 };
 
 /* ---- wires ---- */
-static void line_changed(struct vm_platform_pc *pc, unsigned line, bool level) {
+static void line_changed(struct vm_platform_pc *pc, unsigned line, bool level)
+{
     if (vm_trace_mask(pc->machine) & VM_TRACE_IRQ)
         vm_trace_line(pc->machine, VM_TRACE_IRQ, "line %u %s", line, level ? "up" : "down");
     if (line < 16 && line != 2 && pc->pic)
@@ -46,7 +47,8 @@ static void line_changed(struct vm_platform_pc *pc, unsigned line, bool level) {
 }
 
 /* The PIC's output. */
-static void intr_set(void *target, unsigned unused, bool level) {
+static void intr_set(void *target, unsigned unused, bool level)
+{
     struct vm_platform_pc *pc = target;
     (void)unused;
     if (pc->is_frozen)
@@ -56,7 +58,8 @@ static void intr_set(void *target, unsigned unused, bool level) {
 }
 
 /* A device's pin number is line | source << 8. */
-static void wire_set(void *target, unsigned pin, bool level) {
+static void wire_set(void *target, unsigned pin, bool level)
+{
     struct vm_platform_pc *pc = target;
     unsigned line = pin & 0xff, source = pin >> 8;
     if (pc->is_frozen)
@@ -69,7 +72,8 @@ static void wire_set(void *target, unsigned pin, bool level) {
         line_changed(pc, line, after != 0);
 }
 
-static vm_line_state wire_state(void *target, unsigned pin) {
+static vm_line_state wire_state(void *target, unsigned pin)
+{
     struct vm_platform_pc *pc = target;
     unsigned line = pin & 0xff, source = pin >> 8;
     if (pc->s.hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8)))
@@ -81,11 +85,13 @@ static vm_line_state wire_state(void *target, unsigned pin) {
     return io == VM_LINE_FREE || pic == VM_LINE_FREE ? VM_LINE_FREE : VM_LINE_MASKED;
 }
 
-static vm_line wire(struct vm_platform_pc *pc, enum source source, unsigned line) {
+static vm_line wire(struct vm_platform_pc *pc, enum source source, unsigned line)
+{
     return (vm_line){ wire_set, pc, line | (unsigned)source << 8, wire_state };
 }
 
-static void hpet_legacy(void *target, bool on) {
+static void hpet_legacy(void *target, bool on)
+{
     struct vm_platform_pc *pc = target;
     if (pc->is_frozen)
         return;
@@ -96,16 +102,19 @@ static void hpet_legacy(void *target, bool on) {
     pc->s.hpet_legacy = on;
 }
 
-static bool bus_send(void *target, const vm_apic_msg *msg) {
+static bool bus_send(void *target, const vm_apic_msg *msg)
+{
     struct vm_platform_pc *pc = target;
     if (msg->mode == VM_APIC_EXTINT)               /* a pin that stands for the PIC: it speaks for itself at LINT0 */
         return false;
     return vm_apics_send(pc->apics, msg);
 }
-static bool bus_is_pending(void *target, const vm_apic_msg *msg) {
+static bool bus_is_pending(void *target, const vm_apic_msg *msg)
+{
     return vm_apics_is_pending(((struct vm_platform_pc *)target)->apics, msg);
 }
-static void level_eoi(void *target, uint8_t vector) {
+static void level_eoi(void *target, uint8_t vector)
+{
     struct vm_platform_pc *pc = target;
     if (pc->ioapic)
         vm_ioapic_eoi(pc->ioapic, vector);
@@ -115,7 +124,8 @@ static void reset_write(void *target, uint8_t value) { vm_misc_reset_control(((s
 static uint8_t reset_read(void *target) { return vm_misc_reset_read(((struct vm_platform_pc *)target)->misc); }
 
 /* ---- RAM ---- */
-static int map_file_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
+static int map_file_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out)
+{
     bool is_high = gpa >= VM_PC_HIGH;
     vm_region proto = { .kind = VM_REGION_HOST, .gpa = gpa, .bytes = end - gpa, .prot = VM_PROT_RWX,
                         .host = m->ram_map[is_high].host + (is_high ? gpa - VM_PC_HIGH : gpa),
@@ -123,7 +133,8 @@ static int map_file_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **o
     return vm_region_add(m, &proto, out);
 }
 
-static int map_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
+static int map_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out)
+{
     unsigned advice = m->options.ram_advice;
     if (end <= gpa)
         return VM_OK;
@@ -141,7 +152,8 @@ static int map_ram(vm_machine *m, uint64_t gpa, uint64_t end, vm_region **out) {
     return VM_OK;
 }
 
-static int make_ram(struct vm_platform_pc *pc) {
+static int make_ram(struct vm_platform_pc *pc)
+{
     vm_machine *m = pc->machine;
     uint64_t ram = m->options.ram_bytes;
     if (ram < VM_PC_MIN_RAM || ram & 0xfff)
@@ -160,7 +172,8 @@ static int make_ram(struct vm_platform_pc *pc) {
 
 uint64_t vm_pc_low_end(vm_machine *m) { return m->pc->info.low_end; }
 
-unsigned vm_pc_e820(vm_machine *m, vm_pc_e820_entry *entries, unsigned max) {
+unsigned vm_pc_e820(vm_machine *m, vm_pc_e820_entry *entries, unsigned max)
+{
     uint64_t low = m->pc->info.low_end, ram = m->options.ram_bytes;
     const vm_pc_e820_entry all[] = {
         { 0, 0x9fc00, 1 },
@@ -178,7 +191,8 @@ unsigned vm_pc_e820(vm_machine *m, vm_pc_e820_entry *entries, unsigned max) {
 }
 
 /* ---- tables and fw_cfg ---- */
-static int build_tables(struct vm_platform_pc *pc) {
+static int build_tables(struct vm_platform_pc *pc)
+{
     vm_machine *m = pc->machine;
     uint32_t id[4];
     x86_cpuid(&m->vcpus[0]->x86, 1, 0, id);
@@ -189,12 +203,14 @@ static int build_tables(struct vm_platform_pc *pc) {
     return vm_tables_build(&pc->info, &pc->tables);
 }
 
-uint64_t vm_pc_rsdp(vm_machine *m) {
+uint64_t vm_pc_rsdp(vm_machine *m)
+{
     (void)m;
     return VM_PC_TABLES + RSDP_AT;
 }
 
-static int install_smbios(struct vm_platform_pc *pc) {
+static int install_smbios(struct vm_platform_pc *pc)
+{
     uint8_t anchor[32] = { 0 }, *table;
     size_t bytes;
     uint64_t at = VM_PC_TABLES + SMBIOS_AT;
@@ -208,7 +224,8 @@ static int install_smbios(struct vm_platform_pc *pc) {
     return status;
 }
 
-int vm_pc_install_tables(vm_machine *m) {
+int vm_pc_install_tables(vm_machine *m)
+{
     struct vm_platform_pc *pc = m->pc;
     size_t room = 0x100000 - VM_PC_TABLES;
     if (TABLES_AT + pc->tables.bytes > MP_AT)
@@ -230,13 +247,15 @@ int vm_pc_install_tables(vm_machine *m) {
 typedef struct __attribute__((packed)) e820_record { uint64_t base, bytes; uint32_t type; } e820_record;
 
 /* Firmware makes its own reservations: it is told RAM above 1 MiB's hole and the platform's fixed ranges. */
-static int fwcfg_e820(struct vm_platform_pc *pc) {
+static int fwcfg_e820(struct vm_platform_pc *pc)
+{
     uint64_t low = pc->info.low_end, high = pc->machine->options.ram_bytes - low;
     e820_record e[2] = { { 0, low, 1 }, { VM_PC_HIGH, high, 1 } };
     return vm_fwcfg_file(pc->fwcfg, "etc/e820", e, high ? sizeof e : sizeof e[0]);
 }
 
-static int fwcfg_tables(struct vm_platform_pc *pc) {
+static int fwcfg_tables(struct vm_platform_pc *pc)
+{
     uint8_t rsdp[VM_RSDP_BYTES], *script;
     size_t bytes;
     int status = vm_tables_loader(&pc->tables, &script, &bytes);
@@ -252,7 +271,8 @@ static int fwcfg_tables(struct vm_platform_pc *pc) {
     return status;
 }
 
-static int fwcfg_smbios(struct vm_platform_pc *pc) {
+static int fwcfg_smbios(struct vm_platform_pc *pc)
+{
     uint8_t anchor[VM_SMBIOS_ANCHOR], *table;
     size_t bytes;
     int status = vm_tables_smbios(&pc->info, 0, anchor, &table, &bytes);
@@ -265,7 +285,8 @@ static int fwcfg_smbios(struct vm_platform_pc *pc) {
     return status;
 }
 
-static int fill_fwcfg(struct vm_platform_pc *pc) {
+static int fill_fwcfg(struct vm_platform_pc *pc)
+{
     vm_machine *m = pc->machine;
     static const uint8_t zeros[16];
     static const uint8_t sleep_states[6] = { 128, 0, 0, 129, 128, 128 };
@@ -294,14 +315,16 @@ static int fill_fwcfg(struct vm_platform_pc *pc) {
     return status ? status : fwcfg_tables(pc);
 }
 
-int vm_pc_fwcfg_item(vm_machine *m, uint16_t key, const void *data, size_t bytes) {
+int vm_pc_fwcfg_item(vm_machine *m, uint16_t key, const void *data, size_t bytes)
+{
     vm_device_lock(m);
     int status = vm_fwcfg_item(m->pc->fwcfg, key, data, bytes);
     vm_device_unlock(m);
     return status;
 }
 
-int vm_pc_fwcfg_file(vm_machine *m, const char *name, const void *data, size_t bytes) {
+int vm_pc_fwcfg_file(vm_machine *m, const char *name, const void *data, size_t bytes)
+{
     vm_device_lock(m);
     int status = vm_fwcfg_file(m->pc->fwcfg, name, data, bytes);
     vm_device_unlock(m);
@@ -311,7 +334,8 @@ int vm_pc_fwcfg_file(vm_machine *m, const char *name, const void *data, size_t b
 int vm_pc_copy_firmware(vm_machine *from, vm_machine *to) { return vm_fwcfg_copy(to->pc->fwcfg, from->pc->fwcfg); }
 
 /* Memory sizes where BIOSes and old guests look for them. */
-static void fill_cmos(struct vm_platform_pc *pc) {
+static void fill_cmos(struct vm_platform_pc *pc)
+{
     uint64_t low = pc->info.low_end, high = pc->machine->options.ram_bytes - low;
     uint64_t ext_k = low > 0x100000 ? (low - 0x100000) >> 10 : 0, above_16m = low > 0x1000000 ? (low - 0x1000000) >> 16 : 0;
     if (ext_k > 0xffff)
@@ -331,7 +355,8 @@ static void fill_cmos(struct vm_platform_pc *pc) {
 }
 
 /* Everything is write-back but the VGA hole and what lies between RAM and 4 GiB (SDM vol. 3, 12.11). */
-void vm_pc_firmware_state(vm_machine *m) {
+void vm_pc_firmware_state(vm_machine *m)
+{
     for (unsigned i = 0; i < m->vcpu_count; i++) {
         vm_vcpu *cpu = m->vcpus[i];
         x86_cpu *x = &cpu->x86;
@@ -346,7 +371,8 @@ void vm_pc_firmware_state(vm_machine *m) {
 }
 
 /* ---- life ---- */
-static int make_uarts(struct vm_platform_pc *pc) {
+static int make_uarts(struct vm_platform_pc *pc)
+{
     static const struct { uint16_t port; uint8_t irq; } com[VM_PC_UARTS] = { { 0x3f8, 4 }, { 0x2f8, 3 }, { 0x3e8, 4 }, { 0x2e8, 3 } };
     int status = VM_OK;
     for (unsigned i = 0; i < VM_PC_UARTS && !status; i++)
@@ -354,7 +380,8 @@ static int make_uarts(struct vm_platform_pc *pc) {
     return status;
 }
 
-static int make_hpet(struct vm_platform_pc *pc) {
+static int make_hpet(struct vm_platform_pc *pc)
+{
     vm_line pins[32] = { 0 };
     pins[0] = pins[2] = wire(pc, SRC_HPET, 0);     /* I/O APIC pin 2 is where IRQ 0 goes */
     pins[8] = wire(pc, SRC_HPET, 8);
@@ -363,7 +390,8 @@ static int make_hpet(struct vm_platform_pc *pc) {
     return vm_hpet_new(pc->machine, VM_PC_HPET, pins, hpet_legacy, pc, &pc->hpet);
 }
 
-static int make_devices(struct vm_platform_pc *pc) {
+static int make_devices(struct vm_platform_pc *pc)
+{
     vm_machine *m = pc->machine;
     int s;
     if ((s = vm_apics_new(m, level_eoi, pc, &pc->apics))) return s;
@@ -382,7 +410,8 @@ static int make_devices(struct vm_platform_pc *pc) {
     return vm_fwcfg_new(m, &pc->fwcfg);
 }
 
-int vm_pc_create(vm_machine *m) {
+int vm_pc_create(vm_machine *m)
+{
     struct vm_platform_pc *pc = calloc(1, sizeof *pc);
     if (!pc)
         return vm_fail(VM_E_NOMEM, "PC platform: out of memory");
@@ -407,7 +436,8 @@ int vm_pc_create(vm_machine *m) {
     return status;
 }
 
-void vm_pc_destroy(vm_machine *m) {
+void vm_pc_destroy(vm_machine *m)
+{
     if (!m->pc)
         return;
     vm_tables_free(&m->pc->tables);
@@ -415,7 +445,8 @@ void vm_pc_destroy(vm_machine *m) {
     m->pc = NULL;
 }
 
-void vm_pc_reset(vm_machine *m) {
+void vm_pc_reset(vm_machine *m)
+{
     vm_device_lock(m);
     vm_apics_reset(m->pc->apics);
     for (vm_region *r = m->regions; r; r = r->next)
@@ -439,7 +470,8 @@ typedef struct record { uint64_t gpa; uint32_t kind, bytes; } record;
 static bool is_saved(const vm_region *r) { return r->is_internal && r->ops.save && r->ops.restore; }
 static size_t padded(size_t bytes) { return (bytes + 7) & ~(size_t)7; }
 
-static int save_region(vm_region *r, uint8_t *to, size_t room, size_t *used) {
+static int save_region(vm_region *r, uint8_t *to, size_t room, size_t *used)
+{
     size_t bytes = 0;
     int status = r->ops.save(r->user, NULL, &bytes);
     *used = sizeof(record) + padded(bytes);
@@ -453,7 +485,8 @@ static int save_region(vm_region *r, uint8_t *to, size_t room, size_t *used) {
     return r->ops.save(r->user, to + sizeof head, &bytes);
 }
 
-int vm_pc_save(vm_machine *m, void *buffer, size_t *bytes) {
+int vm_pc_save(vm_machine *m, void *buffer, size_t *bytes)
+{
     struct vm_platform_pc *pc = m->pc;
     size_t at = padded(sizeof pc->s), used;
     pc->s.version = PC_VERSION;
@@ -473,7 +506,8 @@ int vm_pc_save(vm_machine *m, void *buffer, size_t *bytes) {
     return VM_OK;
 }
 
-static int restore_region(vm_region *r, const uint8_t *from, size_t left, size_t *used) {
+static int restore_region(vm_region *r, const uint8_t *from, size_t left, size_t *used)
+{
     record head;
     if (left < sizeof head)
         return vm_fail(VM_E_FORMAT, "the platform's state ends before the region at 0x%llx", (unsigned long long)r->gpa);
@@ -486,7 +520,8 @@ static int restore_region(vm_region *r, const uint8_t *from, size_t left, size_t
     return r->ops.restore(r->user, from + sizeof head, head.bytes);
 }
 
-int vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes) {
+int vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes)
+{
     struct vm_platform_pc *pc = m->pc;
     size_t at = padded(sizeof pc->s), used;
     uint32_t version;
@@ -515,7 +550,8 @@ int vm_pc_restore(vm_machine *m, const void *buffer, size_t bytes) {
 }
 
 /* ---- the vCPU's doors ---- */
-static int acknowledge(vm_vcpu *cpu) {
+static int acknowledge(vm_vcpu *cpu)
+{
     vm_device_lock(cpu->machine);
     int vector = vm_lapic_acknowledge(cpu);
     vm_device_unlock(cpu->machine);
@@ -525,7 +561,8 @@ static int acknowledge(vm_vcpu *cpu) {
 }
 const vm_irq_source vm_pc_irq_source = { .pending = vm_lapic_pending, .acknowledge = acknowledge };
 
-static void start_at(vm_vcpu *cpu, uint8_t vector) {
+static void start_at(vm_vcpu *cpu, uint8_t vector)
+{
     x86_cpu *x = &cpu->x86;
     x->seg[X86_CS].sel = (uint16_t)(vector << 8);
     x->seg[X86_CS].base = (uint64_t)vector << 12;
@@ -537,7 +574,8 @@ static void start_at(vm_vcpu *cpu, uint8_t vector) {
 /* One NMI waits while another is served. Two that come before the first is served are two all the same: hardware would have
  * begun with the first at once, and a host thread that was late is nothing the guest may notice. Whoever delivers one sets
  * X86_ATT_EVENT for the other. */
-static void take_nmis(vm_vcpu *cpu) {
+static void take_nmis(vm_vcpu *cpu)
+{
     if (cpu->is_parked)                            /* one that waits for SIPI takes no NMI */
         cpu->nmis_latched = 0;
     if (!cpu->nmis_latched)
@@ -550,7 +588,8 @@ static void take_nmis(vm_vcpu *cpu) {
         cpu->nmis_latched = 0;
 }
 
-void vm_pc_vcpu_event(vm_vcpu *cpu) {
+void vm_pc_vcpu_event(vm_vcpu *cpu)
+{
     vm_device_lock(cpu->machine);
     if (cpu->init_pending) {
         cpu->init_pending = false;
@@ -574,14 +613,16 @@ void vm_pc_vcpu_event(vm_vcpu *cpu) {
     vm_device_unlock(cpu->machine);
 }
 
-bool vm_pc_msr_read(vm_vcpu *cpu, uint32_t msr, uint64_t *value) {
+bool vm_pc_msr_read(vm_vcpu *cpu, uint32_t msr, uint64_t *value)
+{
     vm_device_lock(cpu->machine);
     bool ok = vm_lapic_msr_read(cpu->lapic, msr, value);
     vm_device_unlock(cpu->machine);
     return ok;
 }
 
-bool vm_pc_msr_write(vm_vcpu *cpu, uint32_t msr, uint64_t value) {
+bool vm_pc_msr_write(vm_vcpu *cpu, uint32_t msr, uint64_t value)
+{
     vm_device_lock(cpu->machine);
     bool ok = vm_lapic_msr_write(cpu->lapic, msr, value);
     vm_device_unlock(cpu->machine);
@@ -591,7 +632,8 @@ bool vm_pc_msr_write(vm_vcpu *cpu, uint32_t msr, uint64_t value) {
 /* Only this vCPU writes its TPR; no lock to read it. */
 uint8_t vm_pc_cr8_read(vm_vcpu *cpu) { return vm_lapic_tpr(cpu->lapic) >> 4; }
 
-void vm_pc_cr8_write(vm_vcpu *cpu, uint8_t value) {
+void vm_pc_cr8_write(vm_vcpu *cpu, uint8_t value)
+{
     vm_device_lock(cpu->machine);
     vm_lapic_set_tpr(cpu->lapic, (uint8_t)(value << 4));
     vm_device_unlock(cpu->machine);
@@ -600,14 +642,16 @@ void vm_pc_cr8_write(vm_vcpu *cpu, uint8_t value) {
 unsigned vm_pc_apic_id(vm_vcpu *cpu) { return vm_lapic_id(cpu->lapic); }
 uint64_t vm_pc_apic_base(vm_vcpu *cpu) { return vm_lapic_base(cpu->lapic); }
 
-void vm_pc_ferr(vm_vcpu *cpu) {
+void vm_pc_ferr(vm_vcpu *cpu)
+{
     vm_device_lock(cpu->machine);
     vm_misc_ferr(cpu->machine->pc->misc);
     vm_device_unlock(cpu->machine);
 }
 
 /* ---- from outside ---- */
-int vm_pc_irq_set(vm_machine *m, unsigned gsi, bool level) {
+int vm_pc_irq_set(vm_machine *m, unsigned gsi, bool level)
+{
     if (gsi >= LINES)
         return vm_fail(VM_E_INVALID, "interrupt line %u: there are 0 to %d", gsi, LINES - 1);
     vm_device_lock(m);
@@ -617,7 +661,8 @@ int vm_pc_irq_set(vm_machine *m, unsigned gsi, bool level) {
     return VM_OK;
 }
 
-int vm_pc_irq_msi(vm_machine *m, uint64_t address, uint32_t data) {
+int vm_pc_irq_msi(vm_machine *m, uint64_t address, uint32_t data)
+{
     if (address >> 20 != 0xfee)
         return vm_fail(VM_E_INVALID, "MSI address 0x%llx is not 0xfeexxxxx", (unsigned long long)address);
     vm_apic_msg msg = vm_apic_msi(address, data);
@@ -628,19 +673,22 @@ int vm_pc_irq_msi(vm_machine *m, uint64_t address, uint32_t data) {
     return VM_OK;
 }
 
-void vm_pc_nmi(vm_machine *m) {
+void vm_pc_nmi(vm_machine *m)
+{
     vm_device_lock(m);
     vm_apics_nmi(m->pc->apics);
     vm_device_unlock(m);
 }
 
-void vm_pc_power_button(vm_machine *m) {
+void vm_pc_power_button(vm_machine *m)
+{
     vm_device_lock(m);
     vm_acpi_power_button(m->pc->acpi);
     vm_device_unlock(m);
 }
 
-int vm_pc_serial_output(vm_machine *m, unsigned index, vm_console_fn fn, void *user) {
+int vm_pc_serial_output(vm_machine *m, unsigned index, vm_console_fn fn, void *user)
+{
     if (index >= VM_PC_UARTS)
         return vm_fail(VM_E_INVALID, "serial port %u: there are 0 to %d", index, VM_PC_UARTS - 1);
     vm_device_lock(m);
@@ -649,21 +697,24 @@ int vm_pc_serial_output(vm_machine *m, unsigned index, vm_console_fn fn, void *u
     return VM_OK;
 }
 
-unsigned vm_pc_waiting(vm_machine *m, unsigned index, uint8_t *bytes) {
+unsigned vm_pc_waiting(vm_machine *m, unsigned index, uint8_t *bytes)
+{
     vm_device_lock(m);
     unsigned count = vm_uart_waiting(m->pc->uart[index], bytes);
     vm_device_unlock(m);
     return count;
 }
 
-bool vm_pc_set_waiting(vm_machine *m, unsigned index, const uint8_t *bytes, unsigned count) {
+bool vm_pc_set_waiting(vm_machine *m, unsigned index, const uint8_t *bytes, unsigned count)
+{
     vm_device_lock(m);
     bool ok = vm_uart_set_waiting(m->pc->uart[index], bytes, count);
     vm_device_unlock(m);
     return ok;
 }
 
-int vm_pc_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, size_t count) {
+int vm_pc_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, size_t count)
+{
     if (index >= VM_PC_UARTS)
         return vm_fail(VM_E_INVALID, "serial port %u: there are 0 to %d", index, VM_PC_UARTS - 1);
     vm_device_lock(m);
@@ -672,7 +723,8 @@ int vm_pc_serial_input(vm_machine *m, unsigned index, const uint8_t *bytes, size
     return taken;
 }
 
-int vm_pc_debugcon_output(vm_machine *m, vm_console_fn fn, void *user) {
+int vm_pc_debugcon_output(vm_machine *m, vm_console_fn fn, void *user)
+{
     vm_device_lock(m);
     vm_misc_debugcon(m->pc->misc, fn, user);
     vm_device_unlock(m);

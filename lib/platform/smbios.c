@@ -17,7 +17,8 @@ typedef struct builder {
 
 static void put(builder *b, uint64_t value, unsigned bytes) { vm_aml_bytes(&b->out, &value, bytes); }
 
-static uint16_t begin(builder *b, uint8_t type, uint8_t length) {
+static uint16_t begin(builder *b, uint8_t type, uint8_t length)
+{
     b->start = b->out.bytes;
     put(b, type, 1);
     put(b, length, 1);
@@ -26,7 +27,8 @@ static uint16_t begin(builder *b, uint8_t type, uint8_t length) {
 }
 
 /* strings: up to four, NULL ends; a structure without any still ends with two zeros. */
-static void end(builder *b, const char *const *strings) {
+static void end(builder *b, const char *const *strings)
+{
     for (unsigned i = 0; strings && strings[i]; i++)
         vm_aml_bytes(&b->out, strings[i], strlen(strings[i]) + 1);
     if (!strings)
@@ -149,7 +151,8 @@ static void memory(builder *b, const vm_tables_info *info) {        /* types 16,
     }
 }
 
-static uint8_t negative_sum(const uint8_t *p, size_t n) {
+static uint8_t negative_sum(const uint8_t *p, size_t n)
+{
     uint8_t sum = 0;
     while (n--)
         sum += *p++;
@@ -157,7 +160,8 @@ static uint8_t negative_sum(const uint8_t *p, size_t n) {
 }
 
 int vm_tables_smbios(const vm_tables_info *info, uint64_t address, uint8_t anchor[VM_SMBIOS_ANCHOR], uint8_t **table,
-                     size_t *bytes) {
+                     size_t *bytes)
+{
     builder b = { .handle = 0 };
     firmware(&b);
     computer(&b);

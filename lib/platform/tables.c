@@ -16,24 +16,28 @@ enum { SCI_IRQ = 9, COMS = 4 };
 static const struct { uint16_t port; uint8_t irq; } coms[COMS] = { { 0x3f8, 4 }, { 0x2f8, 3 }, { 0x3e8, 4 }, { 0x2e8, 3 } };
 
 /* ---- building blocks ---- */
-static void put_at(vm_aml *a, size_t at, uint64_t value, unsigned bytes) {
+static void put_at(vm_aml *a, size_t at, uint64_t value, unsigned bytes)
+{
     if (!a->failed)
         memcpy(a->data + at, &value, bytes);
 }
 
 static void put(vm_aml *a, uint64_t value, unsigned bytes) { vm_aml_bytes(a, &value, bytes); }
 
-static void align(vm_aml *a, size_t to) {
+static void align(vm_aml *a, size_t to)
+{
     while (!a->failed && a->bytes % to)
         vm_aml_byte(a, 0);
 }
 
-static void relocate(vm_tables *t, size_t at, unsigned width) {
+static void relocate(vm_tables *t, size_t at, unsigned width)
+{
     t->reloc[t->relocs].at = (uint32_t)at;
     t->reloc[t->relocs++].width = (uint8_t)width;
 }
 
-static size_t begin_table(vm_aml *a, const char *signature, unsigned revision) {
+static size_t begin_table(vm_aml *a, const char *signature, unsigned revision)
+{
     align(a, 16);
     size_t start = a->bytes;
     vm_aml_bytes(a, signature, 4);
@@ -48,7 +52,8 @@ static size_t begin_table(vm_aml *a, const char *signature, unsigned revision) {
     return start;
 }
 
-static void end_table(vm_aml *a, vm_tables *t, size_t start) {
+static void end_table(vm_aml *a, vm_tables *t, size_t start)
+{
     put_at(a, start + 4, a->bytes - start, 4);
     t->checksum[t->checksums].at = (uint32_t)start + 9;
     t->checksum[t->checksums].start = (uint32_t)start;
@@ -56,7 +61,8 @@ static void end_table(vm_aml *a, vm_tables *t, size_t start) {
 }
 
 /* ---- DSDT ---- */
-static void isa_device(vm_aml *a, const char *name, const char *hid, uint16_t port, uint8_t ports, uint16_t port2, int irq) {
+static void isa_device(vm_aml *a, const char *name, const char *hid, uint16_t port, uint8_t ports, uint16_t port2, int irq)
+{
     uint8_t res[64], *p = res;
     vm_aml_device(a, name);
     vm_aml_define_eisa(a, "_HID", hid);
@@ -70,7 +76,8 @@ static void isa_device(vm_aml *a, const char *name, const char *hid, uint16_t po
     vm_aml_close(a);
 }
 
-static void com_device(vm_aml *a, unsigned n) {
+static void com_device(vm_aml *a, unsigned n)
+{
     uint8_t res[64], *p = vm_res_irq(vm_res_io(res, coms[n].port, 8), coms[n].irq);
     char name[5] = "COM1";
     name[3] = (char)('1' + n);
@@ -81,7 +88,8 @@ static void com_device(vm_aml *a, unsigned n) {
     vm_aml_close(a);
 }
 
-static void isa_bridge(vm_aml *a) {
+static void isa_bridge(vm_aml *a)
+{
     vm_aml_device(a, "ISA");
     vm_aml_define_integer(a, "_ADR", 0x00010000);
     isa_device(a, "RTC", "PNP0B00", 0x70, 4, 0, 8);
@@ -96,7 +104,8 @@ static void isa_bridge(vm_aml *a) {
 }
 
 /* Routes of bus 0: pin p of device d is line (d + p) mod 4; that is I/O APIC pin 16 + line, or PIC IRQ 10, 11, 10, 11. */
-static void routing(vm_aml *a, const char *name, bool is_apic) {
+static void routing(vm_aml *a, const char *name, bool is_apic)
+{
     vm_aml_define(a, name);
     vm_aml_package(a, 31 * 4);
     for (unsigned device = 1; device < 32; device++) {
@@ -113,7 +122,8 @@ static void routing(vm_aml *a, const char *name, bool is_apic) {
     vm_aml_close(a);
 }
 
-static void pci_root(vm_aml *a, const vm_tables_info *info) {
+static void pci_root(vm_aml *a, const vm_tables_info *info)
+{
     uint8_t res[256], *p = res;
     vm_aml_device(a, "PCI0");
     vm_aml_define_eisa(a, "_HID", "PNP0A03");
@@ -143,7 +153,8 @@ static void pci_root(vm_aml *a, const vm_tables_info *info) {
     vm_aml_close(a);
 }
 
-static void hpet_device(vm_aml *a) {
+static void hpet_device(vm_aml *a)
+{
     uint8_t res[16], *p = vm_res_memory32(res, (uint32_t)VM_PC_HPET, 0x400, false);
     vm_aml_device(a, "HPET");
     vm_aml_define_eisa(a, "_HID", "PNP0103");
@@ -152,7 +163,8 @@ static void hpet_device(vm_aml *a) {
     vm_aml_close(a);
 }
 
-static void cpu_devices(vm_aml *a, unsigned cpus) {
+static void cpu_devices(vm_aml *a, unsigned cpus)
+{
     static const char digits[] = "0123456789ABCDEF";
     for (unsigned i = 0; i < cpus; i++) {
         char name[5] = { 'C', digits[i >> 8 & 15], digits[i >> 4 & 15], digits[i & 15], 0 };
@@ -163,7 +175,8 @@ static void cpu_devices(vm_aml *a, unsigned cpus) {
     }
 }
 
-static size_t build_dsdt(vm_aml *a, vm_tables *t, const vm_tables_info *info) {
+static size_t build_dsdt(vm_aml *a, vm_tables *t, const vm_tables_info *info)
+{
     size_t start = begin_table(a, "DSDT", 2);
     vm_aml_define_integer(a, "\\PICF", 0);
     vm_aml_method(a, "\\_PIC", 1);
@@ -186,7 +199,8 @@ static size_t build_dsdt(vm_aml *a, vm_tables *t, const vm_tables_info *info) {
 }
 
 /* ---- the static tables ---- */
-static size_t build_facs(vm_aml *a) {
+static size_t build_facs(vm_aml *a)
+{
     align(a, 64);
     size_t start = a->bytes;
     vm_aml_bytes(a, "FACS", 4);
@@ -310,7 +324,8 @@ static size_t build_hpet(vm_aml *a, vm_tables *t) {     /* IA-PC HPET 1.0a, 3.2.
     return start;
 }
 
-static size_t build_root(vm_aml *a, vm_tables *t, const char *signature, const size_t *tables, unsigned count, unsigned width) {
+static size_t build_root(vm_aml *a, vm_tables *t, const char *signature, const size_t *tables, unsigned count, unsigned width)
+{
     size_t start = begin_table(a, signature, 1);
     for (unsigned i = 0; i < count; i++) {
         relocate(t, a->bytes, width);
@@ -320,7 +335,8 @@ static size_t build_root(vm_aml *a, vm_tables *t, const char *signature, const s
     return start;
 }
 
-int vm_tables_build(const vm_tables_info *info, vm_tables *out) {
+int vm_tables_build(const vm_tables_info *info, vm_tables *out)
+{
     vm_aml a = { 0 };
     memset(out, 0, sizeof *out);
     size_t facs = build_facs(&a), dsdt = build_dsdt(&a, out, info);
@@ -340,19 +356,22 @@ int vm_tables_build(const vm_tables_info *info, vm_tables *out) {
     return VM_OK;
 }
 
-void vm_tables_free(vm_tables *t) {
+void vm_tables_free(vm_tables *t)
+{
     free(t->image);
     memset(t, 0, sizeof *t);
 }
 
-static uint8_t sum_of(const uint8_t *p, size_t bytes) {
+static uint8_t sum_of(const uint8_t *p, size_t bytes)
+{
     uint8_t sum = 0;
     while (bytes--)
         sum += *p++;
     return sum;
 }
 
-void vm_tables_place(const vm_tables *t, uint64_t base, uint8_t *to) {
+void vm_tables_place(const vm_tables *t, uint64_t base, uint8_t *to)
+{
     memcpy(to, t->image, t->bytes);
     for (unsigned i = 0; i < t->relocs; i++) {
         uint64_t v = 0;
@@ -385,21 +404,24 @@ void vm_tables_rsdp(uint64_t rsdt, uint64_t xsdt, bool with_checksums, uint8_t t
 enum { LOADER_ENTRY = 128, LOADER_FILE = 56, LOADER_ALLOCATE = 1, LOADER_POINTER = 2, LOADER_CHECKSUM = 3 };
 static const char file_tables[] = "etc/acpi/tables", file_rsdp[] = "etc/acpi/rsdp";
 
-static uint8_t *loader_entry(uint8_t *p, uint32_t command, const char *file) {
+static uint8_t *loader_entry(uint8_t *p, uint32_t command, const char *file)
+{
     memset(p, 0, LOADER_ENTRY);
     memcpy(p, &command, 4);
     memcpy(p + 4, file, strlen(file));
     return p + 4 + LOADER_FILE;
 }
 
-static uint8_t *loader_allocate(uint8_t *p, const char *file, uint32_t alignment, uint8_t zone) {
+static uint8_t *loader_allocate(uint8_t *p, const char *file, uint32_t alignment, uint8_t zone)
+{
     uint8_t *q = loader_entry(p, LOADER_ALLOCATE, file);
     memcpy(q, &alignment, 4);
     q[4] = zone;                                     /* 1 high memory, 2 below 1 MiB */
     return p + LOADER_ENTRY;
 }
 
-static uint8_t *loader_pointer(uint8_t *p, const char *file, const char *to, uint32_t offset, uint8_t width) {
+static uint8_t *loader_pointer(uint8_t *p, const char *file, const char *to, uint32_t offset, uint8_t width)
+{
     uint8_t *q = loader_entry(p, LOADER_POINTER, file);
     memcpy(q, to, strlen(to));
     memcpy(q + LOADER_FILE, &offset, 4);
@@ -407,7 +429,8 @@ static uint8_t *loader_pointer(uint8_t *p, const char *file, const char *to, uin
     return p + LOADER_ENTRY;
 }
 
-static uint8_t *loader_checksum(uint8_t *p, const char *file, uint32_t at, uint32_t start, uint32_t length) {
+static uint8_t *loader_checksum(uint8_t *p, const char *file, uint32_t at, uint32_t start, uint32_t length)
+{
     uint8_t *q = loader_entry(p, LOADER_CHECKSUM, file);
     memcpy(q, &at, 4);
     memcpy(q + 4, &start, 4);
@@ -415,7 +438,8 @@ static uint8_t *loader_checksum(uint8_t *p, const char *file, uint32_t at, uint3
     return p + LOADER_ENTRY;
 }
 
-int vm_tables_loader(const vm_tables *t, uint8_t **script, size_t *bytes) {
+int vm_tables_loader(const vm_tables *t, uint8_t **script, size_t *bytes)
+{
     unsigned entries = 2 + t->relocs + t->checksums + 4;
     uint8_t *p = malloc((size_t)entries * LOADER_ENTRY);
     if (!p)
@@ -437,7 +461,8 @@ int vm_tables_loader(const vm_tables *t, uint8_t **script, size_t *bytes) {
 
 /* ---- MP tables (MP 1.4, chapter 4) ---- */
 static void mp_interrupt(vm_aml *a, unsigned type, unsigned kind, unsigned flags, unsigned bus, unsigned irq, unsigned apic,
-                         unsigned pin) {
+                         unsigned pin)
+{
     put(a, type, 1);                                 /* 3 I/O, 4 local */
     put(a, kind, 1);                                 /* 0 INT, 1 NMI, 3 ExtINT */
     put(a, flags, 2);
@@ -447,7 +472,8 @@ static void mp_interrupt(vm_aml *a, unsigned type, unsigned kind, unsigned flags
     put(a, pin, 1);
 }
 
-static unsigned mp_entries(vm_aml *a, const vm_tables_info *info, unsigned cpus) {
+static unsigned mp_entries(vm_aml *a, const vm_tables_info *info, unsigned cpus)
+{
     enum { BUS_PCI, BUS_ISA };
     unsigned count = 0, ioapic = cpus;
     for (unsigned i = 0; i < cpus; i++, count++) {
@@ -483,7 +509,8 @@ static unsigned mp_entries(vm_aml *a, const vm_tables_info *info, unsigned cpus)
     return count + 2;
 }
 
-size_t vm_tables_mp(const vm_tables_info *info, uint64_t base, uint8_t *to, size_t max) {
+size_t vm_tables_mp(const vm_tables_info *info, uint64_t base, uint8_t *to, size_t max)
+{
     vm_aml a = { 0 };
     unsigned cpus = info->cpus < 254 ? info->cpus : 254;
     vm_aml_bytes(&a, "_MP_", 4);                     /* floating pointer: 16 bytes */

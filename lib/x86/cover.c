@@ -9,7 +9,8 @@
 #include "x86/cover.h"
 #include "x86/simd.h"
 
-void x86_cover_branch(x86_cpu *cpu, uint64_t from) {
+void x86_cover_branch(x86_cpu *cpu, uint64_t from)
+{
     const x86_cover *c = &cpu->cover;
     uint64_t to = x86_code_la(cpu, cpu->rip);
     if (!x86_covers(c, from)) return;
@@ -17,7 +18,8 @@ void x86_cover_branch(x86_cpu *cpu, uint64_t from) {
     if (c->ring) c->ring[(*c->head)++ & c->ring_mask] = to;
 }
 
-static vm_compare *new_entry(x86_cpu *cpu, unsigned kind, unsigned width) {
+static vm_compare *new_entry(x86_cpu *cpu, unsigned kind, unsigned width)
+{
     x86_cover *c = &cpu->cover;
     vm_compare *e = &c->log[(*c->log_head)++ & c->log_mask];
     memset(e, 0, sizeof *e);
@@ -27,20 +29,23 @@ static vm_compare *new_entry(x86_cpu *cpu, unsigned kind, unsigned width) {
     return e;
 }
 
-void x86_log_element(x86_cpu *cpu, unsigned kind, unsigned width, uint64_t a, uint64_t b) {
+void x86_log_element(x86_cpu *cpu, unsigned kind, unsigned width, uint64_t a, uint64_t b)
+{
     vm_compare *e = new_entry(cpu, kind, width);
     e->a[0] = a & X86_MASK(width);
     e->b[0] = b & X86_MASK(width);
 }
 
-static void log_pair(x86_cpu *cpu, const x86_insn *in, unsigned kind, uint64_t a, uint64_t b) {
+static void log_pair(x86_cpu *cpu, const x86_insn *in, unsigned kind, uint64_t a, uint64_t b)
+{
     vm_compare *e = new_entry(cpu, kind, in->op[0].size);
     e->is_constant = in->op[1].kind == X86_OP_IMM;
     e->a[0] = a & X86_MASK(e->width);
     e->b[0] = b & X86_MASK(e->width);
 }
 
-static void logged_test(x86_cpu *cpu, const x86_insn *in) {
+static void logged_test(x86_cpu *cpu, const x86_insn *in)
+{
     static const x86_alu_fn cmp[4] = X86_ALU_TABLE(cmp), test[4] = X86_ALU_TABLE(test);
     bool is_test = in->mnemonic == ZYDIS_MNEMONIC_TEST;
     uint64_t a = x86_get_op(cpu, in, 0), b = x86_get_op(cpu, in, 1);
@@ -48,7 +53,8 @@ static void logged_test(x86_cpu *cpu, const x86_insn *in) {
     log_pair(cpu, in, is_test ? VM_COMPARE_TEST : VM_COMPARE_CMP, a, b);
 }
 
-static void logged_sub(x86_cpu *cpu, const x86_insn *in) {
+static void logged_sub(x86_cpu *cpu, const x86_insn *in)
+{
     static const x86_alu_fn sub[4] = X86_ALU_TABLE(sub);
     const x86_operand *op = &in->op[0];
     x86_alu_fn fn = sub[X86_SIZE_INDEX(op->size)];
@@ -67,7 +73,8 @@ static void logged_sub(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* A vector register's first bytes. */
-static void get_vector(x86_cpu *cpu, const x86_operand *op, uint64_t out[4]) {
+static void get_vector(x86_cpu *cpu, const x86_operand *op, uint64_t out[4])
+{
     unsigned n = op->size > 32 ? 32 : op->size;
     if (op->kind == X86_OP_MMX) {
         memcpy(out, X86_FPU_ST(cpu, op->reg & 7), 8);
@@ -78,7 +85,8 @@ static void get_vector(x86_cpu *cpu, const x86_operand *op, uint64_t out[4]) {
 }
 
 /* The memory operand that the instruction has just read: its pages are in the TLB, unless it was device memory. */
-static bool get_read(x86_cpu *cpu, uint64_t la, unsigned n, uint64_t out[4]) {
+static bool get_read(x86_cpu *cpu, uint64_t la, unsigned n, uint64_t out[4])
+{
     for (unsigned i = 0; i < n; i++) {
         const uint8_t *p = x86_tlb_hit(cpu, cpu->code_size == 8 ? la + i : (uint32_t)(la + i), 1, false);
         if (!p) return false;
@@ -87,7 +95,8 @@ static bool get_read(x86_cpu *cpu, uint64_t la, unsigned n, uint64_t out[4]) {
     return true;
 }
 
-static void logged_vector(x86_cpu *cpu, const x86_insn *in) {
+static void logged_vector(x86_cpu *cpu, const x86_insn *in)
+{
     uint64_t v[2][4] = {{0}}, la = 0;
     unsigned first = in->nops - 2u, width = in->op[first].size;
     bool has_memory = in->op[first + 1].kind == X86_OP_MEM;
@@ -100,7 +109,8 @@ static void logged_vector(x86_cpu *cpu, const x86_insn *in) {
     memcpy(e->b, v[1], sizeof e->b);
 }
 
-void x86_log_compare(x86_insn *in) {
+void x86_log_compare(x86_insn *in)
+{
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_CMP:
     case ZYDIS_MNEMONIC_TEST: in->exec = logged_test; break;
@@ -123,6 +133,7 @@ void x86_log_compare(x86_insn *in) {
     }
 }
 
-bool x86_is_logged(const x86_insn *in) {
+bool x86_is_logged(const x86_insn *in)
+{
     return in->exec == logged_test || in->exec == logged_sub || in->exec == logged_vector;
 }

@@ -10,10 +10,12 @@
 #include "x86/insn.h"
 
 static inline bool x86_covers(const x86_cover *c, uint64_t from) { return !c->bytes || from - c->begin < c->bytes; }
-static inline uint32_t x86_cover_index(const x86_cover *c, uint64_t from, uint64_t to) {
+static inline uint32_t x86_cover_index(const x86_cover *c, uint64_t from, uint64_t to)
+{
     return (vm_coverage_id(from) >> 1 ^ vm_coverage_id(to)) & c->mask;
 }
-static inline uint64_t x86_code_la(const x86_cpu *cpu, uint64_t rip) {
+static inline uint64_t x86_code_la(const x86_cpu *cpu, uint64_t rip)
+{
     return cpu->code_size == 8 ? rip : (uint32_t)(cpu->seg[X86_CS].base + rip);
 }
 /* The branch at linear address `from` has retired; rip is where it led. */

@@ -435,7 +435,8 @@ x86_stop x86_inject(x86_cpu *cpu, uint8_t vector, bool has_error, uint32_t error
 static inline bool x86_can_interrupt(const x86_cpu *cpu) { return (cpu->rflags & X86_FL_IF) && !cpu->inhibit; }
 /* Something that held interrupts back has ended (IF set, IRET, POPF, STI): if the run loop has one waiting, make it look. Called
  * by x86_mode_changed() and by whatever sets IF or unblocks NMI. */
-static inline void x86_irq_window(x86_cpu *cpu) {
+static inline void x86_irq_window(x86_cpu *cpu)
+{
     if (cpu->irq_waiting && ((cpu->rflags & X86_FL_IF) || (cpu->nmi_pending && !cpu->nmi_blocked)))
         __atomic_fetch_or((uint32_t *)&cpu->attention, X86_ATT_IRQ, __ATOMIC_RELAXED);
 }
@@ -501,15 +502,18 @@ void x86_hook_left(x86_cpu *cpu);          /* an instruction retired by leaving 
 void x86_hook_swallowed(x86_cpu *cpu);     /* an exception is not to be delivered: go on at next_rip */
 static inline bool x86_hooked(const x86_cpu *cpu, unsigned kind) { return cpu->hook_mask & X86_HOOK_BIT(kind); }
 /* What is at a stop may not be there at all. */
-static inline void x86_look_for_stop(x86_cpu *cpu, uint64_t la) {
+static inline void x86_look_for_stop(x86_cpu *cpu, uint64_t la)
+{
     if (__builtin_expect(x86_hooked(cpu, X86_HOOK_BREAK), 0) && cpu->env->is_stop(cpu, la)) x86_leave(cpu, X86_STOP_BREAKPOINT);
 }
 static inline void x86_hook_retire(x86_cpu *cpu) { cpu->hook_done = false; }
-static inline void x86_block_end(x86_cpu *cpu, uint64_t la) {
+static inline void x86_block_end(x86_cpu *cpu, uint64_t la)
+{
     cpu->block_state = X86_BLOCK_EDGE;
     cpu->edge_from = la;
 }
-static inline uint64_t x86_rip_linear(const x86_cpu *cpu) {
+static inline uint64_t x86_rip_linear(const x86_cpu *cpu)
+{
     return cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[1].base + cpu->rip);
 }
 
@@ -527,7 +531,8 @@ void x86_tlb_protect_noted(x86_cpu *cpu);
 void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsigned prot, bool global, uint64_t page_bytes);
 /* A translation for this access that the table holds though it has no tag for it: device memory, held-back writes. */
 bool x86_tlb_known(x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa);
-static inline bool x86_tlb_device(const x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa) {
+static inline bool x86_tlb_device(const x86_cpu *cpu, unsigned ctx, uint64_t la, unsigned access, uint64_t *gpa)
+{
     const x86_tlb *t = &cpu->tlb[ctx];
     unsigned i = X86_TLB_INDEX(la);
     uint64_t page = (uintptr_t)t->e[i].host;
@@ -546,7 +551,8 @@ void x86_tlb_drop(x86_cpu *cpu, uint64_t la);                    /* the page la 
 bool x86_tlb_protect(x86_cpu *cpu, uint64_t gpa);
 
 /* Fast paths. */
-static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool is_write) {
+static inline uint8_t *x86_tlb_hit(x86_cpu *cpu, uint64_t la, unsigned n, bool is_write)
+{
     x86_tlb_entry *e = &cpu->tlb[cpu->ctx].e[X86_TLB_INDEX(la)];
     uint64_t offset = la ^ (is_write ? __atomic_load_n(&e->tag_w, __ATOMIC_RELAXED) : e->tag_r);
     return offset <= 4096u - n ? e->host + offset : NULL;

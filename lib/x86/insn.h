@@ -84,7 +84,8 @@ void x86_offer(x86_cpu *cpu, x86_insn *in);
 void x86_format(const x86_insn *in, uint64_t rip, char *buf, size_t bytes);
 
 /* Effective offset of the memory operand (before the segment base), truncated to the address size. */
-static inline uint64_t x86_offset(const x86_cpu *cpu, const x86_insn *in) {
+static inline uint64_t x86_offset(const x86_cpu *cpu, const x86_insn *in)
+{
     uint64_t a = (uint64_t)in->disp;
     if (in->base == X86_REG_RIP)
         a += cpu->rip + in->length;
@@ -96,7 +97,8 @@ static inline uint64_t x86_offset(const x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- register access helpers ---- */
-static inline uint64_t x86_get_gpr(const x86_cpu *cpu, unsigned reg, unsigned size) {
+static inline uint64_t x86_get_gpr(const x86_cpu *cpu, unsigned reg, unsigned size)
+{
     switch (size) {
     case 1: return reg >= 16 ? (uint8_t)(cpu->gpr[reg - 16] >> 8) : (uint8_t)cpu->gpr[reg];
     case 2: return (uint16_t)cpu->gpr[reg];
@@ -104,7 +106,8 @@ static inline uint64_t x86_get_gpr(const x86_cpu *cpu, unsigned reg, unsigned si
     default: return cpu->gpr[reg];
     }
 }
-static inline void x86_set_gpr(x86_cpu *cpu, unsigned reg, unsigned size, uint64_t v) {
+static inline void x86_set_gpr(x86_cpu *cpu, unsigned reg, unsigned size, uint64_t v)
+{
     switch (size) {
     case 1:
         if (reg >= 16)
@@ -121,12 +124,14 @@ static inline void x86_set_gpr(x86_cpu *cpu, unsigned reg, unsigned size, uint64
 /* ---- operand access (operand.c): memory operands go through segment checks, paging, MMIO ---- */
 uint64_t x86_get_op(x86_cpu *cpu, const x86_insn *in, unsigned i);
 void x86_set_op(x86_cpu *cpu, const x86_insn *in, unsigned i, uint64_t v);
-static inline uint64_t x86_op_linear(x86_cpu *cpu, const x86_insn *in, unsigned n, unsigned access) {
+static inline uint64_t x86_op_linear(x86_cpu *cpu, const x86_insn *in, unsigned n, unsigned access)
+{
     return x86_linear(cpu, in->seg, x86_offset(cpu, in), n, access);
 }
 
 /* In 64-bit mode misalignment comes before the canonical check of a stack reference: #GP, not #SS. */
-static inline bool x86_is_misaligned_long(const x86_cpu *cpu, const x86_insn *in, unsigned align) {
+static inline bool x86_is_misaligned_long(const x86_cpu *cpu, const x86_insn *in, unsigned align)
+{
     uint64_t base = in->seg >= X86_FS ? cpu->seg[in->seg].base : 0;
     return cpu->code_size == 8 && (x86_offset(cpu, in) + base) & (align - 1);
 }

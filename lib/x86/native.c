@@ -37,7 +37,8 @@ struct x86_native {
     x86_thunk_frame frame;
 };
 
-static void map_code(struct x86_native *n) {
+static void map_code(struct x86_native *n)
+{
     int fd = memfd_create("libvm-thunks", MFD_CLOEXEC);
     if (fd < 0)
         return;
@@ -57,7 +58,8 @@ static void map_code(struct x86_native *n) {
     close(fd);
 }
 
-static struct x86_native *native_create(void) {
+static struct x86_native *native_create(void)
+{
     struct x86_native *n = mmap(NULL, sizeof *n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (n == MAP_FAILED)
         return NULL;
@@ -68,7 +70,8 @@ static struct x86_native *native_create(void) {
     return NULL;
 }
 
-void x86_native_destroy(x86_cpu *cpu) {
+void x86_native_destroy(x86_cpu *cpu)
+{
     struct x86_native *n = cpu->native;
     if (!n)
         return;
@@ -78,16 +81,19 @@ void x86_native_destroy(x86_cpu *cpu) {
     cpu->native = NULL;
 }
 
-void x86_thunk_ready(x86_cpu *cpu) {
+void x86_thunk_ready(x86_cpu *cpu)
+{
     if (!cpu->native && !(cpu->native = native_create()))
         x86_leave(cpu, X86_STOP_INTERNAL);
 }
 
-x86_thunk_frame *x86_thunk_frame_of(x86_cpu *cpu) {
+x86_thunk_frame *x86_thunk_frame_of(x86_cpu *cpu)
+{
     return &((struct x86_native *)cpu->native)->frame;
 }
 
-uint64_t *x86_ferr_seen(x86_cpu *cpu) {
+uint64_t *x86_ferr_seen(x86_cpu *cpu)
+{
     x86_thunk_ready(cpu);
     return &((struct x86_native *)cpu->native)->ferr_seen;
 }
@@ -102,55 +108,64 @@ enum { RAX = 0, RCX = 1, RDX = 2, RSI = 6, RDI = 7, R8 = 8, R9 = 9, R10 = 10, R1
 #define OFF_YMMH(i) OFF_IMAGE(576 + 16 * (i))
 #define OFF_MMX(i) OFF_IMAGE(32 + 16 * (i))
 
-static void put(emitter *e, unsigned n, const uint8_t *bytes) {
+static void put(emitter *e, unsigned n, const uint8_t *bytes)
+{
     memcpy(e->p, bytes, n);
     e->p += n;
 }
 #define PUT(e, ...) put(e, sizeof((const uint8_t[]){ __VA_ARGS__ }), (const uint8_t[]){ __VA_ARGS__ })
 
-static void put32(emitter *e, int32_t v) {
+static void put32(emitter *e, int32_t v)
+{
     memcpy(e->p, &v, 4);
     e->p += 4;
 }
 
 /* ModRM for [base + disp32], base one of rdi, rsi, r9 (none needs a SIB byte). */
-static void put_mem(emitter *e, unsigned reg, unsigned base, int32_t disp) {
+static void put_mem(emitter *e, unsigned reg, unsigned base, int32_t disp)
+{
     PUT(e, (uint8_t)(0x80 | (reg & 7) << 3 | (base & 7)));
     put32(e, disp);
 }
 
-static void emit_gpr(emitter *e, bool is_store, unsigned host, unsigned guest) {
+static void emit_gpr(emitter *e, bool is_store, unsigned host, unsigned guest)
+{
     PUT(e, (uint8_t)(0x48 | (host >= 8) << 2), is_store ? 0x89 : 0x8b);
     put_mem(e, host, RDI, OFF_GPR(guest));
 }
 
 /* Legacy SSE moves leave the host's upper halves alone, which hold nothing of ours. */
-static void emit_xmm(emitter *e, bool is_store, unsigned reg) {
+static void emit_xmm(emitter *e, bool is_store, unsigned reg)
+{
     if (reg >= 8)
         PUT(e, 0x44);
     PUT(e, 0x0f, is_store ? 0x11 : 0x10);
     put_mem(e, reg, RDI, OFF_XMM(reg));
 }
 
-static void emit_vex_xmm(emitter *e, bool is_store, unsigned reg) {
+static void emit_vex_xmm(emitter *e, bool is_store, unsigned reg)
+{
     PUT(e, 0xc5, (uint8_t)((reg >= 8 ? 0 : 0x80) | 0x78), is_store ? 0x11 : 0x10);     /* vmovups */
     put_mem(e, reg, RDI, OFF_XMM(reg));
 }
 
-static void emit_load_ymm(emitter *e, unsigned reg) {
+static void emit_load_ymm(emitter *e, unsigned reg)
+{
     emit_vex_xmm(e, false, reg);
     PUT(e, 0xc4, (uint8_t)((reg >= 8 ? 0 : 0x80) | 0x63), (uint8_t)((~reg & 15) << 3 | 5), 0x18);   /* vinsertf128 */
     put_mem(e, reg, RDI, OFF_YMMH(reg));
     PUT(e, 1);
 }
 
-static void emit_store_ymm_high(emitter *e, unsigned reg) {
+static void emit_store_ymm_high(emitter *e, unsigned reg)
+{
     PUT(e, 0xc4, (uint8_t)((reg >= 8 ? 0 : 0x80) | 0x63), 0x7d, 0x19);                 /* vextractf128 */
     put_mem(e, reg, RDI, OFF_YMMH(reg));
     PUT(e, 1);
 }
 
-static void emit_zero_ymm_high(emitter *e, unsigned reg) {
+static void emit_zero_ymm_high(emitter *e, unsigned reg)
+{
     for (int half = 0; half < 2; half++) {
         PUT(e, 0x48, 0xc7);
         put_mem(e, 0, RDI, OFF_YMMH(reg) + 8 * half);
@@ -158,7 +173,8 @@ static void emit_zero_ymm_high(emitter *e, unsigned reg) {
     }
 }
 
-static void emit_load_vec(emitter *e, const x86_insn *in, unsigned reg) {
+static void emit_load_vec(emitter *e, const x86_insn *in, unsigned reg)
+{
     if (!(in->flags & X86_IF_VEX))
         emit_xmm(e, false, reg);
     else if (in->vl == 32)
@@ -167,7 +183,8 @@ static void emit_load_vec(emitter *e, const x86_insn *in, unsigned reg) {
         emit_vex_xmm(e, false, reg);
 }
 
-static void emit_store_vec(emitter *e, const x86_insn *in, unsigned reg, bool full) {
+static void emit_store_vec(emitter *e, const x86_insn *in, unsigned reg, bool full)
+{
     if (!(in->flags & X86_IF_VEX)) {
         emit_xmm(e, true, reg);
         return;
@@ -179,7 +196,8 @@ static void emit_store_vec(emitter *e, const x86_insn *in, unsigned reg, bool fu
         emit_zero_ymm_high(e, reg);
 }
 
-static void emit_mmx(emitter *e, bool is_store, unsigned reg) {
+static void emit_mmx(emitter *e, bool is_store, unsigned reg)
+{
     PUT(e, 0x0f, is_store ? 0x7f : 0x6f);
     put_mem(e, reg, RDI, OFF_MMX(reg));
     if (is_store) {
@@ -189,12 +207,14 @@ static void emit_mmx(emitter *e, bool is_store, unsigned reg) {
     }
 }
 
-static void emit_mxcsr(emitter *e, bool is_store, size_t frame_offset) {
+static void emit_mxcsr(emitter *e, bool is_store, size_t frame_offset)
+{
     PUT(e, 0x41, 0x0f, 0xae);
     put_mem(e, is_store ? 3 : 2, R9, (int32_t)frame_offset);
 }
 
-static void emit_push_pop_flags(emitter *e, bool is_load) {
+static void emit_push_pop_flags(emitter *e, bool is_load)
+{
     if (is_load) {
         PUT(e, 0x41, 0xff);                                   /* push [flags]; popfq */
         put_mem(e, 6, R9, (int32_t)offsetof(x86_thunk_frame, flags));
@@ -205,11 +225,13 @@ static void emit_push_pop_flags(emitter *e, bool is_load) {
     }
 }
 
-static unsigned host_gpr(const x86_operand *op) {
+static unsigned host_gpr(const x86_operand *op)
+{
     return op->enc == X86_ENC_REG ? R10 : op->enc == X86_ENC_VVVV ? R8 : R11;
 }
 
-static void load_operands(emitter *e, const x86_insn *in, unsigned props) {
+static void load_operands(emitter *e, const x86_insn *in, unsigned props)
+{
     if (props & SIMD_XMM0)
         emit_load_vec(e, in, 0);
     for (unsigned i = 0; i < in->nops && i < 4; i++) {
@@ -227,7 +249,8 @@ static void load_operands(emitter *e, const x86_insn *in, unsigned props) {
     }
 }
 
-static void store_operands(emitter *e, const x86_insn *in, unsigned props) {
+static void store_operands(emitter *e, const x86_insn *in, unsigned props)
+{
     const x86_operand *op = &in->op[0];
     if (props & SIMD_STR) {
         if (props & SIMD_XMM0)
@@ -245,14 +268,16 @@ static void store_operands(emitter *e, const x86_insn *in, unsigned props) {
         emit_gpr(e, true, host_gpr(op), op->reg & 15);
 }
 
-static bool uses_mmx(const x86_insn *in) {
+static bool uses_mmx(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops && i < 4; i++)
         if (in->op[i].kind == X86_OP_MMX)
             return true;
     return false;
 }
 
-static void emit_simd(emitter *e, const x86_insn *in, unsigned props, const uint8_t *bytes, unsigned n) {
+static void emit_simd(emitter *e, const x86_insn *in, unsigned props, const uint8_t *bytes, unsigned n)
+{
     PUT(e, 0x49, 0x89, 0xd1);                                 /* mov r9, rdx */
     if (props & SIMD_FP) {
         emit_mxcsr(e, true, offsetof(x86_thunk_frame, host_mxcsr));
@@ -276,7 +301,8 @@ static void emit_simd(emitter *e, const x86_insn *in, unsigned props, const uint
 
 /* x87: the whole state goes through FXRSTOR and FXSAVE. FXSAVE and FNINIT do not wait, so an exception that the instruction
  * left pending stays in the saved status word and never fires on the host. */
-static void emit_x87(emitter *e, const x86_insn *in, const uint8_t *bytes, unsigned n) {
+static void emit_x87(emitter *e, const x86_insn *in, const uint8_t *bytes, unsigned n)
+{
     (void)in;
     PUT(e, 0x49, 0x89, 0xd1);
     emit_mxcsr(e, true, offsetof(x86_thunk_frame, host_mxcsr));
@@ -295,18 +321,21 @@ static void emit_x87(emitter *e, const x86_insn *in, const uint8_t *bytes, unsig
     PUT(e, 0xc3);
 }
 
-static void put_light_value(emitter *e, bool is_store, size_t frame_offset) {
+static void put_light_value(emitter *e, bool is_store, size_t frame_offset)
+{
     PUT(e, 0x41, 0xdb);                                       /* fld, fstp tbyte [r9 + ...] */
     put_mem(e, is_store ? 7 : 5, R9, (int32_t)frame_offset);
 }
 
 /* fnstsw ax; if any exception flag is set: fnclex. Host code never sees the guest's flags, nor the guest the host's. */
-static void emit_clear_x87_flags(emitter *e) {
+static void emit_clear_x87_flags(emitter *e)
+{
     PUT(e, 0xdf, 0xe0, 0xa8, 0x3f, 0x74, 0x02, 0xdb, 0xe2);
 }
 
 /* The values go through FLD and FSTP of extended format, which change and flag nothing. All exceptions are masked. */
-static void emit_x87_light(emitter *e, unsigned light, const uint8_t *bytes, unsigned n) {
+static void emit_x87_light(emitter *e, unsigned light, const uint8_t *bytes, unsigned n)
+{
     unsigned depth = (light & LIGHT_A ? 1 : 0) + (light & LIGHT_B ? 1 : 0) + (light & LIGHT_PUSH ? 1 : 0);
     depth -= light & LIGHT_POP2 ? 2 : light & LIGHT_POP ? 1 : 0;
     PUT(e, 0x49, 0x89, 0xd1);
@@ -337,19 +366,22 @@ static void emit_x87_light(emitter *e, unsigned light, const uint8_t *bytes, uns
 }
 
 /* ---- caches ---- */
-static void flush(struct x86_native *n) {
+static void flush(struct x86_native *n)
+{
     memset(n->front, 0, sizeof n->front);
     memset(n->back, 0, sizeof n->back);
     n->used = 0;
     n->count = 0;
 }
 
-static uint64_t mix(uint64_t a, uint64_t b) {
+static uint64_t mix(uint64_t a, uint64_t b)
+{
     uint64_t h = (a ^ (b << 29 | b >> 35)) * UINT64_C(0x9e3779b97f4a7c15);
     return h ^ h >> 32;
 }
 
-static back_entry *back_find(struct x86_native *n, const back_key *key) {
+static back_entry *back_find(struct x86_native *n, const back_key *key)
+{
     uint64_t w[3];
     memcpy(w, key, sizeof w);
     unsigned i = (unsigned)mix(mix(w[0], w[1]), w[2]) & (BACK_ENTRIES - 1);
@@ -359,7 +391,8 @@ static back_entry *back_find(struct x86_native *n, const back_key *key) {
 }
 
 /* x86_rename is by guest register, thunk names are by field: rewrite the register operands of a copy first. */
-static unsigned reencode_fields(const x86_insn *in, uint8_t *bytes, back_key *key) {
+static unsigned reencode_fields(const x86_insn *in, uint8_t *bytes, back_key *key)
+{
     x86_insn copy = *in;
     x86_rename map;
     x86_rename_init(&map);
@@ -374,7 +407,8 @@ static unsigned reencode_fields(const x86_insn *in, uint8_t *bytes, back_key *ke
     return x86_reencode(&copy, &map, bytes);
 }
 
-static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light) {
+static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light)
+{
     struct x86_native *n = cpu->native;
     bool is_x87 = in->map == 0 && !(in->flags & X86_IF_VEX);
     unsigned props = x86_simd_properties(in);
@@ -407,7 +441,8 @@ static x86_thunk_fn make_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light)
     return entry->fn;
 }
 
-static x86_thunk_fn find_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light) {
+static x86_thunk_fn find_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light)
+{
     struct x86_native *n = cpu->native;
     uint64_t key[2];                                       /* bytes behind the instruction are zero (decode.c) */
     memcpy(&key[0], in->bytes, 8);
@@ -423,10 +458,12 @@ static x86_thunk_fn find_thunk(x86_cpu *cpu, const x86_insn *in, unsigned light)
     return fn;
 }
 
-x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in) {
+x86_thunk_fn x86_thunk(x86_cpu *cpu, const x86_insn *in)
+{
     return find_thunk(cpu, in, 0);
 }
 
-x86_thunk_fn x86_thunk_light(x86_cpu *cpu, const x86_insn *in, unsigned light) {
+x86_thunk_fn x86_thunk_light(x86_cpu *cpu, const x86_insn *in, unsigned light)
+{
     return find_thunk(cpu, in, light);
 }

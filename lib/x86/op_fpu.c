@@ -18,19 +18,22 @@
 #define FCW_ONES 0x0040u                     /* reads as one */
 
 /* ---- checks ---- */
-void x86_check_fpu(x86_cpu *cpu) {
+void x86_check_fpu(x86_cpu *cpu)
+{
     if (cpu->cr0 & (X86_CR0_EM | X86_CR0_TS))
         x86_raise(cpu, X86_NM);
 }
 
-static bool error_pending(const x86_cpu *cpu) {
+static bool error_pending(const x86_cpu *cpu)
+{
     return X86_FPU_FSW(cpu) & ~X86_FPU_FCW(cpu) & X86_FX_ERRORS;
 }
 
 /* With CR0.NE = 0 the error goes to the interrupt controller as IRQ 13 and the processor waits for it: the run loop gets
  * control before this instruction, so that the interrupt is taken at this boundary. When the same instruction comes again
  * with the error still there (the interrupt is masked), it goes on as behind IGNNE#. */
-void x86_check_fpu_error(x86_cpu *cpu) {
+void x86_check_fpu_error(x86_cpu *cpu)
+{
     if (!error_pending(cpu))
         return;
     if (cpu->cr0 & X86_CR0_NE)
@@ -46,19 +49,22 @@ void x86_check_fpu_error(x86_cpu *cpu) {
     x86_leave(cpu, X86_STOP_ATTENTION);
 }
 
-static void begin_waiting(x86_cpu *cpu) {
+static void begin_waiting(x86_cpu *cpu)
+{
     x86_check_fpu(cpu);
     x86_check_fpu_error(cpu);
 }
 
 /* ---- image helpers ---- */
-void x86_fpu_update_es(x86_cpu *cpu) {
+void x86_fpu_update_es(x86_cpu *cpu)
+{
     uint16_t fsw = X86_FPU_FSW(cpu) & (uint16_t)~(X86_FSW_ES | X86_FSW_B);
     X86_FPU_FSW(cpu) = error_pending(cpu) ? fsw | X86_FSW_ES | X86_FSW_B : fsw;
 }
 
 /* Change TOP while the physical registers keep their contents. */
-static void set_top(x86_cpu *cpu, unsigned top) {
+static void set_top(x86_cpu *cpu, unsigned top)
+{
     unsigned old = X86_FSW_TOP(X86_FPU_FSW(cpu));
     X86_FPU_FSW(cpu) = (uint16_t)((X86_FPU_FSW(cpu) & ~0x3800u) | top << 11);
     if (old == top)
@@ -69,12 +75,14 @@ static void set_top(x86_cpu *cpu, unsigned top) {
         memcpy(X86_FPU_ST(cpu, i), slots + 16 * ((i + top - old) & 7), 16);
 }
 
-void x86_mmx_enter(x86_cpu *cpu) {
+void x86_mmx_enter(x86_cpu *cpu)
+{
     set_top(cpu, 0);
     X86_FPU_FTW(cpu) = 0xff;
 }
 
-void x86_fpu_init(x86_cpu *cpu) {
+void x86_fpu_init(x86_cpu *cpu)
+{
     set_top(cpu, 0);
     X86_FPU_FCW(cpu) = FCW_INIT;
     X86_FPU_FSW(cpu) = 0;
@@ -85,7 +93,8 @@ void x86_fpu_init(x86_cpu *cpu) {
 }
 
 /* SDM vol. 1, 8.1.7: 0 valid, 1 zero, 2 special, 3 empty. */
-static unsigned tag_of(const uint8_t *st) {
+static unsigned tag_of(const uint8_t *st)
+{
     uint64_t mantissa;
     uint16_t exponent;
     memcpy(&mantissa, st, 8);
@@ -96,14 +105,16 @@ static unsigned tag_of(const uint8_t *st) {
     return exponent == 0 || exponent == 0x7fff || !(mantissa >> 63) ? 2 : 0;
 }
 
-uint16_t x86_fpu_full_tag(const x86_cpu *cpu) {
+uint16_t x86_fpu_full_tag(const x86_cpu *cpu)
+{
     unsigned top = X86_FSW_TOP(X86_FPU_FSW(cpu)), full = 0;
     for (unsigned i = 0; i < 8; i++)
         full |= (X86_FPU_FTW(cpu) >> i & 1 ? tag_of(X86_FPU_ST(cpu, (i - top) & 7)) : 3u) << (2 * i);
     return (uint16_t)full;
 }
 
-uint8_t x86_fpu_abridged_tag(uint16_t full) {
+uint8_t x86_fpu_abridged_tag(uint16_t full)
+{
     unsigned abridged = 0;
     for (unsigned i = 0; i < 8; i++)
         abridged |= (unsigned)((full >> (2 * i) & 3) != 3) << i;
@@ -111,7 +122,8 @@ uint8_t x86_fpu_abridged_tag(uint16_t full) {
 }
 
 /* ---- native instructions ---- */
-static bool is_store(const x86_insn *in) {
+static bool is_store(const x86_insn *in)
+{
     switch (in->mnemonic) {
     case ZYDIS_MNEMONIC_FST: case ZYDIS_MNEMONIC_FSTP: case ZYDIS_MNEMONIC_FIST: case ZYDIS_MNEMONIC_FISTP:
     case ZYDIS_MNEMONIC_FISTTP: case ZYDIS_MNEMONIC_FBSTP:
@@ -122,7 +134,8 @@ static bool is_store(const x86_insn *in) {
 }
 
 /* Last instruction pointers. In 64-bit mode they are 64-bit offsets, else 32-bit offsets with a selector. */
-void x86_fpu_set_pointers(x86_cpu *cpu, const x86_insn *in) {
+void x86_fpu_set_pointers(x86_cpu *cpu, const x86_insn *in)
+{
     X86_FPU_FOP(cpu) = (uint16_t)((in->opcode & 7) << 8 | in->modrm);
     X86_FPU_FIP(cpu) = cpu->code_size == 8 ? cpu->rip : (uint32_t)cpu->rip;
     X86_FPU_FCS(cpu) = cpu->seg[X86_CS].sel;
@@ -134,7 +147,8 @@ void x86_fpu_set_pointers(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* Bytes 24..31 of the image are MXCSR and its mask: not x87 state. */
-static void load_frame(const x86_cpu *cpu, x86_thunk_frame *frame) {
+static void load_frame(const x86_cpu *cpu, x86_thunk_frame *frame)
+{
     memcpy(frame->fx, cpu->fpu.image, 24);
     memcpy(frame->fx + 32, cpu->fpu.image + 32, 128);
     uint32_t mxcsr = 0x1f80;
@@ -142,7 +156,8 @@ static void load_frame(const x86_cpu *cpu, x86_thunk_frame *frame) {
     frame->flags = (cpu->rflags & X86_FL_ARITH) | X86_FL_1;
 }
 
-static void commit_frame(x86_cpu *cpu, const x86_insn *in, const x86_thunk_frame *frame, uint16_t fcw) {
+static void commit_frame(x86_cpu *cpu, const x86_insn *in, const x86_thunk_frame *frame, uint16_t fcw)
+{
     memcpy(cpu->fpu.image, frame->fx, 5);                  /* FCW, FSW, FTW */
     memcpy(cpu->fpu.image + 32, frame->fx + 32, 128);
     X86_FPU_FCW(cpu) = fcw;
@@ -151,7 +166,8 @@ static void commit_frame(x86_cpu *cpu, const x86_insn *in, const x86_thunk_frame
     cpu->rflags = (cpu->rflags & ~(uint64_t)X86_FL_ARITH) | (frame->flags & X86_FL_ARITH);
 }
 
-void x86_op_x87(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_x87(x86_cpu *cpu, const x86_insn *in)
+{
     begin_waiting(cpu);
     x86_thunk_ready(cpu);
     if (x86_fpu_light(cpu, in))
@@ -188,54 +204,63 @@ void x86_op_x87(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- control ---- */
-void x86_op_fwait(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fwait(x86_cpu *cpu, const x86_insn *in)
+{
     (void)in;
     if ((cpu->cr0 & (X86_CR0_MP | X86_CR0_TS)) == (X86_CR0_MP | X86_CR0_TS))
         x86_raise(cpu, X86_NM);
     x86_check_fpu_error(cpu);
 }
 
-void x86_op_fnop(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnop(x86_cpu *cpu, const x86_insn *in)
+{
     begin_waiting(cpu);
     x86_fpu_set_pointers(cpu, in);
 }
 
 /* FENI, FDISI, FSETPM: no operation since the 387, and they do not wait. */
-void x86_op_fpu_nop(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fpu_nop(x86_cpu *cpu, const x86_insn *in)
+{
     (void)in;
     x86_check_fpu(cpu);
 }
 
-void x86_op_fninit(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fninit(x86_cpu *cpu, const x86_insn *in)
+{
     (void)in;
     x86_check_fpu(cpu);
     x86_fpu_init(cpu);
 }
 
-void x86_op_fnclex(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnclex(x86_cpu *cpu, const x86_insn *in)
+{
     (void)in;
     x86_check_fpu(cpu);
     X86_FPU_FSW(cpu) &= 0x7f00;
 }
 
-static void set_fcw(x86_cpu *cpu, uint16_t value) {
+static void set_fcw(x86_cpu *cpu, uint16_t value)
+{
     X86_FPU_FCW(cpu) = (value & FCW_VALID) | FCW_ONES;
     x86_fpu_update_es(cpu);
 }
 
-void x86_op_fldcw(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fldcw(x86_cpu *cpu, const x86_insn *in)
+{
     uint16_t value;
     begin_waiting(cpu);
     x86_read_linear(cpu, x86_op_linear(cpu, in, 2, X86_READ), &value, 2);
     set_fcw(cpu, value);
 }
 
-void x86_op_fnstcw(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnstcw(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_fpu(cpu);
     x86_write_linear(cpu, x86_op_linear(cpu, in, 2, X86_WRITE), &X86_FPU_FCW(cpu), 2);
 }
 
-void x86_op_fnstsw(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnstsw(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_fpu(cpu);
     if (in->flags & X86_IF_MEM)
         x86_write_linear(cpu, x86_op_linear(cpu, in, 2, X86_WRITE), &X86_FPU_FSW(cpu), 2);
@@ -244,29 +269,34 @@ void x86_op_fnstsw(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- environments (SDM vol. 1, figures 8-9 to 8-12) ---- */
-static void put16(uint8_t *p, unsigned v) {
+static void put16(uint8_t *p, unsigned v)
+{
     uint16_t w = (uint16_t)v;
     memcpy(p, &w, 2);
 }
 
-static void put32(uint8_t *p, uint32_t v) {
+static void put32(uint8_t *p, uint32_t v)
+{
     memcpy(p, &v, 4);
 }
 
-static uint16_t get16(const uint8_t *p) {
+static uint16_t get16(const uint8_t *p)
+{
     uint16_t v;
     memcpy(&v, p, 2);
     return v;
 }
 
-static uint32_t get32(const uint8_t *p) {
+static uint32_t get32(const uint8_t *p)
+{
     uint32_t v;
     memcpy(&v, p, 4);
     return v;
 }
 
 /* In real and virtual-8086 mode the environment holds linear addresses. */
-static void make_environment(const x86_cpu *cpu, uint8_t *env, bool wide) {
+static void make_environment(const x86_cpu *cpu, uint8_t *env, bool wide)
+{
     uint32_t fip = (uint32_t)X86_FPU_FIP(cpu), fdp = (uint32_t)X86_FPU_FDP(cpu);
     uint16_t fop = X86_FPU_FOP(cpu) & 0x7ff;
     bool is_real = !x86_is_protected(cpu);
@@ -297,7 +327,8 @@ static void make_environment(const x86_cpu *cpu, uint8_t *env, bool wide) {
     }
 }
 
-static void load_pointers(x86_cpu *cpu, const uint8_t *env, bool wide) {
+static void load_pointers(x86_cpu *cpu, const uint8_t *env, bool wide)
+{
     bool is_real = !x86_is_protected(cpu);
     uint32_t fip, fdp;
     uint16_t fcs = 0, fds = 0, fop = X86_FPU_FOP(cpu);
@@ -330,7 +361,8 @@ static void load_pointers(x86_cpu *cpu, const uint8_t *env, bool wide) {
     X86_FPU_FDS(cpu) = fds;
 }
 
-static void load_environment(x86_cpu *cpu, const uint8_t *env, bool wide) {
+static void load_environment(x86_cpu *cpu, const uint8_t *env, bool wide)
+{
     unsigned step = wide ? 4 : 2;
     uint16_t fsw = get16(env + step);
     set_top(cpu, X86_FSW_TOP(fsw));
@@ -341,11 +373,13 @@ static void load_environment(x86_cpu *cpu, const uint8_t *env, bool wide) {
 }
 
 /* Operand sizes 28 and 108 bytes are the 32-bit forms of FSTENV and FSAVE, 14 and 94 the 16-bit ones. */
-static bool is_wide(const x86_insn *in) {
+static bool is_wide(const x86_insn *in)
+{
     return in->op[0].size == 28 || in->op[0].size == 108;
 }
 
-void x86_op_fnstenv(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnstenv(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t env[28];
     bool wide = is_wide(in);
     x86_check_fpu(cpu);
@@ -356,7 +390,8 @@ void x86_op_fnstenv(x86_cpu *cpu, const x86_insn *in) {
     x86_fpu_update_es(cpu);
 }
 
-void x86_op_fldenv(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fldenv(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t env[28];
     bool wide = is_wide(in);
     unsigned n = wide ? 28 : 14;
@@ -365,7 +400,8 @@ void x86_op_fldenv(x86_cpu *cpu, const x86_insn *in) {
     load_environment(cpu, env, wide);
 }
 
-void x86_op_fnsave(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fnsave(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[108];
     bool wide = is_wide(in);
     unsigned head = wide ? 28 : 14, n = head + 80;
@@ -377,7 +413,8 @@ void x86_op_fnsave(x86_cpu *cpu, const x86_insn *in) {
     x86_fpu_init(cpu);
 }
 
-void x86_op_frstor(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_frstor(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[108];
     bool wide = is_wide(in);
     unsigned head = wide ? 28 : 14, n = head + 80;

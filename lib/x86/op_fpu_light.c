@@ -48,7 +48,8 @@ static const uint16_t register_shapes[8][8] = {
     { 0, 0, 0, 0, 0, COMIP, COMIP, 0 },
 };
 
-static unsigned shape_of(const x86_insn *in) {
+static unsigned shape_of(const x86_insn *in)
+{
     unsigned group = in->opcode & 7, reg = in->modrm >> 3 & 7;
     if (in->modrm < 0xc0)
         return memory_shapes[group][reg];
@@ -60,16 +61,19 @@ static unsigned shape_of(const x86_insn *in) {
 }
 
 /* ---- the stack ---- */
-static bool in_use(const x86_cpu *cpu, unsigned i) {
+static bool in_use(const x86_cpu *cpu, unsigned i)
+{
     return X86_FPU_FTW(cpu) >> ((X86_FSW_TOP(X86_FPU_FSW(cpu)) + i) & 7) & 1;
 }
 
-static void move_top(x86_cpu *cpu, unsigned by) {
+static void move_top(x86_cpu *cpu, unsigned by)
+{
     unsigned fsw = X86_FPU_FSW(cpu);
     X86_FPU_FSW(cpu) = (uint16_t)((fsw & ~0x3800u) | ((fsw + (by << 11)) & 0x3800));
 }
 
-static void push(x86_cpu *cpu, const uint8_t value[10]) {
+static void push(x86_cpu *cpu, const uint8_t value[10])
+{
     memmove(X86_FPU_ST(cpu, 1), X86_FPU_ST(cpu, 0), 112);
     memcpy(X86_FPU_ST(cpu, 0), value, 10);
     memset(X86_FPU_ST(cpu, 0) + 10, 0, 6);
@@ -77,7 +81,8 @@ static void push(x86_cpu *cpu, const uint8_t value[10]) {
     X86_FPU_FTW(cpu) |= (uint8_t)(1u << X86_FSW_TOP(X86_FPU_FSW(cpu)));
 }
 
-static void pop(x86_cpu *cpu) {
+static void pop(x86_cpu *cpu)
+{
     uint8_t old[16];
     X86_FPU_FTW(cpu) &= (uint8_t)~(1u << X86_FSW_TOP(X86_FPU_FSW(cpu)));
     memcpy(old, X86_FPU_ST(cpu, 0), 16);
@@ -87,11 +92,13 @@ static void pop(x86_cpu *cpu) {
 }
 
 /* ---- instructions that only move registers ---- */
-static void clear_c1(x86_cpu *cpu) {
+static void clear_c1(x86_cpu *cpu)
+{
     X86_FPU_FSW(cpu) &= (uint16_t)~FSW_C1;
 }
 
-static void exchange(x86_cpu *cpu, unsigned i) {
+static void exchange(x86_cpu *cpu, unsigned i)
+{
     uint8_t a[16];
     memcpy(a, X86_FPU_ST(cpu, 0), 16);
     memcpy(X86_FPU_ST(cpu, 0), X86_FPU_ST(cpu, i), 16);
@@ -99,14 +106,16 @@ static void exchange(x86_cpu *cpu, unsigned i) {
     clear_c1(cpu);
 }
 
-static void copy_up(x86_cpu *cpu, unsigned i) {
+static void copy_up(x86_cpu *cpu, unsigned i)
+{
     uint8_t value[10];
     memcpy(value, X86_FPU_ST(cpu, i), 10);
     push(cpu, value);
     clear_c1(cpu);
 }
 
-static bool register_move(x86_cpu *cpu, const x86_insn *in) {
+static bool register_move(x86_cpu *cpu, const x86_insn *in)
+{
     static const uint8_t constants[2][10] = { { 0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f }, { 0 } };
     unsigned i = in->modrm & 7, form = in->opcode << 8 | (in->modrm & 0xf8);
     if (in->modrm == 0xe8 || in->modrm == 0xee) {          /* FLD1, FLDZ */
@@ -148,7 +157,8 @@ static bool register_move(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* FLD and FSTP of extended values. */
-static bool extended_move(x86_cpu *cpu, const x86_insn *in) {
+static bool extended_move(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t value[10];
     unsigned reg = in->modrm >> 3 & 7;
     if (in->opcode != 0xdb || in->modrm >= 0xc0 || (reg != 5 && reg != 7))
@@ -168,12 +178,14 @@ static bool extended_move(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- arithmetic ---- */
-static bool tags_allow(const x86_cpu *cpu, unsigned light, unsigned i) {
+static bool tags_allow(const x86_cpu *cpu, unsigned light, unsigned i)
+{
     return (!(light & LIGHT_A) || in_use(cpu, 0)) && (!(light & LIGHT_B) || in_use(cpu, i)) &&
            (!(light & LIGHT_PUSH) || !in_use(cpu, 7));
 }
 
-static void take_results(x86_cpu *cpu, const x86_thunk_frame *frame, unsigned light, unsigned i) {
+static void take_results(x86_cpu *cpu, const x86_thunk_frame *frame, unsigned light, unsigned i)
+{
     unsigned codes = light & LIGHT_CC ? FSW_CC : light & LIGHT_FLAGS ? 0 : FSW_C1;
     X86_FPU_FSW(cpu) = (uint16_t)((X86_FPU_FSW(cpu) & ~codes) | (frame->fsw & codes) | (frame->fsw & X86_FX_ERRORS));
     if (light & LIGHT_PUSH)
@@ -190,7 +202,8 @@ static void take_results(x86_cpu *cpu, const x86_thunk_frame *frame, unsigned li
         pop(cpu);
 }
 
-static bool arithmetic(x86_cpu *cpu, const x86_insn *in) {
+static bool arithmetic(x86_cpu *cpu, const x86_insn *in)
+{
     unsigned light = shape_of(in), i = in->modrm & 7;
     x86_thunk_frame *frame = x86_thunk_frame_of(cpu);
     if (!light || !tags_allow(cpu, light, i))
@@ -215,7 +228,8 @@ static bool arithmetic(x86_cpu *cpu, const x86_insn *in) {
     return true;
 }
 
-bool x86_fpu_light(x86_cpu *cpu, const x86_insn *in) {
+bool x86_fpu_light(x86_cpu *cpu, const x86_insn *in)
+{
     if ((X86_FPU_FCW(cpu) & X86_FX_ERRORS) != X86_FX_ERRORS)
         return false;
     bool is_done = in->modrm >= 0xc0 ? register_move(cpu, in) || arithmetic(cpu, in) : extended_move(cpu, in) || arithmetic(cpu, in);

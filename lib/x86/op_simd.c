@@ -21,12 +21,14 @@ static const simd_row rows[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
 #undef SIMD
 };
 
-static const simd_row *row_of(const x86_insn *in) {
+static const simd_row *row_of(const x86_insn *in)
+{
     static const simd_row none = { 0, ISA_NONE };
     return in->mnemonic <= ZYDIS_MNEMONIC_MAX_VALUE ? &rows[in->mnemonic] : &none;
 }
 
-unsigned x86_simd_properties(const x86_insn *in) {
+unsigned x86_simd_properties(const x86_insn *in)
+{
     return row_of(in)->props;
 }
 
@@ -58,7 +60,8 @@ static const feature isa_features[][2] = {
 };
 
 /* The model's words; x86_cpuid() has already taken out what the host lacks. */
-static void guest_words(x86_cpu *cpu, uint32_t words[NWORDS]) {
+static void guest_words(x86_cpu *cpu, uint32_t words[NWORDS])
+{
     uint32_t r[4];
     x86_cpuid(cpu, 1, 0, r);
     words[LEAF1_ECX] = r[2];
@@ -70,11 +73,13 @@ static void guest_words(x86_cpu *cpu, uint32_t words[NWORDS]) {
     words[LEAF81_ECX] = r[2];
 }
 
-static bool has(const uint32_t words[NWORDS], feature f) {
+static bool has(const uint32_t words[NWORDS], feature f)
+{
     return f.word == NWORDS || words[f.word] >> f.bit & 1;
 }
 
-static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const x86_insn *in) {
+static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const x86_insn *in)
+{
     static const feature avx2 = { LEAF7_EBX, 5 }, vaes = { LEAF7_ECX, 9 }, vpclmul = { LEAF7_ECX, 10 }, pclmul = { LEAF1_ECX, 1 };
     bool wide = in->vl == 32;
     if (!has(words, isa_features[row->isa][0]) || !has(words, isa_features[row->isa][1]))
@@ -89,13 +94,15 @@ static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const
 }
 
 /* VPEXTRQ and VPINSRQ outside 64-bit mode: AMD's processors do not ignore VEX.W here. */
-static bool is_qword_form_in_32(const x86_insn *in) {
+static bool is_qword_form_in_32(const x86_insn *in)
+{
     if (in->mode == 8 || !(in->flags & X86_IF_VEX) || in->map != 3 || (in->opcode != 0x16 && in->opcode != 0x22))
         return false;
     return in->modrm_off >= 2 && in->bytes[in->modrm_off - 2] & 0x80;
 }
 
-bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in) {
+bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in)
+{
     uint32_t words[NWORDS];
     if (is_qword_form_in_32(in))
         return false;
@@ -103,7 +110,8 @@ bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in) {
     return words_offer(words, row_of(in), in);
 }
 
-static bool uses_kind(const x86_insn *in, unsigned kind) {
+static bool uses_kind(const x86_insn *in, unsigned kind)
+{
     for (unsigned i = 0; i < in->nops && i < 4; i++)
         if (in->op[i].kind == kind)
             return true;
@@ -111,7 +119,8 @@ static bool uses_kind(const x86_insn *in, unsigned kind) {
 }
 
 /* #UD and #NM rules of SDM vol. 2, 2.4 (VEX) and vol. 3, table 14-1 and 12-1 (SSE, MMX), in their order. */
-void x86_check_simd(x86_cpu *cpu, const x86_insn *in, bool uses_mmx) {
+void x86_check_simd(x86_cpu *cpu, const x86_insn *in, bool uses_mmx)
+{
     if (in->flags & X86_IF_LOCK)
         x86_raise(cpu, X86_UD);
     if (in->flags & X86_IF_VEX) {
@@ -129,7 +138,8 @@ void x86_check_simd(x86_cpu *cpu, const x86_insn *in, bool uses_mmx) {
 }
 
 /* ---- the memory operand ---- */
-unsigned x86_simd_alignment(const x86_insn *in) {
+unsigned x86_simd_alignment(const x86_insn *in)
+{
     int m = x86_memory_operand(in);
     unsigned props = row_of(in)->props;
     if (m < 0)
@@ -148,7 +158,8 @@ typedef struct operand_view {
     bool is_store, is_bounced;
 } operand_view;
 
-static void open_memory(x86_cpu *cpu, const x86_insn *in, unsigned props, operand_view *v) {
+static void open_memory(x86_cpu *cpu, const x86_insn *in, unsigned props, operand_view *v)
+{
     int m = x86_memory_operand(in);
     x86_thunk_frame *frame = x86_thunk_frame_of(cpu);
     memset(v, 0, sizeof *v);
@@ -179,7 +190,8 @@ static void open_memory(x86_cpu *cpu, const x86_insn *in, unsigned props, operan
  * then put back, flags are merged into MXCSR and #XM is raised (SDM vol. 1, 11.5). */
 typedef struct saved_destination { uint8_t low[16], high[16]; uint64_t gpr; } saved_destination;
 
-static void save_destination(const x86_cpu *cpu, const x86_insn *in, saved_destination *s) {
+static void save_destination(const x86_cpu *cpu, const x86_insn *in, saved_destination *s)
+{
     const x86_operand *op = &in->op[0];
     if (op->kind == X86_OP_VEC) {
         memcpy(s->low, X86_FPU_XMM(cpu, op->reg & 15), 16);
@@ -191,7 +203,8 @@ static void save_destination(const x86_cpu *cpu, const x86_insn *in, saved_desti
     }
 }
 
-static void restore_destination(x86_cpu *cpu, const x86_insn *in, const saved_destination *s) {
+static void restore_destination(x86_cpu *cpu, const x86_insn *in, const saved_destination *s)
+{
     const x86_operand *op = &in->op[0];
     if (op->kind == X86_OP_VEC) {
         memcpy(X86_FPU_XMM(cpu, op->reg & 15), s->low, 16);
@@ -203,7 +216,8 @@ static void restore_destination(x86_cpu *cpu, const x86_insn *in, const saved_de
     }
 }
 
-static void set_thunk_mxcsr(x86_cpu *cpu, x86_thunk_frame *frame) {
+static void set_thunk_mxcsr(x86_cpu *cpu, x86_thunk_frame *frame)
+{
     uint32_t guest = X86_FPU_MXCSR(cpu);
     frame->mxcsr = (guest & X86_MXCSR_VALID & ~X86_FX_ERRORS) | X86_FX_ERRORS << 7;
     if (!(guest & 0x10u << 7))                             /* flush-to-zero counts only while underflow is masked */
@@ -211,7 +225,8 @@ static void set_thunk_mxcsr(x86_cpu *cpu, x86_thunk_frame *frame) {
 }
 
 /* True when the flags a thunk raised contain an unmasked one; MXCSR has then got what the hardware would have set. */
-static bool finish_mxcsr(x86_cpu *cpu, const x86_thunk_frame *frame) {
+static bool finish_mxcsr(x86_cpu *cpu, const x86_thunk_frame *frame)
+{
     uint32_t unmasked = ~(X86_FPU_MXCSR(cpu) >> 7) & X86_FX_ERRORS, raised = frame->mxcsr_after & X86_FX_ERRORS;
     if (raised & unmasked & 7)                             /* IE, DE, ZE come first: nothing was computed */
         raised &= 7;
@@ -219,7 +234,8 @@ static bool finish_mxcsr(x86_cpu *cpu, const x86_thunk_frame *frame) {
     return raised & unmasked;
 }
 
-static bool any_denormal(const x86_cpu *cpu, unsigned reg, unsigned size, unsigned bytes) {
+static bool any_denormal(const x86_cpu *cpu, unsigned reg, unsigned size, unsigned bytes)
+{
     for (unsigned at = 0; at < bytes; at += size) {
         const uint8_t *p = at < 16 ? X86_FPU_XMM(cpu, reg) + at : X86_FPU_YMMH(cpu, reg) + (at - 16);
         uint64_t v = 0, fraction = size == 8 ? (UINT64_C(1) << 52) - 1 : (1u << 23) - 1;
@@ -232,7 +248,8 @@ static bool any_denormal(const x86_cpu *cpu, unsigned reg, unsigned size, unsign
 }
 
 /* While underflow is unmasked, a tiny result raises it even when it is exact, which a masked run does not flag. */
-static bool is_tiny_result(const x86_cpu *cpu, const x86_insn *in) {
+static bool is_tiny_result(const x86_cpu *cpu, const x86_insn *in)
+{
     unsigned reg = in->op[0].reg & 15, bytes = in->op[0].size == 32 ? 32 : 16;
     switch (row_of(in)->props & SIMD_TINY_MASK) {
     case SIMD_TPS: return any_denormal(cpu, reg, 4, bytes);
@@ -243,11 +260,13 @@ static bool is_tiny_result(const x86_cpu *cpu, const x86_insn *in) {
     }
 }
 
-static _Noreturn void raise_xm(x86_cpu *cpu) {
+static _Noreturn void raise_xm(x86_cpu *cpu)
+{
     x86_raise(cpu, cpu->cr4 & X86_CR4_OSXMMEXCPT ? X86_XM : X86_UD);
 }
 
-static void run_fp(x86_cpu *cpu, const x86_insn *in, x86_thunk_fn fn, void *memory) {
+static void run_fp(x86_cpu *cpu, const x86_insn *in, x86_thunk_fn fn, void *memory)
+{
     x86_thunk_frame *frame = x86_thunk_frame_of(cpu);
     saved_destination saved = { { 0 }, { 0 }, 0 };
     bool can_raise = (X86_FPU_MXCSR(cpu) >> 7 & X86_FX_ERRORS) != X86_FX_ERRORS;
@@ -263,7 +282,8 @@ static void run_fp(x86_cpu *cpu, const x86_insn *in, x86_thunk_fn fn, void *memo
     }
 }
 
-void x86_op_simd(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_simd(x86_cpu *cpu, const x86_insn *in)
+{
     unsigned props = row_of(in)->props;
     bool mmx = uses_kind(in, X86_OP_MMX);
     operand_view v;
@@ -287,7 +307,8 @@ void x86_op_simd(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- masked stores through DS:rDI ---- */
-static void masked_bytes(x86_cpu *cpu, const x86_insn *in, const uint8_t *data, const uint8_t *mask, unsigned n) {
+static void masked_bytes(x86_cpu *cpu, const x86_insn *in, const uint8_t *data, const uint8_t *mask, unsigned n)
+{
     uint64_t mem_off = cpu->gpr[X86_RDI];
     unsigned seg = in->flags & X86_IF_SEGOVR ? in->seg : X86_DS;
     mem_off = in->asz == 8 ? mem_off : in->asz == 4 ? (uint32_t)mem_off : (uint16_t)mem_off;
@@ -305,7 +326,8 @@ static void masked_bytes(x86_cpu *cpu, const x86_insn *in, const uint8_t *data, 
     }
 }
 
-void x86_op_maskmovq(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_maskmovq(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, true);
     /* Slots are stack-relative until the MMX transition, which must wait until the stores are done. */
     unsigned top = X86_FSW_TOP(X86_FPU_FSW(cpu));
@@ -314,18 +336,21 @@ void x86_op_maskmovq(x86_cpu *cpu, const x86_insn *in) {
     x86_mmx_enter(cpu);
 }
 
-void x86_op_maskmovdqu(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_maskmovdqu(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, false);
     masked_bytes(cpu, in, X86_FPU_XMM(cpu, in->op[0].reg & 15), X86_FPU_XMM(cpu, in->op[1].reg & 15), 16);
 }
 
-static void get_vec(const x86_cpu *cpu, unsigned reg, uint8_t out[32]) {
+static void get_vec(const x86_cpu *cpu, unsigned reg, uint8_t out[32])
+{
     memcpy(out, X86_FPU_XMM(cpu, reg), 16);
     memcpy(out + 16, X86_FPU_YMMH(cpu, reg), 16);
 }
 
 /* The result of a VEX instruction: what is above vl becomes zero. */
-static void set_vec(x86_cpu *cpu, unsigned reg, const uint8_t *in, unsigned vl) {
+static void set_vec(x86_cpu *cpu, unsigned reg, const uint8_t *in, unsigned vl)
+{
     memcpy(X86_FPU_XMM(cpu, reg), in, 16);
     if (vl == 32)
         memcpy(X86_FPU_YMMH(cpu, reg), in + 16, 16);
@@ -333,7 +358,8 @@ static void set_vec(x86_cpu *cpu, unsigned reg, const uint8_t *in, unsigned vl) 
         memset(X86_FPU_YMMH(cpu, reg), 0, 16);
 }
 
-static void need_feature(x86_cpu *cpu, feature f) {
+static void need_feature(x86_cpu *cpu, feature f)
+{
     uint32_t words[NWORDS];
     guest_words(cpu, words);
     if (!has(words, f))
@@ -341,7 +367,8 @@ static void need_feature(x86_cpu *cpu, feature f) {
 }
 
 /* VMASKMOVPS/PD, VPMASKMOVD/Q: elements whose mask bit is clear are not accessed at all. */
-void x86_op_vmaskmov(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_vmaskmov(x86_cpu *cpu, const x86_insn *in)
+{
     bool is_int = in->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD || in->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ;
     unsigned size = in->mnemonic == ZYDIS_MNEMONIC_VMASKMOVPD || in->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ ? 8 : 4;
     unsigned vl = in->vl == 32 ? 32 : 16;
@@ -379,7 +406,8 @@ void x86_op_vmaskmov(x86_cpu *cpu, const x86_insn *in) {
  * instruction goes on when it is executed again. */
 typedef struct gather { unsigned dest, mask, index, scale, element, index_size, count, vl; } gather;
 
-static void gather_shape(const x86_insn *in, gather *g) {
+static void gather_shape(const x86_insn *in, gather *g)
+{
     unsigned sib = in->modrm_off ? in->bytes[(in->modrm_off + 1) % 15] : 0;
     unsigned vex = (unsigned)(in->modrm_off >= 3 ? in->bytes[in->modrm_off - 3] : 0xff);    /* R X B mmmmm of a C4 VEX */
     unsigned w = (unsigned)(in->modrm_off >= 2 ? in->bytes[in->modrm_off - 2] : 0) >> 7;
@@ -394,12 +422,14 @@ static void gather_shape(const x86_insn *in, gather *g) {
     g->count = g->vl / widest;
 }
 
-static uint8_t *vec_element(x86_cpu *cpu, unsigned reg, unsigned i, unsigned size) {
+static uint8_t *vec_element(x86_cpu *cpu, unsigned reg, unsigned i, unsigned size)
+{
     unsigned at = i * size;
     return at < 16 ? X86_FPU_XMM(cpu, reg) + at : X86_FPU_YMMH(cpu, reg) + (at - 16);
 }
 
-static uint64_t gather_offset(x86_cpu *cpu, const x86_insn *in, const gather *g, unsigned i) {
+static uint64_t gather_offset(x86_cpu *cpu, const x86_insn *in, const gather *g, unsigned i)
+{
     int64_t index = 0;
     if (g->index_size == 8) {
         memcpy(&index, vec_element(cpu, g->index, i, 8), 8);
@@ -414,7 +444,8 @@ static uint64_t gather_offset(x86_cpu *cpu, const x86_insn *in, const gather *g,
     return in->asz == 8 ? a : (uint32_t)a;
 }
 
-void x86_op_vgather(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_vgather(x86_cpu *cpu, const x86_insn *in)
+{
     gather g;
     gather_shape(in, &g);
     need_feature(cpu, (feature){ LEAF7_EBX, 5 });
@@ -443,19 +474,22 @@ void x86_op_vgather(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- control ---- */
-void x86_op_vzeroall(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_vzeroall(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, false);
     unsigned n = cpu->code_size == 8 ? 16 : 8;
     memset(X86_FPU_XMM(cpu, 0), 0, 16 * n);
     memset(X86_FPU_YMMH(cpu, 0), 0, 16 * n);
 }
 
-void x86_op_vzeroupper(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_vzeroupper(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, false);
     memset(X86_FPU_YMMH(cpu, 0), 0, cpu->code_size == 8 ? 256 : 128);
 }
 
-void x86_op_ldmxcsr(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_ldmxcsr(x86_cpu *cpu, const x86_insn *in)
+{
     uint32_t value;
     x86_check_simd(cpu, in, false);
     x86_read_linear(cpu, x86_op_linear(cpu, in, 4, X86_READ), &value, 4);
@@ -464,12 +498,14 @@ void x86_op_ldmxcsr(x86_cpu *cpu, const x86_insn *in) {
     X86_FPU_MXCSR(cpu) = value;
 }
 
-void x86_op_stmxcsr(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_stmxcsr(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, false);
     x86_write_linear(cpu, x86_op_linear(cpu, in, 4, X86_WRITE), &X86_FPU_MXCSR(cpu), 4);
 }
 
-void x86_op_emms(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_emms(x86_cpu *cpu, const x86_insn *in)
+{
     x86_check_simd(cpu, in, true);
     x86_mmx_enter(cpu);
     X86_FPU_FTW(cpu) = 0;

@@ -14,11 +14,13 @@ enum { HEADER = 512, AVX_AT = 576, XSAVE_BYTES = 832 };
 #define MXCSR_INIT 0x1f80u
 #define XCOMP_COMPACT (UINT64_C(1) << 63)
 
-static unsigned vector_bytes(const x86_cpu *cpu) {
+static unsigned vector_bytes(const x86_cpu *cpu)
+{
     return cpu->code_size == 8 ? 256 : 128;
 }
 
-static bool is_zero(const uint8_t *p, unsigned n) {
+static bool is_zero(const uint8_t *p, unsigned n)
+{
     for (unsigned i = 0; i < n; i++)
         if (p[i])
             return false;
@@ -26,7 +28,8 @@ static bool is_zero(const uint8_t *p, unsigned n) {
 }
 
 /* ---- the x87 part: bytes 0..23 and 32..159 ---- */
-static void make_x87(const x86_cpu *cpu, uint8_t *area, bool is_64) {
+static void make_x87(const x86_cpu *cpu, uint8_t *area, bool is_64)
+{
     memcpy(area, cpu->fpu.image, 24);
     area[5] = 0;
     if (!is_64) {                                          /* 32-bit offsets with selectors */
@@ -40,7 +43,8 @@ static void make_x87(const x86_cpu *cpu, uint8_t *area, bool is_64) {
         memcpy(area + 32 + 16 * i, X86_FPU_ST(cpu, i), 10);
 }
 
-static void load_x87(x86_cpu *cpu, const uint8_t *area, bool is_64) {
+static void load_x87(x86_cpu *cpu, const uint8_t *area, bool is_64)
+{
     memcpy(cpu->fpu.image, area, 24);
     cpu->fpu.image[5] = 0;
     X86_FPU_FCS(cpu) = X86_FPU_FDS(cpu) = 0;
@@ -59,28 +63,33 @@ static void load_x87(x86_cpu *cpu, const uint8_t *area, bool is_64) {
     x86_fpu_update_es(cpu);
 }
 
-static void init_x87(x86_cpu *cpu) {
+static void init_x87(x86_cpu *cpu)
+{
     x86_fpu_init(cpu);
     memset(X86_FPU_ST(cpu, 0), 0, 128);
 }
 
-static void make_mxcsr(const x86_cpu *cpu, uint8_t *area) {
+static void make_mxcsr(const x86_cpu *cpu, uint8_t *area)
+{
     uint32_t mask = X86_MXCSR_VALID;
     memcpy(area + 24, &X86_FPU_MXCSR(cpu), 4);
     memcpy(area + 28, &mask, 4);
 }
 
-static uint32_t mxcsr_in(const uint8_t *area) {
+static uint32_t mxcsr_in(const uint8_t *area)
+{
     uint32_t v;
     memcpy(&v, area + 24, 4);
     return v;
 }
 
-static bool is_wide_form(const x86_insn *in) {
+static bool is_wide_form(const x86_insn *in)
+{
     return in->mode == 8 && in->rex & 8;
 }
 
-static uint64_t aligned_operand(x86_cpu *cpu, const x86_insn *in, unsigned n, unsigned align, unsigned access) {
+static uint64_t aligned_operand(x86_cpu *cpu, const x86_insn *in, unsigned n, unsigned align, unsigned access)
+{
     uint64_t la = x86_op_linear(cpu, in, n, access);
     if (la & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
@@ -89,13 +98,15 @@ static uint64_t aligned_operand(x86_cpu *cpu, const x86_insn *in, unsigned n, un
 
 /* ---- FXSAVE, FXRSTOR ---- */
 /* AMD's EFER.FFXSR: in 64-bit mode at CPL 0 the XMM registers are left out. */
-static unsigned fx_bytes(const x86_cpu *cpu) {
+static unsigned fx_bytes(const x86_cpu *cpu)
+{
     if (cpu->efer & X86_EFER_FFXSR && cpu->cpl == 0 && cpu->code_size == 8)
         return 160;
     return 160 + vector_bytes(cpu);
 }
 
-void x86_op_fxsave(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fxsave(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[512];
     unsigned n = fx_bytes(cpu);
     x86_check_fpu(cpu);
@@ -106,7 +117,8 @@ void x86_op_fxsave(x86_cpu *cpu, const x86_insn *in) {
     x86_write_linear(cpu, la, area, n);
 }
 
-void x86_op_fxrstor(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_fxrstor(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[512];
     unsigned n = fx_bytes(cpu);
     x86_check_fpu(cpu);
@@ -120,7 +132,8 @@ void x86_op_fxrstor(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* ---- XSAVE family ---- */
-static uint64_t requested(x86_cpu *cpu) {
+static uint64_t requested(x86_cpu *cpu)
+{
     if (!(cpu->cr4 & X86_CR4_OSXSAVE))
         x86_raise(cpu, X86_UD);
     if (cpu->cr0 & X86_CR0_TS)
@@ -128,14 +141,16 @@ static uint64_t requested(x86_cpu *cpu) {
     return cpu->xcr0 & (cpu->gpr[X86_RDX] << 32 | (uint32_t)cpu->gpr[X86_RAX]) & (X87 | SSE | AVX);
 }
 
-static void need_xsave_feature(x86_cpu *cpu, unsigned bit) {
+static void need_xsave_feature(x86_cpu *cpu, unsigned bit)
+{
     uint32_t r[4];
     x86_cpuid(cpu, 0xd, 1, r);
     if (!(r[0] >> bit & 1))
         x86_raise(cpu, X86_UD);
 }
 
-static uint64_t in_use(const x86_cpu *cpu) {
+static uint64_t in_use(const x86_cpu *cpu)
+{
     static const uint8_t x87_init[24] = { 0x7f, 0x03 };
     uint64_t bv = 0;
     if (memcmp(cpu->fpu.image, x87_init, 24) || !is_zero(X86_FPU_ST(cpu, 0), 128))
@@ -150,7 +165,8 @@ static uint64_t in_use(const x86_cpu *cpu) {
 /* One contiguous piece of the area. */
 typedef struct piece { unsigned at, bytes; } piece;
 
-static unsigned pieces_of(const x86_cpu *cpu, uint64_t parts, bool with_mxcsr, piece *out) {
+static unsigned pieces_of(const x86_cpu *cpu, uint64_t parts, bool with_mxcsr, piece *out)
+{
     unsigned n = 0;
     if (parts & X87)
         out[n++] = (piece){ 0, 24 };
@@ -165,7 +181,8 @@ static unsigned pieces_of(const x86_cpu *cpu, uint64_t parts, bool with_mxcsr, p
     return n;
 }
 
-static void make_area(const x86_cpu *cpu, const x86_insn *in, uint8_t *area) {
+static void make_area(const x86_cpu *cpu, const x86_insn *in, uint8_t *area)
+{
     make_x87(cpu, area, is_wide_form(in));
     make_mxcsr(cpu, area);
     memcpy(area + 160, X86_FPU_XMM(cpu, 0), vector_bytes(cpu));
@@ -173,7 +190,8 @@ static void make_area(const x86_cpu *cpu, const x86_insn *in, uint8_t *area) {
 }
 
 /* `header_bytes` of the header are written from area + HEADER. */
-static void write_area(x86_cpu *cpu, uint64_t la, const uint8_t *area, uint64_t parts, bool with_mxcsr, unsigned header_bytes) {
+static void write_area(x86_cpu *cpu, uint64_t la, const uint8_t *area, uint64_t parts, bool with_mxcsr, unsigned header_bytes)
+{
     piece pieces[6];
     unsigned n = pieces_of(cpu, parts, with_mxcsr, pieces);
     pieces[n++] = (piece){ HEADER, header_bytes };
@@ -183,12 +201,14 @@ static void write_area(x86_cpu *cpu, uint64_t la, const uint8_t *area, uint64_t 
         x86_write_linear(cpu, la + pieces[i].at, area + pieces[i].at, pieces[i].bytes);
 }
 
-static unsigned area_bytes(uint64_t rfbm) {
+static unsigned area_bytes(uint64_t rfbm)
+{
     return rfbm & AVX ? XSAVE_BYTES : AVX_AT;
 }
 
 /* XSAVE writes all requested components, XSAVEOPT only those in use. */
-void x86_op_xsave(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_xsave(x86_cpu *cpu, const x86_insn *in)
+{
     bool optimise = in->mnemonic == ZYDIS_MNEMONIC_XSAVEOPT || in->mnemonic == ZYDIS_MNEMONIC_XSAVEOPT64;
     uint8_t area[XSAVE_BYTES];
     uint64_t rfbm = requested(cpu), bv;
@@ -203,7 +223,8 @@ void x86_op_xsave(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* Compacted: with x87, SSE and AVX as the only components AVX lies where it does in the standard format. */
-void x86_op_xsavec(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_xsavec(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[XSAVE_BYTES];
     uint64_t rfbm = requested(cpu);
     need_xsave_feature(cpu, 1);
@@ -217,7 +238,8 @@ void x86_op_xsavec(x86_cpu *cpu, const x86_insn *in) {
 }
 
 /* #GP rules of SDM vol. 1, 13.8.1 and 13.8.2. */
-static bool header_is_valid(x86_cpu *cpu, const uint8_t *area, bool *is_compact) {
+static bool header_is_valid(x86_cpu *cpu, const uint8_t *area, bool *is_compact)
+{
     uint64_t bv, comp;
     memcpy(&bv, area + HEADER, 8);
     memcpy(&comp, area + HEADER + 8, 8);
@@ -228,14 +250,16 @@ static bool header_is_valid(x86_cpu *cpu, const uint8_t *area, bool *is_compact)
     return !(comp & ~cpu->xcr0) && !(bv & ~comp) && is_zero(area + HEADER + 16, 48);
 }
 
-static void load_vectors(uint8_t *to, const uint8_t *from, unsigned n, bool present) {
+static void load_vectors(uint8_t *to, const uint8_t *from, unsigned n, bool present)
+{
     if (present)
         memcpy(to, from, n);
     else
         memset(to, 0, n);
 }
 
-void x86_op_xrstor(x86_cpu *cpu, const x86_insn *in) {
+void x86_op_xrstor(x86_cpu *cpu, const x86_insn *in)
+{
     uint8_t area[XSAVE_BYTES];
     uint64_t rfbm = requested(cpu), bv, comp;
     bool is_compact;

@@ -19,7 +19,8 @@ typedef struct spelling {
     uint8_t imm[8], imm_size;
 } spelling;
 
-void x86_rename_init(x86_rename *map) {
+void x86_rename_init(x86_rename *map)
+{
     memset(map, 0, sizeof *map);
     for (unsigned i = 0; i < 16; i++)
         map->gpr[i] = map->vec[i] = (uint8_t)i;
@@ -28,7 +29,8 @@ void x86_rename_init(x86_rename *map) {
 }
 
 /* Legacy prefixes and the VEX bits that only the raw bytes hold. */
-static void scan_prefixes(const x86_insn *in, spelling *s) {
+static void scan_prefixes(const x86_insn *in, spelling *s)
+{
     unsigned i = 0;
     for (; i < in->length; i++) {
         uint8_t c = in->bytes[i];
@@ -51,7 +53,8 @@ static void scan_prefixes(const x86_insn *in, spelling *s) {
     s->pf2 = (last & 3) == 3;
 }
 
-static bool keeps_rep_prefix(unsigned mnemonic) {
+static bool keeps_rep_prefix(unsigned mnemonic)
+{
     switch (mnemonic) {
     case ZYDIS_MNEMONIC_POPCNT: case ZYDIS_MNEMONIC_TZCNT: case ZYDIS_MNEMONIC_LZCNT:
     case ZYDIS_MNEMONIC_CRC32: case ZYDIS_MNEMONIC_ADOX: case ZYDIS_MNEMONIC_RDPID:
@@ -62,7 +65,8 @@ static bool keeps_rep_prefix(unsigned mnemonic) {
 }
 
 /* 66 and REX.W of a general-purpose instruction come from the operand size. */
-static void size_prefixes(const x86_insn *in, spelling *s) {
+static void size_prefixes(const x86_insn *in, spelling *s)
+{
     unsigned size = in->osz;
     if (in->mnemonic == ZYDIS_MNEMONIC_CRC32)           /* the source decides 66, either decides W */
         size = in->op[0].size == 8 ? 8 : in->op[1].size;
@@ -76,7 +80,8 @@ static void size_prefixes(const x86_insn *in, spelling *s) {
         s->pf2 = s->pf3 = false;
 }
 
-static bool has_gpr(const x86_insn *in) {
+static bool has_gpr(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops && i < 4; i++)
         if (in->op[i].kind == X86_OP_GPR)
             return true;
@@ -84,7 +89,8 @@ static bool has_gpr(const x86_insn *in) {
 }
 
 /* VEX.W selects a 64-bit register or memory integer, which only 64-bit mode has; elsewhere it is ignored (SDM vol. 2, 2.3.5.5). */
-static bool is_w_ignored(const x86_insn *in) {
+static bool is_w_ignored(const x86_insn *in)
+{
     if (in->mode == 8)
         return false;
     if (in->map == 1)
@@ -94,7 +100,8 @@ static bool is_w_ignored(const x86_insn *in) {
     return in->map == 3 && (has_gpr(in) || in->opcode == 0x16 || in->opcode == 0x22 || in->opcode >= 0xf0);
 }
 
-static bool is_vector_form(const x86_insn *in) {
+static bool is_vector_form(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops && i < 4; i++)
         if (in->op[i].kind == X86_OP_VEC || in->op[i].kind == X86_OP_MMX || in->op[i].kind == X86_OP_ST)
             return true;
@@ -102,7 +109,8 @@ static bool is_vector_form(const x86_insn *in) {
 }
 
 /* Host number of a register operand with the REX consequences of byte registers; false: not encodable. */
-static bool name_gpr(const x86_operand *op, const x86_rename *map, spelling *s, uint8_t *number) {
+static bool name_gpr(const x86_operand *op, const x86_rename *map, spelling *s, uint8_t *number)
+{
     if (op->reg >= 16) {
         uint8_t host = map->gpr[(op->reg - 16) & 15];
         s->forbid_rex = true;
@@ -115,7 +123,8 @@ static bool name_gpr(const x86_operand *op, const x86_rename *map, spelling *s, 
     return true;
 }
 
-static bool place_operand(const x86_insn *in, const x86_operand *op, const x86_rename *map, spelling *s) {
+static bool place_operand(const x86_insn *in, const x86_operand *op, const x86_rename *map, spelling *s)
+{
     uint8_t number = op->reg;
     if (op->kind == X86_OP_GPR) {
         if (op->enc != X86_ENC_NONE && !name_gpr(op, map, s, &number))
@@ -150,7 +159,8 @@ static bool place_operand(const x86_insn *in, const x86_operand *op, const x86_r
     return true;
 }
 
-static void use_modrm(spelling *s, uint8_t opcode, uint8_t reg) {
+static void use_modrm(spelling *s, uint8_t opcode, uint8_t reg)
+{
     s->opcode = opcode;
     s->has_modrm = true;
     s->reg = reg;
@@ -158,7 +168,8 @@ static void use_modrm(spelling *s, uint8_t opcode, uint8_t reg) {
 
 /* Short forms that name the accumulator implicitly, and one-byte forms that 64-bit mode uses for something else: turn
  * them into their ModRM spelling with the register's host name. False: no such spelling. */
-static bool expand_short_forms(const x86_insn *in, const x86_rename *map, spelling *s) {
+static bool expand_short_forms(const x86_insn *in, const x86_rename *map, spelling *s)
+{
     uint8_t op = in->opcode;
     unsigned wide = op & 1;
     if (in->map != 0)
@@ -199,7 +210,8 @@ static bool expand_short_forms(const x86_insn *in, const x86_rename *map, spelli
 }
 
 /* One-byte opcodes without a meaning, or with another one, in 64-bit mode; transfers of control; prefixes. */
-static bool is_lost_in_64(const x86_insn *in) {
+static bool is_lost_in_64(const x86_insn *in)
+{
     uint8_t op = in->opcode;
     if (in->map != 0)
         return false;
@@ -211,7 +223,8 @@ static bool is_lost_in_64(const x86_insn *in) {
 }
 
 /* ModRM, SIB and displacement of the memory operand. Returns bytes written. */
-static unsigned put_memory(const spelling *s, const x86_rename *map, uint8_t *out) {
+static unsigned put_memory(const spelling *s, const x86_rename *map, uint8_t *out)
+{
     bool indexed = map->mem_index != X86_NOREG, based = map->mem_base != X86_NOREG;
     unsigned n = 0, base = based ? map->mem_base & 7 : 5;
     bool need_sib = indexed || base == 4 || !based;
@@ -228,7 +241,8 @@ static unsigned put_memory(const spelling *s, const x86_rename *map, uint8_t *ou
     return n;
 }
 
-static unsigned put_vex(const spelling *s, uint8_t *out) {
+static unsigned put_vex(const spelling *s, uint8_t *out)
+{
     uint8_t pp = s->p66 ? 1 : s->pf3 ? 2 : s->pf2 ? 3 : 0;
     uint8_t low = (uint8_t)((~s->vvvv & 15) << 3 | s->l << 2 | pp);
     if (s->map == 1 && !s->w && !s->x && !s->b) {
@@ -243,7 +257,8 @@ static unsigned put_vex(const spelling *s, uint8_t *out) {
 }
 
 /* Prefixes, REX and escape bytes. Returns bytes written, 0 on a REX conflict (a legal instruction may have none, hence +1). */
-static unsigned put_legacy(const spelling *s, uint8_t *out) {
+static unsigned put_legacy(const spelling *s, uint8_t *out)
+{
     unsigned n = 0;
     if (s->p66)
         out[n++] = 0x66;
@@ -262,7 +277,8 @@ static unsigned put_legacy(const spelling *s, uint8_t *out) {
     return n + 1;
 }
 
-static unsigned put_all(const spelling *s, const x86_rename *map, uint8_t *out) {
+static unsigned put_all(const spelling *s, const x86_rename *map, uint8_t *out)
+{
     unsigned n = 0;
     bool is_mem = s->has_mem && map->mem_kind == X86_RENAME_MEM_BASE;
     if (is_mem && map->mem_gs)
@@ -287,14 +303,16 @@ static unsigned put_all(const spelling *s, const x86_rename *map, uint8_t *out) 
     return n + s->imm_size;
 }
 
-static unsigned memory_size(const x86_insn *in) {
+static unsigned memory_size(const x86_insn *in)
+{
     for (unsigned i = 0; i < in->nops && i < 4; i++)
         if (in->op[i].kind == X86_OP_MEM || in->op[i].kind == X86_OP_MOFFS)
             return in->op[i].size;
     return 0;
 }
 
-unsigned x86_reencode(const x86_insn *in, const x86_rename *map, uint8_t *out) {
+unsigned x86_reencode(const x86_insn *in, const x86_rename *map, uint8_t *out)
+{
     spelling s = { .is_vex = in->flags & X86_IF_VEX, .map = in->map, .opcode = in->opcode };
     bool is_vector = is_vector_form(in);
 

@@ -66,7 +66,8 @@ uint16_t x86_fpu_full_tag(const x86_cpu *cpu);
 uint8_t x86_fpu_abridged_tag(uint16_t full);
 
 /* Index of the memory operand among in->op, or -1. */
-static inline int x86_memory_operand(const x86_insn *in) {
+static inline int x86_memory_operand(const x86_insn *in)
+{
     if (!(in->flags & X86_IF_MEM))
         return -1;
     for (unsigned i = 0; i < in->nops && i < 4; i++)

@@ -59,7 +59,8 @@ bool x86_seg_holds(const x86_seg *seg, uint64_t off, unsigned n);
 /* Raises #GP(0) unless `off` is a valid instruction pointer in cs. */
 void x86_check_target(x86_cpu *cpu, const x86_seg *cs, uint64_t off);
 /* True when cs executes 64-bit code on this CPU. */
-static inline bool x86_seg_is_long(const x86_cpu *cpu, const x86_seg *cs) {
+static inline bool x86_seg_is_long(const x86_cpu *cpu, const x86_seg *cs)
+{
     return x86_lma(cpu) && (cs->attr & X86_SEG_L);
 }
 

@@ -91,7 +91,8 @@ static uint64_t gate(uint32_t sel, uint64_t off, uint32_t access, uint32_t low)
 }
 
 static bool is_long(enum mode m) { return m >= LONG0; }
-static uint32_t gate_selector(void) {
+static uint32_t gate_selector(void)
+{
     return below(4) ? ONE_OF(CODE0, CODE0, CONFORM0, CODE3, TSS2_SEL) : random_selector();
 }
 

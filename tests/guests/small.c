@@ -9,7 +9,8 @@ enum { RAM_BYTES = 64 << 20, GOOD = 42, BAD = 1 };
 static void out8(uint16_t port, uint8_t value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
 static void print(const char *text) { while (*text) out8(0x3f8, (uint8_t)*text++); }
 static void leave(int code) { for (;;) out8(0xf4, (uint8_t)code); }
-static void check(int good, const char *what) {
+static void check(int good, const char *what)
+{
     if (good) return;
     print("bad: ");
     print(what);
@@ -18,12 +19,14 @@ static void check(int good, const char *what) {
 }
 
 static unsigned length(const char *text) { unsigned n = 0; while (text[n]) n++; return n; }
-static int ends_with(const char *text, const char *end) {
+static int ends_with(const char *text, const char *end)
+{
     unsigned a = length(text), b = length(end);
     for (unsigned i = 0; i <= b; i++) if (b > a || text[a - i] != end[b - i]) return 0;
     return 1;
 }
-static int equal(const void *a, const void *b, unsigned n) {
+static int equal(const void *a, const void *b, unsigned n)
+{
     const char *x = a, *y = b;
     for (unsigned i = 0; i < n; i++) if (x[i] != y[i]) return 0;
     return 1;
@@ -33,7 +36,8 @@ static uint8_t big_bss[100000];
 static volatile uint32_t initialised = 0x12345678;
 
 /* What guests look up, or call, when they go back to real mode: the BIOS data area and the interrupt vectors. */
-static void check_firmware(void) {
+static void check_firmware(void)
+{
     volatile uint16_t *data = (uint16_t *)0x400;
     const volatile uint32_t *vectors = (uint32_t *)0;
     __asm__ volatile("" : "+r"(data), "+r"(vectors));
@@ -42,14 +46,16 @@ static void check_firmware(void) {
     for (unsigned v = 0; v < 256; v++) check(vectors[v] >> 16 >= 0xe000, "interrupt vectors");
 }
 
-static void check_image(void) {
+static void check_image(void)
+{
     check_firmware();
     check(initialised == 0x12345678, "initialised data");
     for (unsigned i = 0; i < sizeof big_bss; i++) check(big_bss[i] == 0, "bss is not zero");
 }
 
 /* Usable RAM in a map of entries with base, bytes, type at fixed offsets. */
-static void check_map(uintptr_t entry, unsigned count, unsigned stride) {
+static void check_map(uintptr_t entry, unsigned count, unsigned stride)
+{
     uint64_t usable = 0;
     int has_low = 0, has_high = 0;
     check(count >= 3 && count < 64, "entries of the memory map");
@@ -70,7 +76,8 @@ static void check_map(uintptr_t entry, unsigned count, unsigned stride) {
 
 #if !defined(PLAIN64)
 static uint32_t cr0(void) { uint32_t v; __asm__ volatile("mov %%cr0, %0" : "=r"(v)); return v; }
-static void check_protected_mode(void) {
+static void check_protected_mode(void)
+{
     uint32_t flags;
     __asm__ volatile("pushf; pop %0" : "=r"(flags));
     check((cr0() & 0x80000001u) == 1, "CR0: protection on, paging off");
@@ -80,7 +87,8 @@ static void check_protected_mode(void) {
 
 #if defined(MULTIBOOT) || defined(KLUDGE)
 void guest_main(uint32_t magic, uint32_t info, uint32_t unused);
-void guest_main(uint32_t magic, uint32_t info, uint32_t unused) {
+void guest_main(uint32_t magic, uint32_t info, uint32_t unused)
+{
     const uint32_t *i = (const uint32_t *)info;
     (void)unused;
     check_protected_mode();
@@ -105,7 +113,8 @@ void guest_main(uint32_t magic, uint32_t info, uint32_t unused) {
 }
 #elif defined(PVH)
 void guest_main(uint32_t eax, uint32_t info, uint32_t esi);
-void guest_main(uint32_t eax, uint32_t info, uint32_t esi) {
+void guest_main(uint32_t eax, uint32_t info, uint32_t esi)
+{
     const uint32_t *i = (const uint32_t *)info;
     (void)eax, (void)esi;
     check_protected_mode();
@@ -124,7 +133,8 @@ void guest_main(uint32_t eax, uint32_t info, uint32_t esi) {
     leave(GOOD);
 }
 #else
-static void check_params(uintptr_t page) {
+static void check_params(uintptr_t page)
+{
     check_image();
     check(equal((const char *)page + 0x202, "HdrS", 4), "HdrS");
     check(*(uint8_t *)(page + 0x210) != 0, "type_of_loader");
@@ -136,7 +146,8 @@ static void check_params(uintptr_t page) {
 }
 #ifdef PLAIN64
 void guest_main(uint64_t params);
-void guest_main(uint64_t params) {
+void guest_main(uint64_t params)
+{
     check_params(params);
     /* All of the first 4 GiB is mapped: the local APIC answers. */
     check((*(volatile uint32_t *)0xfee00030 & 0xf0) == 0x10, "local APIC version");
@@ -145,7 +156,8 @@ void guest_main(uint64_t params) {
 }
 #else
 void guest_main(uint32_t eax, uint32_t ebx, uint32_t params);
-void guest_main(uint32_t eax, uint32_t ebx, uint32_t params) {
+void guest_main(uint32_t eax, uint32_t ebx, uint32_t params)
+{
     (void)eax, (void)ebx;
     check_protected_mode();
     check_params(params);

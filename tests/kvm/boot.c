@@ -13,12 +13,14 @@
 static char console[1 << 20];
 static size_t console_bytes;
 
-static void collect(void *user, const uint8_t *bytes, size_t count) {
+static void collect(void *user, const uint8_t *bytes, size_t count)
+{
     (void)user;
     for (size_t i = 0; i < count && console_bytes < sizeof console - 1; i++) console[console_bytes++] = (char)bytes[i];
 }
 
-static const char *guest_file(const char *name, char *path, size_t bytes) {
+static const char *guest_file(const char *name, char *path, size_t bytes)
+{
     const char *directory = getenv("LIBVM_GUESTS"), *home = getenv("HOME");
     if (directory)
         snprintf(path, bytes, "%s/%s", directory, name);
@@ -28,7 +30,8 @@ static const char *guest_file(const char *name, char *path, size_t bytes) {
     return path;
 }
 
-static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char *append) {
+static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char *append)
+{
     char kernel[512], initrd[512], line[512];
     uint64_t available = 0;
     vm_options o = VM_OPTIONS_INIT;
@@ -51,7 +54,8 @@ static vm_machine *linux_machine(vm_backend backend, unsigned vcpus, const char 
     return m;
 }
 
-static void expect_console(const char *text) {
+static void expect_console(const char *text)
+{
     if (!strstr(console, text))
         FAIL("no \"%s\" on the console, which ends: %s", text,
              console + (console_bytes > 600 ? console_bytes - 600 : 0));
@@ -60,7 +64,8 @@ static void expect_console(const char *text) {
 /* Short turns while the kernel sets itself up: where guest ring 0 is emulated, KVM's part ends with that. */
 static uint64_t turn_ns(unsigned moves, unsigned ms) { return ms * UINT64_C(1000000) / (moves < 120 ? 40 : 1); }
 
-TEST_LIMIT(moves_while_linux_boots, 300) {
+TEST_LIMIT(moves_while_linux_boots, 300)
+{
     static const struct {
         vm_backend backend;
         unsigned ms;
@@ -101,7 +106,8 @@ typedef struct turn {
     int status;
 } turn;
 
-static void *take_turn(void *arg) {
+static void *take_turn(void *arg)
+{
     turn *t = arg;
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.deadline_ns = t->deadline_ns;
@@ -111,7 +117,8 @@ static void *take_turn(void *arg) {
 }
 
 /* Two vCPUs, each on its thread; between turns both stand still and the machine moves. */
-TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300) {
+TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300)
+{
     vm_machine *m =
         linux_machine(VM_BACKEND_INTERP, 2, "run=\"grep -c processor /proc/cpuinfo; cat /proc/interrupts\"");
     static const struct {
@@ -143,7 +150,8 @@ TEST_LIMIT(moves_while_two_vcpus_boot_linux, 300) {
     vm_destroy(m);
 }
 
-TEST_LIMIT(linux_on_kvm_alone, 7200) {
+TEST_LIMIT(linux_on_kvm_alone, 7200)
+{
     uint64_t is_hardware = 0;
     OK(vm_query(VM_BACKEND_KVM, "hardware-ring0", &is_hardware));
     if (!is_hardware && !getenv("VM_KVM_BOOT"))

@@ -23,13 +23,15 @@
 #define RAM_BYTES UINT64_C(0x200000)
 #define CODE      UINT64_C(0x1000)
 
-static void need_kvm(void) {
+static void need_kvm(void)
+{
     uint64_t available = 0;
     OK(vm_query(VM_BACKEND_KVM, "available", &available));
     if (!available) test_skip("%s", vm_errmsg());
 }
 
-static double now(void) {
+static double now(void)
+{
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
@@ -42,7 +44,8 @@ typedef struct guest {
     vm_region *region;
 } guest;
 
-static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size_t bytes) {
+static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size_t bytes)
+{
     guest g;
     vm_options o = VM_OPTIONS_INIT;
     vm_regs r = VM_REGS_INIT;
@@ -63,7 +66,8 @@ static guest open_guest(vm_backend backend, vm_mode mode, const void *code, size
 #define OPEN(backend, mode, ...)                                                                                       \
     open_guest(backend, mode, (const uint8_t[]){__VA_ARGS__}, sizeof(const uint8_t[]){__VA_ARGS__})
 
-static vm_regs regs_of(guest *g) {
+static vm_regs regs_of(guest *g)
+{
     vm_regs r = VM_REGS_INIT;
     OK(vm_vcpu_get_regs(g->cpu, &r));
     return r;
@@ -71,7 +75,8 @@ static vm_regs regs_of(guest *g) {
 
 static void set_reg(guest *g, int id, uint64_t value) { OK(vm_vcpu_write_reg(g->cpu, id, &value, vm_reg_size(id))); }
 
-static uint64_t stat_of(vm_machine *m, const char *name) {
+static uint64_t stat_of(vm_machine *m, const char *name)
+{
     uint64_t v = 0;
     OK(vm_stats(m, name, &v));
     return v;
@@ -79,7 +84,8 @@ static uint64_t stat_of(vm_machine *m, const char *name) {
 
 /* ---- discovery ---- */
 
-TEST(says_why_not_in_one_line) {
+TEST(says_why_not_in_one_line)
+{
     uint64_t available = 1;
     OK(vm_query(VM_BACKEND_KVM, "available", &available));
     if (available) {
@@ -96,7 +102,8 @@ TEST(says_why_not_in_one_line) {
     CHECK(strstr(vm_errmsg(), "KVM") && !strchr(vm_errmsg(), '\n'));
 }
 
-TEST(auto_takes_what_is_usable) {
+TEST(auto_takes_what_is_usable)
+{
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     uint64_t available = 0, is_hardware = 0;
@@ -155,7 +162,8 @@ typedef struct recorded {
 static uint64_t answer(unsigned i) { return UINT64_C(0x1122334455667788) * (i + 3) ^ 0x5a; }
 
 /* look_at: registers are read at every exit of which this bit of the number is set; 0: at all. Then exits are brief. */
-static void record_exits(vm_backend backend, const outside *o, vm_mode mode, unsigned look_at, recorded *out) {
+static void record_exits(vm_backend backend, const outside *o, vm_mode mode, unsigned look_at, recorded *out)
+{
     guest g = open_guest(backend, mode, o->bytes, sizeof o->bytes);
     vm_exit e = VM_EXIT_INIT;
     set_reg(&g, VM_REG_RAX, 0x1234567);
@@ -190,7 +198,8 @@ static void record_exits(vm_backend backend, const outside *o, vm_mode mode, uns
     vm_destroy(g.m);
 }
 
-static void compare_regs(const vm_regs *k, const vm_regs *i, unsigned n) {
+static void compare_regs(const vm_regs *k, const vm_regs *i, unsigned n)
+{
     const uint64_t *a = &k->rax, *b = &i->rax;
     for (unsigned r = 0; r < 18; r++)
         if (a[r] != b[r] && !(r == 17 && ((a[r] ^ b[r]) & 0x3e7fd5) == 0))
@@ -200,7 +209,8 @@ static void compare_regs(const vm_regs *k, const vm_regs *i, unsigned n) {
 static uint64_t data_of(const vm_exit *e) { return e->reason == VM_EXIT_IO ? e->io.data : e->mmio.data; }
 
 /* Exits that do not name their instruction: who reads registers finds it, and who does not disturbs nothing. */
-static void brief_exits(const outside *o, vm_mode mode, const recorded *full) {
+static void brief_exits(const outside *o, vm_mode mode, const recorded *full)
+{
     static recorded brief;
     for (unsigned look_at = 1; look_at <= 2; look_at++) {
         record_exits(VM_BACKEND_KVM, o, mode, look_at, &brief);
@@ -215,7 +225,8 @@ static void brief_exits(const outside *o, vm_mode mode, const recorded *full) {
     }
 }
 
-static void same_exits(const void *arg) {
+static void same_exits(const void *arg)
+{
     const outside *o = arg;
     static recorded k, i;
     static const vm_mode modes[] = {VM_MODE_REAL, VM_MODE_FLAT32, VM_MODE_FLAT64};
@@ -239,7 +250,8 @@ static void same_exits(const void *arg) {
     }
 }
 
-SETUP(outsides) {
+SETUP(outsides)
+{
     static char name[100];
     for (size_t i = 0; i < sizeof outsides / sizeof *outsides; i++) {
         snprintf(name, sizeof name, "same_exits.%s", outsides[i].name);
@@ -248,7 +260,8 @@ SETUP(outsides) {
 }
 
 /* The answer to a read counts however the guest goes on: in KVM, or in the interpreter because of what the run asks for. */
-TEST(answers_reach_every_kind_of_run) {
+TEST(answers_reach_every_kind_of_run)
+{
     static const struct {
         vm_run_options o;
         int reason;
@@ -293,7 +306,8 @@ typedef struct device {
     uint64_t new_rip, new_rbx;
 } device;
 
-static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value) {
+static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
     device *d = user;
     (void)offset, (void)width;
     vm_vcpu_read_reg(cpu, VM_REG_RIP, &d->rip[d->calls++ & 7], 8);
@@ -303,7 +317,8 @@ static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
     return 0;
 }
 
-static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     device *d = user;
     uint64_t ignored = 0;
     int status = device_read(user, cpu, offset, width, &ignored);
@@ -313,7 +328,8 @@ static int device_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned widt
 
 static const vm_io_ops device_ops = {.size = sizeof(vm_io_ops), .read = device_read, .write = device_write};
 
-TEST(callbacks_see_the_instruction) {
+TEST(callbacks_see_the_instruction)
+{
     need_kvm();
     device d = {.value = 0x77};
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x90, 0xee, 0x90, 0xec, 0x88, 0x07, 0x8a, 0x1f, 0xf4);
@@ -335,7 +351,8 @@ TEST(callbacks_see_the_instruction) {
     vm_destroy(g.m);
 }
 
-TEST(callbacks_change_registers) {
+TEST(callbacks_change_registers)
+{
     need_kvm();
     device d = {.value = 0x55, .new_rip = CODE + 0x20, .new_rbx = 0xabcdef};
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xec, 0xf4);
@@ -353,7 +370,8 @@ TEST(callbacks_change_registers) {
     vm_destroy(g.m);
 }
 
-TEST(registers_after_an_exit_cost_no_system_call) {
+TEST(registers_after_an_exit_cost_no_system_call)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xee, 0xeb, 0xfd);
     vm_exit e = VM_EXIT_INIT;
@@ -370,13 +388,15 @@ TEST(registers_after_an_exit_cost_no_system_call) {
 
 /* ---- kicks and deadlines ---- */
 
-static void *kick_soon(void *arg) {
+static void *kick_soon(void *arg)
+{
     usleep(20000);
     vm_vcpu_kick(arg);
     return NULL;
 }
 
-TEST(kick_from_another_thread) {
+TEST(kick_from_another_thread)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -402,13 +422,15 @@ TEST(kick_from_another_thread) {
 }
 
 /* The process had one thread when the run began, so nothing was blocked. */
-static int make_kicker(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value) {
+static int make_kicker(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
     (void)offset, (void)width, (void)value;
     pthread_create(user, NULL, kick_soon, cpu);
     return 0;
 }
 
-TEST(kick_from_a_thread_made_in_a_callback) {
+TEST(kick_from_a_thread_made_in_a_callback)
+{
     need_kvm();
     static const vm_io_ops ops = {.size = sizeof(vm_io_ops), .write = make_kicker};
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xe6, 0x10, 0xeb, 0xfe);
@@ -427,12 +449,14 @@ TEST(kick_from_a_thread_made_in_a_callback) {
 }
 
 static vm_vcpu *alarm_cpu;
-static void on_alarm(int signal) {
+static void on_alarm(int signal)
+{
     (void)signal;
     vm_vcpu_kick(alarm_cpu);
 }
 
-TEST(kick_from_a_signal_handler) {
+TEST(kick_from_a_signal_handler)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -450,7 +474,8 @@ TEST(kick_from_a_signal_handler) {
 static _Atomic int urgent;
 static void on_urgent(int signal) { (void)signal, urgent++; }
 
-TEST(somebody_elses_signals_arrive) {
+TEST(somebody_elses_signals_arrive)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -471,7 +496,8 @@ TEST(somebody_elses_signals_arrive) {
     vm_destroy(g.m);
 }
 
-TEST(kick_is_sticky) {
+TEST(kick_is_sticky)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x90, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -485,7 +511,8 @@ TEST(kick_is_sticky) {
     vm_destroy(g.m);
 }
 
-TEST(deadline) {
+TEST(deadline)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xeb, 0xfe);
     vm_exit e = VM_EXIT_INIT;
@@ -502,7 +529,8 @@ TEST(deadline) {
     vm_destroy(g.m);
 }
 
-TEST(kick_between_device_accesses) {
+TEST(kick_between_device_accesses)
+{
     need_kvm();
     device d = {.value = 1};
     guest g =
@@ -525,7 +553,8 @@ TEST(kick_between_device_accesses) {
 
 /* ---- until, budgets, exceptions: the interpreter's part ---- */
 
-TEST(until_budget_exceptions) {
+TEST(until_budget_exceptions)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xff, 0xc0, 0xff, 0xc0, 0xeb, 0xfa);
     vm_exit e = VM_EXIT_INIT;
@@ -559,7 +588,8 @@ TEST(until_budget_exceptions) {
     vm_destroy(g.m);
 }
 
-TEST(what_kvm_cannot_emulate) {
+TEST(what_kvm_cannot_emulate)
+{
     need_kvm();
     /* mov al,0fh; add al,1; daa; fld1; fadd st0,st0; fistp dword [2000h]; bound-free loop of 50 DAA; hlt */
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_REAL, 0xb0, 0x0f, 0x04, 0x01, 0x27, 0xd9, 0xe8, 0xdc, 0xc0, 0xdb, 0x1e, 0x00,
@@ -579,7 +609,8 @@ TEST(what_kvm_cannot_emulate) {
 
 /* ---- memory ---- */
 
-TEST(flat64_reaches_far) {
+TEST(flat64_reaches_far)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x48, 0x8b, 0x03, 0x48, 0x89, 0x01, 0x48, 0x8b, 0x06, 0xf4);
     vm_region *far;
@@ -607,7 +638,8 @@ TEST(flat64_reaches_far) {
     vm_destroy(g.m);
 }
 
-TEST(task_priority) {
+TEST(task_priority)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x44, 0x0f, 0x22, 0xc0, 0xf4, 0x44, 0x0f, 0x20, 0xc3,
                    0xf4); /* cr8 = rax; rbx = cr8 */
@@ -624,7 +656,8 @@ TEST(task_priority) {
     vm_destroy(g.m);
 }
 
-TEST(unmapped_is_tried_again) {
+TEST(unmapped_is_tried_again)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x8a, 0x07, 0x88, 0x67, 0x01, 0xf4);
     vm_region *late;
@@ -644,7 +677,8 @@ TEST(unmapped_is_tried_again) {
     vm_destroy(g.m);
 }
 
-TEST(protection) {
+TEST(protection)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -674,7 +708,8 @@ TEST(protection) {
     vm_destroy(g.m);
 }
 
-TEST(dirty_log) {
+TEST(dirty_log)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0x88, 0x06, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -700,7 +735,8 @@ TEST(dirty_log) {
 }
 
 /* More pages than a dirty ring holds, some of them twice, from two sides. */
-TEST(dirty_log_of_many_pages) {
+TEST(dirty_log_of_many_pages)
+{
     need_kvm();
     /* mov [rdi],al; add rdi,4096; dec ecx; jnz */
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0x88, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xff, 0xc9,
@@ -732,12 +768,14 @@ TEST(dirty_log_of_many_pages) {
 /* In place of the library's: rings are used only where guest ring 0 runs on the CPU, but a guest in ring 3 fills them one
  * entry an exit on every host. */
 static bool is_pretending;
-bool kvm_is_hardware_ring0(int kvm_fd) {
+bool kvm_is_hardware_ring0(int kvm_fd)
+{
     return is_pretending || ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE) > 0;
 }
 
 /* Ring 3 of long mode, the first GiB mapped to itself, ports open. */
-static void enter_ring3(guest *g, uint64_t rdi, uint64_t rcx) {
+static void enter_ring3(guest *g, uint64_t rdi, uint64_t rcx)
+{
     vm_sregs s = VM_SREGS_INIT;
     vm_regs r = VM_REGS_INIT;
     const uint64_t tables = 0x100000;
@@ -755,7 +793,8 @@ static void enter_ring3(guest *g, uint64_t rdi, uint64_t rcx) {
     OK(vm_vcpu_set_regs(g->cpu, &r));
 }
 
-TEST(dirty_log_by_ring) {
+TEST(dirty_log_by_ring)
+{
     need_kvm();
     is_pretending = true;
     /* mov [rdi],al; add rdi,4096; dec ecx; jnz; out 80h,al */
@@ -791,7 +830,8 @@ TEST(dirty_log_by_ring) {
 
 /* A hypercall is KVM's own affair (vm_query says so), and with what it makes of it, an error in RAX or #UD, the guest goes
  * on or shuts down; where libvm's interpreter meets it, it is an exit. */
-TEST(hypercalls_end_somehow) {
+TEST(hypercalls_end_somehow)
+{
     need_kvm();
     static const uint8_t calls[][4] = {{0x0f, 0x01, 0xc1, 0xf4}, {0x0f, 0x01, 0xd9, 0xf4}}; /* vmcall, vmmcall; hlt */
     uint64_t has = 1;
@@ -819,7 +859,8 @@ TEST(hypercalls_end_somehow) {
 }
 
 /* The same with bitmaps, which KVM gives where it has no rings. */
-TEST(dirty_log_by_bitmap) {
+TEST(dirty_log_by_bitmap)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     kvm_machine *km = kvm_machine_of(g.m);
@@ -840,7 +881,8 @@ TEST(dirty_log_by_bitmap) {
     vm_destroy(g.m);
 }
 
-TEST(slots_exhausted) {
+TEST(slots_exhausted)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0x8a, 0x1f, 0xff, 0xe6); /* store, load, jmp esi */
     kvm_machine_of(g.m)->max_slots = kvm_machine_of(g.m)->slot_count + 2;
@@ -867,7 +909,8 @@ TEST(slots_exhausted) {
     vm_destroy(g.m);
 }
 
-TEST(many_regions) {
+TEST(many_regions)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x88, 0x07, 0xf4);
     enum { COUNT = 2000 };
@@ -888,13 +931,15 @@ TEST(many_regions) {
 
 /* ---- two vCPUs ---- */
 
-static void *run_until_halt(void *arg) {
+static void *run_until_halt(void *arg)
+{
     vm_exit e = VM_EXIT_INIT;
     int status = vm_vcpu_run(arg, NULL, &e);
     return (void *)(uintptr_t)(status ? 1000 : (int)e.reason);
 }
 
-TEST(two_vcpus_and_an_editor) {
+TEST(two_vcpus_and_an_editor)
+{
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
@@ -934,7 +979,8 @@ TEST(two_vcpus_and_an_editor) {
 
 /* ---- interrupts on a PC ---- */
 
-TEST(timer_interrupts_of_a_pc) {
+TEST(timer_interrupts_of_a_pc)
+{
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
@@ -977,7 +1023,8 @@ TEST(timer_interrupts_of_a_pc) {
 
 static const vm_backend tour[] = {VM_BACKEND_KVM, VM_BACKEND_INTERP, VM_BACKEND_KVM, VM_BACKEND_JIT};
 
-static void next_backend(guest *g, unsigned i) {
+static void next_backend(guest *g, unsigned i)
+{
     uint64_t has_jit = 0;
     vm_backend b = tour[i % 4];
     OK(vm_query(VM_BACKEND_JIT, "available", &has_jit));
@@ -989,7 +1036,8 @@ static void next_backend(guest *g, unsigned i) {
 static const uint8_t tour_code[] = {0xd9, 0xee, 0xec, 0x01, 0xc3, 0xd9, 0xe8, 0xde, 0xc1, 0x66, 0x0f, 0x6e, 0xc3, 0x66,
                                     0x0f, 0xfe, 0xc8, 0xef, 0x89, 0x1f, 0xff, 0xc9, 0x75, 0xea, 0xdb, 0x1e, 0xf4};
 
-static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum) {
+static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum)
+{
     guest g = open_guest(VM_BACKEND_INTERP, VM_MODE_FLAT64, tour_code, sizeof tour_code);
     vm_exit e = VM_EXIT_INIT;
     set_reg(&g, VM_REG_RDX, 0x3f8);
@@ -1010,7 +1058,8 @@ static void tour_guest(bool moves, vm_regs *r, uint8_t xmm1[16], uint32_t *sum) 
     vm_destroy(g.m);
 }
 
-TEST(moves_at_every_exit) {
+TEST(moves_at_every_exit)
+{
     need_kvm();
     vm_regs moved, stayed;
     uint8_t moved_xmm[16], stayed_xmm[16];
@@ -1023,7 +1072,8 @@ TEST(moves_at_every_exit) {
     CHECK_EQ(stayed_sum, 20);
 }
 
-TEST(moves_keep_system_state) {
+TEST(moves_keep_system_state)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xf4, 0xf4, 0xf4);
     vm_sregs before = VM_SREGS_INIT, after = VM_SREGS_INIT;
@@ -1053,7 +1103,8 @@ TEST(moves_keep_system_state) {
     vm_destroy(g.m);
 }
 
-TEST(moves_are_refused_with_a_reason) {
+TEST(moves_are_refused_with_a_reason)
+{
     need_kvm();
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
@@ -1079,7 +1130,8 @@ TEST(moves_are_refused_with_a_reason) {
 
 /* ---- the host's failures ---- */
 
-TEST(shutdown_then_on) {
+TEST(shutdown_then_on)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x0f, 0x0b);
     vm_exit e = VM_EXIT_INIT;
@@ -1095,7 +1147,8 @@ TEST(shutdown_then_on) {
     vm_destroy(g.m);
 }
 
-static void close_descriptors(const char *kind) {
+static void close_descriptors(const char *kind)
+{
     DIR *d = opendir("/proc/self/fd");
     struct dirent *e;
     while ((e = readdir(d))) {
@@ -1108,7 +1161,8 @@ static void close_descriptors(const char *kind) {
     closedir(d);
 }
 
-TEST(descriptors_closed_by_somebody) {
+TEST(descriptors_closed_by_somebody)
+{
     static const char *const kinds[] = {"kvm-vcpu", "kvm-vm", "/dev/kvm"};
     need_kvm();
     for (unsigned i = 0; i < 3; i++) {
@@ -1127,7 +1181,8 @@ TEST(descriptors_closed_by_somebody) {
     }
 }
 
-TEST(file_cut_under_the_guest) {
+TEST(file_cut_under_the_guest)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0x8a, 0x07, 0x88, 0x07, 0xf4);
     vm_region *r;
@@ -1150,7 +1205,8 @@ TEST(file_cut_under_the_guest) {
     close(fd);
 }
 
-TEST(state_that_no_cpu_enters) {
+TEST(state_that_no_cpu_enters)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -1164,7 +1220,8 @@ TEST(state_that_no_cpu_enters) {
     vm_destroy(g.m);
 }
 
-TEST(forked_child_gets_a_status) {
+TEST(forked_child_gets_a_status)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     pid_t child = fork();
@@ -1182,7 +1239,8 @@ TEST(forked_child_gets_a_status) {
     vm_destroy(g.m);
 }
 
-TEST(stolen_descriptor) {
+TEST(stolen_descriptor)
+{
     need_kvm();
     guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT32, 0xf4);
     vm_exit e = VM_EXIT_INIT;
@@ -1196,7 +1254,8 @@ TEST(stolen_descriptor) {
 /* This one comes before the C library's: the fail_at-th call fails. */
 static _Atomic unsigned ioctl_calls;
 static unsigned fail_at;
-__attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, ...) {
+__attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, ...)
+{
     va_list args;
     va_start(args, request);
     void *argument = va_arg(args, void *);
@@ -1208,7 +1267,8 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
     return (int)syscall(SYS_ioctl, fd, request, argument);
 }
 
-static unsigned open_files(void) {
+static unsigned open_files(void)
+{
     unsigned n = 0;
     DIR *d = opendir("/proc/self/fd");
     while (readdir(d)) n++;
@@ -1217,7 +1277,8 @@ static unsigned open_files(void) {
 }
 
 /* A short life that uses most of the backend; any call may fail, none may crash. */
-static void life_with_a_failure(void) {
+static void life_with_a_failure(void)
+{
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_region *r;
@@ -1246,7 +1307,8 @@ static void life_with_a_failure(void) {
     vm_destroy(m);
 }
 
-TEST_LIMIT(every_ioctl_fails_once, 120) {
+TEST_LIMIT(every_ioctl_fails_once, 120)
+{
     need_kvm();
     ioctl_calls = fail_at = 0;
     life_with_a_failure();
@@ -1261,7 +1323,8 @@ TEST_LIMIT(every_ioctl_fails_once, 120) {
     fail_at = 0;
 }
 
-TEST(create_and_destroy_leaves_nothing) {
+TEST(create_and_destroy_leaves_nothing)
+{
     need_kvm();
     unsigned before = 0, after = 0;
     for (unsigned round = 0; round < 2; round++) {

@@ -140,13 +140,15 @@ static uint64_t at(const uint8_t *label) { return CODE + (uint64_t)(label - move
 
 static void put(vm_machine *m, uint64_t gpa, uint64_t value) { OK(vm_write(m, gpa, &value, 8)); }
 
-static void put_gate(vm_machine *m, unsigned vector, uint64_t to, unsigned dpl) {
+static void put_gate(vm_machine *m, unsigned vector, uint64_t to, unsigned dpl)
+{
     put(m, IDT + vector * 16,
         (to & 0xffff) | 0x10 << 16 | (UINT64_C(0x8e00) | dpl << 13) << 32 | (to >> 16 & 0xffff) << 48);
     put(m, IDT + vector * 16 + 8, to >> 32);
 }
 
-static void lay_out(vm_machine *m, bool has_syscall) {
+static void lay_out(vm_machine *m, bool has_syscall)
+{
     OK(vm_write(m, CODE, moves_guest, (size_t)(moves_end - moves_guest)));
     if (!has_syscall) OK(vm_write(m, CODE + 8, (const uint8_t[]){0xcd, 0x81}, 2)); /* in SYSCALL's place */
     put(m, TABLES, (TABLES + 0x1000) | 7);
@@ -184,7 +186,8 @@ typedef struct kind {
 } kind;
 static const kind kinds[] = {{"syscall", true, true}, {"int", false, true}, {"ring0", false, false}};
 
-static void set_up(vm_machine *m, vm_vcpu *cpu, uint64_t turns, const kind *k) {
+static void set_up(vm_machine *m, vm_vcpu *cpu, uint64_t turns, const kind *k)
+{
     vm_sregs s = VM_SREGS_INIT;
     vm_regs r = VM_REGS_INIT;
     lay_out(m, k->has_syscall);
@@ -217,20 +220,23 @@ static void set_up(vm_machine *m, vm_vcpu *cpu, uint64_t turns, const kind *k) {
     OK(vm_vcpu_set_regs(cpu, &r));
 }
 
-static uint64_t expected(uint64_t turns) {
+static uint64_t expected(uint64_t turns)
+{
     uint64_t v = 1;
     for (; turns; turns--) v += 0x123456789, v = v << 7 | v >> 57;
     return v;
 }
 
-static uint64_t word(vm_machine *m, uint64_t gpa) {
+static uint64_t word(vm_machine *m, uint64_t gpa)
+{
     uint64_t v;
     OK(vm_read(m, gpa, &v, 8));
     return v;
 }
 
 /* A turn of random length on a random backend; false: the guest has ended. */
-static bool take_turn(vm_machine *m, vm_vcpu *cpu, uint64_t *random, vm_exit *e) {
+static bool take_turn(vm_machine *m, vm_vcpu *cpu, uint64_t *random, vm_exit *e)
+{
     static const vm_backend backends[] = {VM_BACKEND_KVM, VM_BACKEND_INTERP, VM_BACKEND_JIT, VM_BACKEND_KVM};
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     uint64_t has_jit = 0;
@@ -247,7 +253,8 @@ static bool take_turn(vm_machine *m, vm_vcpu *cpu, uint64_t *random, vm_exit *e)
     return e->reason == VM_EXIT_DEADLINE || e->reason == VM_EXIT_BUDGET;
 }
 
-static void taken_out(const void *arg) {
+static void taken_out(const void *arg)
+{
     const kind *k = arg;
     uint64_t available = 0, turns = k->is_user ? 20000 : 4000, random = 1, exits = 0;
     vm_options o = VM_OPTIONS_INIT;
@@ -280,7 +287,8 @@ static void taken_out(const void *arg) {
     vm_destroy(m);
 }
 
-SETUP(kinds) {
+SETUP(kinds)
+{
     for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         char name[64];
         snprintf(name, sizeof name, "taken_out_at_any_moment/%s", kinds[i].name);
