@@ -12,6 +12,9 @@
  * if shared-memory test cases were among it. Then, for each test case, afl-fuzz writes a word; the server answers with the
  * process that runs it and, when that is done, with its status as waitpid() gives it. A test case that takes too long is killed
  * by afl-fuzz: the process it is told of here is one that only sleeps, and the run ends when it is gone.
+ *
+ * Most of the time of a short test case goes to waking each other. So both answers to one that is done within milliseconds
+ * are one write, and the map is no larger than the program needs: afl-fuzz walks through all of it each time.
  */
 #define _GNU_SOURCE 1
 #include "target.h"
@@ -26,9 +29,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { FROM_AFL = 198, TO_AFL = 199, MAP_BYTES = 1 << 16, FOREVER_MS = 600000, ALONE_MS = 10000 };
+enum { FROM_AFL = 198, TO_AFL = 199, MAP_LEAST = 1 << 12, MAP_MOST = 1 << 16, FOREVER_MS = 600000, ALONE_MS = 10000 };
 #define CAN_OPTIONS  0x80000001u
-#define CAN_MAP_SIZE (0x40000000u | (MAP_BYTES - 1) << 1)
+#define CAN_MAP_SIZE(bytes) (0x40000000u | ((bytes) - 1) << 1)
 #define CAN_SHARED   0x01000000u
 
 static uint8_t *attach(const char *variable)
@@ -57,7 +60,14 @@ static void start_sleeper(void)
     _exit(0);
 }
 
-static int sleeper_lives(void) { return waitpid(sleeper, NULL, WNOHANG) == 0; }
+static int is_announced;                                   /* afl-fuzz knows of it for this test case */
+
+/* The test case takes its time: now somebody may want to kill it. */
+static int sleeper_lives(void)
+{
+    if (!is_announced) is_announced = put((uint32_t)sleeper);
+    return is_announced && waitpid(sleeper, NULL, WNOHANG) == 0;
+}
 
 /* ---- test cases ---- */
 
@@ -65,10 +75,11 @@ static uint32_t status_of(int result) { return result > 0 ? (uint32_t)result : r
 
 static int run_here(target *t, const uint8_t *data, uint32_t size)
 {
-    if (!put((uint32_t)sleeper)) return -1;
+    is_announced = 0;
     int result = target_run(t, data, size, FOREVER_MS, sleeper_lives);
     if (result == TARGET_BROKEN) return -1;
-    if (!put(status_of(result))) return -1;
+    uint32_t answers[2] = {(uint32_t)sleeper, status_of(result)};
+    if (is_announced ? !put(answers[1]) : write(TO_AFL, answers, 8) != 8) return -1;
     if (result == TARGET_HANG) start_sleeper();
     return 0;
 }
@@ -90,10 +101,10 @@ static int run_forked(target *t, const uint8_t *data, uint32_t size)
     return put((uint32_t)child) && waitpid(child, &status, 0) == child && put((uint32_t)status) ? 0 : -1;
 }
 
-static int serve(target *t, uint8_t *map, const uint8_t *shared, int forks)
+static int serve(target *t, uint8_t *map, uint32_t map_bytes, const uint8_t *shared, int forks)
 {
     uint32_t word;
-    if (!put(CAN_OPTIONS | CAN_MAP_SIZE | (shared ? CAN_SHARED : 0))) return 1;
+    if (!put(CAN_OPTIONS | CAN_MAP_SIZE(map_bytes) | (shared ? CAN_SHARED : 0))) return 1;
     if (shared && (!get(&word) || word != (CAN_OPTIONS | CAN_SHARED))) return 1;
     if (!forks) start_sleeper();
     while (get(&word)) {
@@ -112,6 +123,14 @@ static int serve(target *t, uint8_t *map, const uint8_t *shared, int forks)
     }
     if (!forks) kill(sleeper, SIGKILL);
     return 0;
+}
+
+/* A few counters for each byte of code: there is a branch every ten bytes or so. */
+static uint32_t map_size(const target *t)
+{
+    uint32_t bytes = MAP_LEAST;
+    while (bytes < MAP_MOST && bytes < 4 * t->code_bytes) bytes *= 2;
+    return bytes;
 }
 
 static int run_files(target *t, char **files)
@@ -154,8 +173,9 @@ int main(int argc, char **argv)
         return fprintf(stderr, "usage: fuzz_afl [--function NAME] [--interp] [--fork] PROGRAM.elf [INPUT...]\n"), 2;
     if (target_open(&t, argv[i], function, backend)) return 2;
     uint8_t *map = attach("__AFL_SHM_ID"), *shared = attach("__AFL_SHM_FUZZ_ID");
-    if (map && vm_coverage(t.m, map, MAP_BYTES)) return fprintf(stderr, "fuzz_afl: %s\n", vm_errmsg()), 2;
-    code = map ? serve(&t, map, shared, forks) : run_files(&t, argv + i + 1);
+    uint32_t map_bytes = map_size(&t);
+    if (map && vm_coverage(t.m, map, map_bytes)) return fprintf(stderr, "fuzz_afl: %s\n", vm_errmsg()), 2;
+    code = map ? serve(&t, map, map_bytes, shared, forks) : run_files(&t, argv + i + 1);
     target_close(&t);
     return code;
 }

@@ -42,6 +42,7 @@ static int load_segment(target *t, const Elf64_Phdr *p, size_t file_bytes)
                     (p->p_flags & PF_X ? VM_PROT_X : 0);
     if (p->p_filesz > p->p_memsz || p->p_offset > file_bytes || p->p_filesz > file_bytes - p->p_offset) return -1;
     if (vm_map_ram(t->m, begin, end - begin, (vm_prot)prot, NULL)) return -1;
+    if (p->p_flags & PF_X) t->code_bytes += p->p_memsz;
     return vm_write(t->m, p->p_vaddr, t->file + p->p_offset, p->p_filesz);
 }
 

@@ -19,7 +19,7 @@ typedef struct target {
     vm_machine *m;
     vm_vcpu *cpu;
     uint8_t *input;                    /* host address of the input's end */
-    uint64_t entry;
+    uint64_t entry, code_bytes;
     vm_snapshot *start;
     vm_exit exit;                      /* how the last run ended */
     uint8_t *file;
