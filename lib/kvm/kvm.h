@@ -7,6 +7,7 @@
  *   kvm_state.c    x86_cpu <-> KVM's structures, by parts (VM_STATE_*)
  *   kvm_exit.c     exits made into the accesses and stops that the software backends make, exact RIP for them
  *   kvm_limits.c   guests that this host's KVM cannot run
+ *   kvm_enter.c    the system call
  *   kvm_run.c      entering the guest: kicks, interrupts, until, budgets, instructions that KVM cannot emulate
  *
  * Where a vCPU's state is. `valid` names the parts of x86_cpu that are current, `dirty` those that are newer than KVM's
@@ -207,6 +208,9 @@ uint64_t kvm_linear_of(kvm_vcpu *kv, uint64_t gpa,
 bool kvm_is_limited(kvm_vcpu *kv); /* the host's emulator stands for a CPU that it does not have */
 bool kvm_is_beyond(kvm_vcpu *kv);  /* the state about to be loaded is one that KVM would not run */
 bool kvm_is_kernel_msr(uint32_t msr);
+
+/* kvm_enter.c */
+int kvm_enter(int fd); /* KVM_RUN: 0 or -errno */
 
 /* kvm_run.c */
 x86_stop kvm_run(vm_vcpu *cpu);

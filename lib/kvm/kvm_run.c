@@ -181,7 +181,7 @@ static int enter(kvm_vcpu *kv, bool only_complete)
     kv->boundary = run->s.regs.regs.rip;
     kv->is_inside = 1;
     if (kv->cpu->x86.attention) run->immediate_exit = 1;
-    int rc = ioctl(kv->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    int rc = kvm_enter(kv->fd);
     atomic_store_explicit(&kv->is_inside, 0, memory_order_release);
     kv->exits++;
     kv->cpu->x86.stat[X86_STAT_KVM_EXITS]++;

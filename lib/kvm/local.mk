@@ -5,6 +5,7 @@ libvm_la_SOURCES += \
 	lib/kvm/kvm.h \
 	lib/kvm/kvm_cpuid.c \
 	lib/kvm/kvm_dirty.c \
+	lib/kvm/kvm_enter.c \
 	lib/kvm/kvm_events.c \
 	lib/kvm/kvm_exit.c \
 	lib/kvm/kvm_limits.c \
