@@ -77,7 +77,8 @@ void jit_find_windows(jit *j)
 /* A page of the write window holds code now: cut the window. */
 void jit_note_code_page(jit *j, uint64_t gpa)
 {
-    if (gpa - j->window_gpa[1] < j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT] + 255) {
+    uint64_t limit = j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT];
+    if (limit && gpa - j->window_gpa[1] < limit + 255) {
         jit_find_windows(j);
         j->must_flush = true;
     }
