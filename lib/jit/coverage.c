@@ -4,6 +4,9 @@
  * edges inside a trace are known when it is made, so several passes of one loop become one addition. Whoever looks in
  * between (begin_helper() in jit.c) adds what is due up to his instruction and takes it back when the block goes on.
  *
+ * A trace that leads back to its own beginning counts its rounds instead, in x86_cover.rounds[]: one store a round. They get
+ * into the map, for all of its edges at once, before anybody looks: when emitted code is left and in begin_helper().
+ *
  * Both scratch registers are free at edges. The host's flags may be live there; then loads, LEA and stores do the
  * addition. A map that lies within 2 GiB of the x86_cpu is reached through GS like its fields.
  *
@@ -55,6 +58,20 @@ static void add(sum *s, uint32_t index)
     s->times[i]++;
 }
 
+/* The place where the block being made counts its rounds; -1: there is none left. */
+static int place_of_rounds(jit_unit *u, uint32_t index)
+{
+    jit *j = u->j;
+    for (int i = 0; i < X86_ROUNDS; i++)
+        if (!j->rounds[i]) {
+            j->rounds[i] = u->block;
+            j->has_rounds = true;
+            u->block->round_index = index;
+            return i;
+        }
+    return -1;
+}
+
 /* Where the map is from GS base, if it can be reached so. */
 static bool is_near(const jit_unit *u, uint32_t index, int32_t *disp)
 {
@@ -97,6 +114,20 @@ static void emit_sum(const jit_unit *u, jit_writer *w, const sum *s, bool keep_f
             emit_byte(w, near, 0x80, 0, disp); /* add byte, times */
             e8(w, s->times[i]);
         }
+    }
+}
+
+/* x86_cover.rounds[at]++ */
+static void emit_round(jit_writer *w, int at, bool keep_flags)
+{
+    int32_t disp = COVER(rounds) + at;
+    if (keep_flags) {
+        emit_byte(w, true, 0x0fb6, T1, disp);
+        e_lea(w, 4, T1, T1, 0xff, 1, 1);
+        emit_byte(w, true, 0x88, T1, disp);
+    } else {
+        emit_byte(w, true, 0x80, 0, disp);
+        e8(w, 1);
     }
 }
 
@@ -156,11 +187,16 @@ void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, boo
     bool is_own = is_counted(u, i);
     if (cover_of(u)->map) {
         sum s = {.count = 0};
-        if (u->edge_code && !keep_flags)
+        uint32_t index = x86_cover_index(cover_of(u), u->insn_rip[i], target);
+        bool is_round = u->nedges && is_own && target == u->rip && i + 1 == u->count;
+        int at = is_round ? place_of_rounds(u, index) : -1;
+        if (at >= 0)
+            emit_round(w, at, keep_flags);
+        else if (u->edge_code && !keep_flags)
             jit_cover_leave(u, w, i);
         else
             sum_before(u, &s, i);
-        if (is_own) add(&s, x86_cover_index(cover_of(u), u->insn_rip[i], target));
+        if (is_own && at < 0) add(&s, index);
         emit_sum(u, w, &s, keep_flags);
     }
     if (!cover_of(u)->ring || !is_own) return;
@@ -252,4 +288,28 @@ void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign)
 {
     for (unsigned k = 0; k < b->nedges && b->edges[k].insn < insn; k++)
         cpu->cover.map[b->edges[k].index] += (uint8_t)sign;
+}
+
+void jit_cover_rounds(jit *j, x86_cpu *cpu)
+{
+    for (unsigned i = 0; i < X86_ROUNDS; i++) {
+        const jit_block *b = j->rounds[i];
+        uint8_t times = cpu->cover.rounds[i];
+        if (times) {
+            for (unsigned k = 0; k < b->nedges; k++) cpu->cover.map[b->edges[k].index] += times;
+            cpu->cover.map[b->round_index] += times;
+            cpu->cover.rounds[i] = 0;
+        }
+        if (j->has_ended_rounds && !j->in_code && b && b->is_dead) j->rounds[i] = NULL;
+    }
+    if (!j->in_code) j->has_ended_rounds = false;
+}
+
+/* In the middle of its own code a block may go round once more. */
+void jit_cover_forget(jit *j, const jit_block *b)
+{
+    j->has_ended_rounds |= b && j->in_code;
+    for (unsigned i = 0; i < X86_ROUNDS; i++)
+        if (!b || (j->rounds[i] == b && !j->in_code)) j->rounds[i] = NULL;
+    if (!b) j->has_rounds = j->has_ended_rounds = false;
 }

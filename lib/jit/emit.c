@@ -1504,11 +1504,13 @@ jit_block *jit_emit(jit_unit *u, int *failed)
     b->gpa = u->gpa;
     b->key = u->key;
     b->count = (uint16_t)u->count;
+    u->block = b;
     jit_cover_unit(u);
     place_lists(&e);
     emit_block(&e);
     if (e.failed >= 0) {
         *failed = e.failed;
+        if (j->has_rounds) jit_cover_forget(j, b);
         j->w.p = start;
         j->arena_used = arena;
         return NULL;

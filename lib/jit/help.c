@@ -121,6 +121,7 @@ static void count_up_to(jit *j, x86_cpu *cpu, const jit_site *s)
     cpu->hook_site = 0;
     jit_count_retired(j, cpu, s->index);
     if (s->block->nedges) jit_cover_add(cpu, s->block, s->index, 1);
+    if (j->has_rounds) jit_cover_rounds(j, cpu);
 }
 
 jit_site *jit_begin_helper(x86_cpu *cpu, uint32_t at)

@@ -216,6 +216,7 @@ void jit_kill_block(jit *j, jit_block *b)
 {
     b->is_dead = true;
     j->kills++;
+    if (j->has_rounds) jit_cover_forget(j, b);
     if (b->twin && !b->twin->is_dead) jit_kill_block(j, b->twin);
     remove_from(&j->hash[jit_hash_block(b->rip)], b, offsetof(jit_block, hash_next));
     remove_from(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, page_next));
@@ -241,6 +242,7 @@ static void flush_all(jit *j)
         memset(j->lines, 0, sizeof j->lines);
     }
     j->kills++;
+    jit_cover_forget(j, NULL);
     clear_tables(j);
     j->w.p = j->code_start;
     j->arena_used = 16;
@@ -545,6 +547,7 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code)
     j->in_code = true;
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
     j->in_code = false;
+    if (j->has_rounds) jit_cover_rounds(j, cpu);
     cpu->hook_site = 0;
     if (key & JIT_KEY_X87) jit_load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, 0);
@@ -772,6 +775,7 @@ static x86_stop caught(jit *j, x86_cpu *cpu)
 {
     if (j->in_code) jit_hook_half_way(cpu);
     j->in_code = false;
+    if (j->has_rounds) jit_cover_rounds(j, cpu);
     cpu->hook_site = 0;
     const bool has_left = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL; /* rip is after it already */
     if (has_left || (cpu->stop == X86_STOP_NONE && cpu->fault.is_after)) {

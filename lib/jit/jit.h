@@ -107,6 +107,7 @@ struct jit_block {
     uint8_t nlinks, nextents;
     uint8_t nedges;
     jit_edge *edges;
+    uint32_t round_index; /* coverage: the counter of the edge that leads back to the block's beginning */
     jit_link *links;
     jit_extent *extents; /* bytes it was made from: itself, looked-ahead targets */
 };
@@ -184,6 +185,7 @@ typedef struct jit_unit { /* one block being translated */
     unsigned nedges; /* coverage.c */
     jit_edge edges[JIT_MAX_INSNS];
     const uint8_t *edge_code;
+    jit_block *block; /* being emitted */
     uint64_t forced; /* instructions that must fall back */
     bool no_groups;
     unsigned nhooked;
@@ -239,6 +241,8 @@ typedef struct jit {
     bool must_step;     /* ...the instruction at rip, whoever wants attention */
     x86_stop hook_stop; /* JIT_LEAVE_HOOKED: why the run ends */
     bool in_code;       /* emitted code executes */
+    jit_block *rounds[X86_ROUNDS]; /* whose rounds x86_cover.rounds[] counts */
+    bool has_rounds, has_ended_rounds; /* any; of a block that is dead */
     bool is_cold;      /* the interpreter runs instead */
     bool on_hot_page;  /* find_block() left this code to the interpreter */
     bool step_one;     /* next instruction by the interpreter */
@@ -381,6 +385,8 @@ void jit_cover_undo_indirect(jit_unit *u, jit_writer *w, unsigned i, unsigned re
 void jit_cover_stubs(jit_unit *u, jit_writer *w); /* out of line, before the first stub that leaves in the middle */
 void jit_cover_leave(jit_unit *u, jit_writer *w, unsigned insn); /* edges of instructions before `insn` */
 void jit_cover_add(x86_cpu *cpu, const jit_block *b, unsigned insn, int sign); /* its edges before an instruction */
+void jit_cover_rounds(jit *j, x86_cpu *cpu); /* all rounds into the map */
+void jit_cover_forget(jit *j, const jit_block *b); /* a block dies; NULL: all have gone */
 /* print.c */
 void jit_print(jit *j, const jit_unit *u, const jit_block *b); /* after a translation, by LIBVM_TRACE=ir,mcode */
 /* hook.c */

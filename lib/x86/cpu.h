@@ -311,6 +311,7 @@ typedef struct x86_fpu {
 #define X86_FPU_YMMH(cpu, i) (&(cpu)->fpu.image[576 + 16 * (i)])
 
 /* Where executed branches and comparisons are recorded (cover.h); NULL: nowhere. Not part of the CPU's state. */
+enum { X86_ROUNDS = 64 };
 typedef struct x86_cover {
     uint8_t *map;                      /* edge counters */
     uint32_t mask;
@@ -319,6 +320,7 @@ typedef struct x86_cover {
     uint64_t *ring, *head, ring_mask;  /* blocks entered */
     struct vm_compare *log;
     uint64_t *log_head, log_mask;
+    uint8_t rounds[X86_ROUNDS];        /* the JIT's: of loops, not counted in the map yet */
 } x86_cover;
 
 struct x86_cpu {

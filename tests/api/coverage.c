@@ -325,6 +325,57 @@ EACH_BACKEND(refuses_in_callbacks)
     vm_destroy(vm_vcpu_machine(cpu));
 }
 
+/* ---- loops, watched from inside ---- */
+
+/* 00 mov ecx, ROUNDS   05 jmp 8   07 nop   08 test cl, 127   0b jz 13   0d dec ecx   0f jnz 5   11 jmp 1c
+ * 13 mov eax, [0x20000]   1a jmp d */
+static const char ROUND[] = "\xb9\x00\x14\x00\x00" "\xeb\x01\x90" "\xf6\xc1\x7f" "\x74\x06" "\xff\xc9" "\x75\xf4" "\xeb\x09"
+                            "\x8b\x04\x25\x00\x00\x02\x00" "\xeb\xf1";
+enum { ROUNDS = 0x1400, EVERY = 128, ROUND_BYTES = sizeof ROUND - 1, COPIES = 100, ROUND_MAP = 1 << 20 };
+typedef struct watcher { uint8_t *map; unsigned calls; } watcher;
+
+/* The first call in a copy clears the map; one in seven throws the loop's translation away while it runs. */
+static int check_rounds(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
+    watcher *w = user;
+    uint64_t base = get(cpu, VM_REG_RIP) - 0x13, rounds = ROUNDS - get(cpu, VM_REG_RCX), calls = rounds / EVERY;
+    const struct { unsigned from, to; uint64_t times; } want[] = {
+        { 0x05, 0x08, rounds }, { 0x0b, 0x0d, rounds - calls }, { 0x0b, 0x13, calls }, { 0x0f, 0x05, rounds }, { 0x1a, 0x0d, calls } };
+    (void)offset;
+    memset(value, 0, width);
+    if (!rounds) memset(w->map, 0, ROUND_MAP);
+    for (unsigned i = 0; i < sizeof want / sizeof *want; i++) {
+        unsigned at = index_of(base + want[i].from, base + want[i].to, ROUND_MAP);
+        if (w->map[at] != (uint8_t)want[i].times)
+            FAIL("copy %u, round %u: edge %x-%x counted %u, not %u", (unsigned)(base / ROUND_BYTES), (unsigned)rounds, want[i].from,
+                 want[i].to, w->map[at], (uint8_t)want[i].times);
+    }
+    return ++w->calls % 7 ? 0 : vm_write(vm_vcpu_machine(cpu), base + 7, "\x90", 1);
+}
+
+EACH_BACKEND(counts_rounds_of_loops)
+{
+    static uint8_t map[ROUND_MAP];
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    watcher w = { .map = map };
+    need_software(backend);
+    vm_vcpu *cpu = machine(backend, "\xf4", 1);
+    vm_machine *m = vm_vcpu_machine(cpu);
+    for (unsigned i = 0; i < COPIES; i++)
+        OK(vm_write(m, i * ROUND_BYTES, ROUND, ROUND_BYTES));
+    OK(vm_write(m, COPIES * ROUND_BYTES, "\xf4", 1));
+    ops.read = check_rounds;
+    OK(vm_map_mmio(m, 0x20000, 4096, &ops, &w, NULL));
+    OK(vm_coverage(m, map, ROUND_MAP));
+    for (int again = 0; again < 2; again++)
+        run_to_halt(cpu);
+    CHECK_EQ(w.calls, 2 * COPIES * ROUNDS / EVERY);
+    uint64_t last = (COPIES - 1) * ROUND_BYTES;
+    CHECK_EQ(map[index_of(last + 0x0f, last + 0x05, ROUND_MAP)], (ROUNDS - 1) & 255);
+    CHECK_EQ(map[index_of(last + 0x0f, last + 0x11, ROUND_MAP)], 1);
+    vm_destroy(m);
+}
+
 /* On to another backend: what is recorded stays. */
 TEST(follows_the_machine_to_another_backend)
 {
