@@ -976,10 +976,25 @@ static void jit_tlb_flushed(vm_vcpu *cpu)
     if (vm_backend_interp.tlb_flushed) vm_backend_interp.tlb_flushed(cpu);
 }
 
+/* No code that is known begins in the page at la, or ends there: of a data page that kernels map and unmap all the time (kmap,
+ * a 32-bit one's fixmap, a program's heap) the tables hold nothing. A large page may be gone with it, and its code. */
+static bool is_without_code(const jit *j, uint64_t la)
+{
+    const x86_cpu *cpu = &j->vcpu->x86;
+    uint64_t page = la & X86_PAGE_MASK, before = page - 4096;
+    if (!page || (la >= cpu->large_lo[la >> 63] && la <= cpu->large_hi[la >> 63])) return false;
+    for (const jit_block *b = j->lines[hash_page(page)]; b; b = b->line_next)
+        if ((b->rip & X86_PAGE_MASK) == page) return false;
+    for (const jit_block *b = j->lines[hash_page(before)]; b; b = b->line_next)
+        if ((b->rip & X86_PAGE_MASK) == before && b->crosses) return false;
+    return true;
+}
+
 static void jit_tlb_dropped(vm_vcpu *cpu, uint64_t la, uint64_t bytes, bool keep_global)
 {
     jit *j = cpu->x86.jit;
-    for (unsigned t = 0; j && t < JIT_TABLES; t++) {
+    bool is_kept = j && bytes && (la & 0xfff) + bytes <= 4096 && is_without_code(j, la);
+    for (unsigned t = 0; j && !is_kept && t < JIT_TABLES; t++) {
         if (!j->table_used[t] || (keep_global && !bytes && !j->table_local[t])) continue;
         if (!bytes || ((la ^ (la + bytes - 1)) >> 30))
             clear_table(j, t);
