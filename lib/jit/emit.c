@@ -65,6 +65,13 @@ typedef struct div_stub {
     unsigned insn;
 } div_stub;
 
+/* MOVS, STOS the semantic way. */
+typedef struct string_stub {
+    uint8_t *jump[JIT_STRING_JUMPS], *resume;
+    unsigned jumps;
+    uint32_t site;
+} string_stub;
+
 /* A hook's call, when the block is left after it; or the question at the entry whether a block begins. */
 typedef struct hook_stub {
     uint8_t *jump, *entry, *dead, *resume;
@@ -83,7 +90,7 @@ typedef struct emitter {
     int recipe;     /* instruction that can be done again, or -1 */
     int late;       /* the same, but only here: its registers will change */
     unsigned nslow, nleave, nside, nlink;
-    unsigned ndiv, nhook;
+    unsigned ndiv, nhook, nstring;
     int last_hook; /* instruction before which a hook was called directly and registers stored, or -1 */
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
@@ -94,6 +101,7 @@ typedef struct emitter {
     uint32_t insn_at[JIT_MAX_INSNS]; /* keep_insn(); 0: not yet */
     side_stub side[JIT_MAX_SIDES]; /* from here on not cleared for each block */
     div_stub div[JIT_MAX_INSNS];
+    string_stub string[JIT_MAX_INSNS];
     hook_stub hook[2 * JIT_MAX_INSNS];
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
@@ -585,17 +593,6 @@ static leave_stub *new_leave(emitter *e, unsigned reason, uint8_t *jump)
     return s;
 }
 
-static int32_t tag_offset(const jit_unit *u, bool is_write)
-{
-    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) +
-                     (is_write ? offsetof(x86_tlb_entry, tag_w) : offsetof(x86_tlb_entry, tag_r)));
-}
-static int32_t host_offset(const jit_unit *u)
-{
-    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) + offsetof(x86_tlb_entry, host));
-}
-_Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
-
 /* Without paging: T0 is an offset into a window (EA took its address off). */
 static void emit_window_lookup(emitter *e, slow_stub *s)
 {
@@ -603,21 +600,6 @@ static void emit_window_lookup(emitter *e, slow_stub *s)
     frame_op(w, 8, 0x3b, T0, JIT_FRAME_LIMIT + s->check->window - 1);
     s->jump[0] = e_jcc(w, CC_AE);
     s->hit = w->p;
-}
-
-/* T1 = X86_TLB_INDEX(T0) * 32 */
-static void emit_tlb_index(emitter *e)
-{
-    enum { SHIFT = X86_TLB_SHIFT - 5, SIZE = X86_TLB_SHIFT + X86_TLB_BITS > 32 ? 8 : 4 };
-    jit_writer *w = e->w;
-    if (e->j->has_bmi2) {
-        ebytes(w, "\xc4\x43\xfb\xf0\xee", 5); /* rorx r13, r14, SHIFT */
-        e8(w, SHIFT);
-    } else {
-        e_mov(w, SIZE, T1, T0);
-        e_shift_imm(w, SIZE, 5, T1, SHIFT);
-    }
-    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
 }
 
 /* The lookup itself: T0 from linear to host, or to the slow stub. */
@@ -634,7 +616,7 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write)
         emit_window_lookup(e, s);
         return;
     }
-    emit_tlb_index(e);
+    emit_tlb_index(e->j);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
     e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - size));
     s->jump[0] = e_jcc(w, CC_A);
@@ -793,7 +775,7 @@ static void emit_outside(emitter *e, slow_stub *s, bool is_write)
 {
     jit_writer *w = e->w;
     emit_offset_to_linear(e, s);
-    emit_tlb_index(e);
+    emit_tlb_index(e->j);
     e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
     if (s->check->role == JIT_CHECK_LEADER) return;
     e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - s->check->size));
@@ -1132,11 +1114,26 @@ static void emit_fallback(emitter *e, const jit_op *o)
     need_mem(e);
     uint32_t at = new_site(e, o->insn, NULL, true);
     ((jit_site *)(e->j->arena + at))->is_end = o->op == IR_FALLBACK_END;
+    e->host = false;
+    e->recipe = e->late = -1;
+    if (jit_string_form(e->u, o->insn)) {
+        string_stub *s = &e->string[e->nstring++];
+        s->site = at;
+        s->jumps = jit_emit_string(e->u, o->insn, s->jump);
+        s->resume = w->p;
+        return; /* the flags are in memory as they were, or as an image */
+    }
     e_mov_imm(w, T1, at);
     e_call_to(w, e->j->fallback[vec]);
-    e->host = false;
     e->mem = e->image = true;
-    e->recipe = e->late = -1;
+}
+
+static void emit_string_stub(emitter *e, const string_stub *s)
+{
+    for (unsigned k = 0; k < s->jumps; k++) e_patch(s->jump[k], e->w->p);
+    e_mov_imm(e->w, T1, s->site);
+    e_call_to(e->w, e->j->fallback[jit_level(e->u->key)]);
+    e_jmp_to(e->w, s->resume);
 }
 
 /* DIV and IDIV, by a register or the temporary. What could raise #DE goes to the semantic function: DIV when the high half is not below
@@ -1444,6 +1441,7 @@ static void emit_block(emitter *e)
     if (!u->path) jit_cover_stubs(u, e->w);
     for (unsigned k = 0; k < e->nhook && e->failed < 0; k++) emit_hook_stub(e, &e->hook[k]);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
+    for (unsigned k = 0; k < e->nstring && e->failed < 0; k++) emit_string_stub(e, &e->string[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
 }

@@ -29,6 +29,33 @@ static inline void frame_store(jit_writer *w, unsigned size, unsigned reg, unsig
     frame_op(w, size, 0x89, reg, slot);
 }
 
+/* Where the TLB of the unit's context has its tags and host addresses, as seen from gs:[T1]. */
+static inline int32_t tag_offset(const jit_unit *u, bool is_write)
+{
+    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) +
+                     (is_write ? offsetof(x86_tlb_entry, tag_w) : offsetof(x86_tlb_entry, tag_r)));
+}
+static inline int32_t host_offset(const jit_unit *u)
+{
+    return (int32_t)(offsetof(x86_cpu, tlb) + (u->key & JIT_KEY_CTX) * sizeof(x86_tlb) + offsetof(x86_tlb_entry, host));
+}
+_Static_assert(sizeof(x86_tlb_entry) == 32, "the check scales the page number by 32");
+
+/* T1 = X86_TLB_INDEX(T0) * 32 */
+static inline void emit_tlb_index(jit *j)
+{
+    enum { SHIFT = X86_TLB_SHIFT - 5, SIZE = X86_TLB_SHIFT + X86_TLB_BITS > 32 ? 8 : 4 };
+    jit_writer *w = &j->w;
+    if (j->has_bmi2) {
+        ebytes(w, "\xc4\x43\xfb\xf0\xee", 5); /* rorx r13, r14, SHIFT */
+        e8(w, SHIFT);
+    } else {
+        e_mov(w, SIZE, T1, T0);
+        e_shift_imm(w, SIZE, 5, T1, SHIFT);
+    }
+    e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
+}
+
 static inline void emit_push_pop(jit_writer *w, unsigned reg, bool is_push)
 {
     e_rex(w, 4, 0, 0, reg);

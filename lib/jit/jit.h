@@ -375,6 +375,10 @@ void jit_optimise(jit_unit *u);
 /* NULL: out of room (*failed < 0: flush and try again), or instruction *failed cannot be spelled natively. */
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
+/* string.c */
+enum { JIT_STRING_JUMPS = 6 };
+bool jit_string_form(const jit_unit *u, unsigned i); /* MOVS or STOS that needs C only for what is rare */
+unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_STRING_JUMPS]);
 /* coverage.c: nothing unless something is recorded. Flags may be lost where it is not said otherwise. */
 #define JIT_COVER_BYTES 12288 /* that it may add to a block */
 void jit_cover_unit(jit_unit *u); /* a block begins */
