@@ -130,6 +130,48 @@ EACH_BACKEND(page_table_edit_under_code)
     world_close(&w);
 }
 
+/* The same with an instruction's second half, and with a large page: INVLPG of any address in it ends all of it. */
+EACH_BACKEND(page_table_edit_under_half_an_instruction)
+{
+    world w;
+    world_open(&w, backend, env(ENV_K64));
+    CODE_AT(W_DATA - 3, "\xb8\x01\x00\x00\x00\xc3");      /* mov eax, 1; ret */
+    CODE_AT(0x7000, "\x02\x00\xc3");                       /* mov eax, 0x20001; ret */
+    world_set(&w, VM_REG_RBX, W_PT + (W_DATA >> 12) * 8);
+    /* mov ecx, W_DATA - 3; call rcx; mov edx, eax; mov qword [rbx], 0x7007; invlpg [rcx + 3]; call rcx; add eax, edx;
+     * mov qword [rbx], W_DATA | 7; invlpg [rcx + 3]; hlt */
+    CODE_AT(W_CODE, "\xb9\xfd\x8f\x00\x00" "\xff\xd1" "\x89\xc2" "\x48\xc7\x03\x07\x70\x00\x00" "\x0f\x01\x79\x03" "\xff\xd1"
+                    "\x01\xd0" "\x48\xc7\x03\x07\x90\x00\x00" "\x0f\x01\x79\x03" "\xf4");
+    for (unsigned i = 0; i < 10; i++) {
+        CHECK_EQ(go(&w, W_CODE).reason, VM_EXIT_HALT);
+        CHECK_EQ(world_get(&w, VM_REG_RAX), 0x20002);
+    }
+    world_close(&w);
+}
+
+EACH_BACKEND(large_page_ends_under_code)
+{
+    world w;
+    uint64_t large = 0x87;
+    world_open(&w, backend, env(ENV_K64));
+    CODE_AT(0xa000, "\xb8\x01\x00\x00\x00\xc3");
+    CODE_AT(0x7000, "\xb8\x02\x00\x00\x00\xc3");
+    world_set(&w, VM_REG_RBX, W_PD + 8);
+    world_set(&w, VM_REG_RSI, W_PT);
+    /* mov ecx, 0x20a000; call rcx; mov edx, eax; mov qword [rsi + 0x50], 0x7007; lea rax, [rsi + 7]; mov [rbx], rax;
+     * invlpg [0x3ff000]; call rcx; shl edx, 8; or eax, edx; mov qword [rsi + 0x50], 0xa007; mov qword [rbx], 0x87;
+     * invlpg [rcx]; hlt */
+    CODE_AT(W_CODE, "\xb9\x00\xa0\x20\x00" "\xff\xd1" "\x89\xc2" "\x48\xc7\x46\x50\x07\x70\x00\x00" "\x48\x8d\x46\x07" "\x48\x89\x03"
+                    "\x0f\x01\x3c\x25\x00\xf0\x3f\x00" "\xff\xd1" "\xc1\xe2\x08" "\x09\xd0"
+                    "\x48\xc7\x46\x50\x07\xa0\x00\x00" "\x48\xc7\x03\x87\x00\x00\x00" "\x0f\x01\x39" "\xf4");
+    world_poke(&w, W_PD + 8, &large, 8);
+    for (unsigned i = 0; i < 10; i++) {
+        CHECK_EQ(go(&w, W_CODE).reason, VM_EXIT_HALT);
+        CHECK_EQ(world_get(&w, VM_REG_RAX), 0x102);
+    }
+    world_close(&w);
+}
+
 EACH_BACKEND(accessed_and_dirty_bits)
 {
     world w;
