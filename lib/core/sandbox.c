@@ -57,10 +57,10 @@ static int add(scmp_filter_ctx ctx, int nr, unsigned check)
     }
 }
 
-/* What a C library asks for and can do without fails instead of ending the process. */
+/* What a C library asks for and can do without, as vm_share_pages() does, fails instead of ending the process. */
 static int add_refusals(scmp_filter_ctx ctx, unsigned flags)
 {
-    static const char *const names[] = { "open", "openat", "readlink", "prlimit64", "sysinfo", "sched_getaffinity" };
+    static const char *const names[] = { "open", "openat", "readlink", "prlimit64", "sysinfo", "sched_getaffinity", "mincore" };
     int status = seccomp_rule_add(ctx, SCMP_ACT_ERRNO(ENOSYS), SCMP_SYS(clone3), 0);      /* then clone is tried */
     for (size_t i = 0; !status && i < sizeof names / sizeof *names; i++)
         status = seccomp_rule_add(ctx, SCMP_ACT_ERRNO(EPERM), seccomp_syscall_resolve_name(names[i]), 0);

@@ -17,8 +17,7 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/uio.h>
-#include <unistd.h>
+#include <sys/mman.h>
 #include "x86/system.h"
 
 /* ---- the open access ---- */
@@ -107,9 +106,8 @@ static bool is_memory_gone(kvm_vcpu *kv, uint64_t gpa)
 {
     const vm_range *r = vm_view_find(&kv->cpu->machine->view, gpa);
     if (!r || r->region->kind == VM_REGION_MMIO) return false;
-    uint8_t byte;
-    struct iovec to = {&byte, 1}, from = {r->region->host + r->offset + (gpa - r->gpa), 1};
-    return process_vm_readv(getpid(), &to, 1, &from, 1, 0) < 0 && errno == EFAULT;
+    uintptr_t at = (uintptr_t)(r->region->host + r->offset + (gpa - r->gpa));
+    return madvise((void *)(at & ~(uintptr_t)4095), 4096, MADV_POPULATE_READ) < 0 && errno == EFAULT;
 }
 
 x86_stop kvm_handle_mmio(kvm_vcpu *kv)
