@@ -25,6 +25,7 @@ static size_t test_count;
 enum { RUNNING, PASSED, FAILED, SKIPPED };
 static struct verdict {
     int state;
+    bool maps_code;                             /* the test has writable code of its own */
     char text[2000];
 } *verdict;
 static bool one_process;
@@ -41,6 +42,11 @@ unsigned test_patience(void)
 {
     const char *text = getenv("TEST_PATIENCE");
     return text ? (unsigned)atoi(text) : 1;
+}
+
+void test_maps_writable_code(void)
+{
+    verdict->maps_code = true;
 }
 
 static _Noreturn void leave(int state, const char *format, va_list ap, size_t used)
@@ -73,14 +79,41 @@ void test_skip(const char *format, ...)
     leave(SKIPPED, format, ap, 0);
 }
 
-/* Waits for the child to end: its end of the pipe closes then. */
-static bool wait_for(pid_t child, int fd, unsigned seconds, int *status)
+/* The child's mapping that is writable and executable, if there is one now. */
+static bool has_writable_code(pid_t child, char *line, size_t bytes)
+{
+    char path[40], protection[5];
+    bool found = false;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    return false;                               /* a sanitizer has mappings of its own */
+#endif
+    snprintf(path, sizeof path, "/proc/%d/maps", (int)child);
+    FILE *f = verdict->maps_code ? NULL : fopen(path, "r");
+    while (f && !found && fgets(line, (int)bytes, f))
+        found = sscanf(line, "%*s %4s", protection) == 1 && protection[1] == 'w' && protection[2] == 'x';
+    if (f)
+        fclose(f);
+    line[strcspn(line, "\n")] = '\0';
+    return found && !verdict->maps_code;
+}
+
+/* Waits for the child to end: its end of the pipe closes then. False: not in time. Now and then, rarely in the end, its mappings are looked
+ * at: `code` is what was writable and executable. */
+static bool wait_for(pid_t child, int fd, unsigned seconds, int *status, char *code, size_t bytes)
 {
     struct pollfd p = { .fd = fd, .events = POLLIN };
-    int r;
-    do
-        r = poll(&p, 1, (int)seconds * 1000);
-    while (r < 0 && errno == EINTR);
+    uint64_t left = UINT64_C(1000) * seconds;
+    char line[200] = "";
+    int r = 0;
+    *code = '\0';
+    for (uint64_t slice = 1; left && r == 0; left -= slice, slice = slice < 64 ? 2 * slice : 64) {
+        slice = slice < left ? slice : left;
+        do
+            r = poll(&p, 1, (int)slice);
+        while (r < 0 && errno == EINTR);
+        if (r == 0 && !*code && has_writable_code(child, line, sizeof line))
+            snprintf(code, bytes, "%s", line);
+    }
     if (r == 0)
         kill(-child, SIGKILL);
     kill(child, r == 0 ? SIGKILL : 0);
@@ -92,6 +125,7 @@ static bool wait_for(pid_t child, int fd, unsigned seconds, int *status)
 static int run_child(const test *t, unsigned seconds, char *why, size_t bytes)
 {
     int fds[2], status = 0;
+    char code[200];
     memset(verdict, 0, sizeof *verdict);
     fflush(NULL);
     if (pipe(fds) < 0)
@@ -109,7 +143,7 @@ static int run_child(const test *t, unsigned seconds, char *why, size_t bytes)
     }
     setpgid(child, child);
     close(fds[1]);
-    bool in_time = wait_for(child, fds[0], seconds, &status);
+    bool in_time = wait_for(child, fds[0], seconds, &status, code, sizeof code);
     close(fds[0]);
     if (!in_time)
         snprintf(why, bytes, "no end after %u s", seconds);
@@ -119,9 +153,11 @@ static int run_child(const test *t, unsigned seconds, char *why, size_t bytes)
         snprintf(why, bytes, "exited with status %d before its end", WEXITSTATUS(status));
     else if (verdict->state == PASSED && status)
         snprintf(why, bytes, "exit status %d after its end (leak?)", WEXITSTATUS(status));
+    else if (*code)
+        snprintf(why, bytes, "writable and executable: %s", code);
     else
         snprintf(why, bytes, "%s", verdict->text);
-    if (!in_time || WIFSIGNALED(status) || verdict->state == RUNNING || (verdict->state == PASSED && status))
+    if (*code || !in_time || WIFSIGNALED(status) || verdict->state == RUNNING || (verdict->state == PASSED && status))
         return FAILED;
     return verdict->state;
 }

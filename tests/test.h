@@ -8,9 +8,10 @@
  *     }
  *
  * Every test prints one line: `ok NAME`, `FAIL NAME: why`, or `skip NAME: reason`. A test that crashes or overruns its time
- * fails and the others go on. Programs made of many like cases (a table times backends) register each with test_add() from a
- * SETUP block. On the command line: names or shell patterns to run, `-l` lists, `-n` stays in one process (for a debugger),
- * `-t SECONDS` sets the limit of a test (default 60, or TEST_TIMEOUT).
+ * fails and the others go on; so does one whose process is ever seen with memory that is writable and executable at once.
+ * Programs made of many like cases (a table times backends) register each with test_add() from a SETUP block. On the command
+ * line: names or shell patterns to run, `-l` lists, `-n` stays in one process (for a debugger), `-t SECONDS` sets the limit
+ * of a test (default 60, or TEST_TIMEOUT).
  */
 #ifndef LIBVM_TEST_H
 #define LIBVM_TEST_H
@@ -28,6 +29,9 @@ typedef void (*test_fn)(const void *arg);
 void test_add(const char *name, test_fn fn, const void *arg, unsigned seconds);
 /* What every limit is multiplied with: TEST_PATIENCE, for builds that are slow on purpose. A test's own limits should be, too. */
 unsigned test_patience(void);
+
+/* This test has memory of its own that is writable and executable: it is not looked for. */
+void test_maps_writable_code(void);
 
 _Noreturn void test_fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
 _Noreturn void test_skip(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -4,9 +4,11 @@
  * host memory first and written in one go: a stack that is not there changes nothing.
  */
 #include "core/call.h"
+#include "x86/native.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define RED_ZONE 128u                  /* System V AMD64, 3.2.2: below RSP, the function's own */
 
@@ -336,8 +338,13 @@ int vm_call_guest(vm_vcpu *cpu, uint64_t address, const vm_signature *s, const v
 
 /* ---- closures ---- */
 
+/* libffi's own memory for functions is writable and executable at once where the host refuses it a file, as the sandbox does: a closure
+ * has a page of its own. */
+enum { CODE_PAGE = 4096 };
+
 struct vm_closure {
-    ffi_closure *ffi;
+    ffi_closure *ffi;                  /* writable; libffi puts a function at its start */
+    uint8_t *code;                     /* the same, executable */
     void (*function)(void);
     vm_vcpu *cpu;
     uint64_t address;
@@ -379,20 +386,19 @@ int vm_closure_create(vm_vcpu *cpu, uint64_t address, const vm_signature *s, con
                       vm_closure **out)
 {
     vm_closure *c = calloc(1, sizeof *c);
-    void *code = NULL;
     if (!c)
         return vm_fail(VM_E_NOMEM, "vm_closure_new: no memory");
     *c = (vm_closure){ .cpu = cpu, .address = address, .options = *options, .s = *s, .exit = VM_EXIT_INIT };
     int status = vm_signature_cif(&c->s, "vm_closure_new", &c->cif, c->types);
-    if (!status && !(c->ffi = ffi_closure_alloc(sizeof *c->ffi, &code)))
-        status = vm_fail(VM_E_HOST, "vm_closure_new: libffi has no executable memory");
-    if (!status && ffi_prep_closure_loc(c->ffi, &c->cif, closure_called, c, code) != FFI_OK)
+    if (!status && !(c->ffi = (ffi_closure *)(void *)x86_map_code(CODE_PAGE, NULL, &c->code)))
+        status = vm_fail(VM_E_HOST, "vm_closure_new: the host gives no executable memory");
+    if (!status && ffi_prep_closure_loc(c->ffi, &c->cif, closure_called, c, c->code) != FFI_OK)
         status = vm_fail(VM_E_HOST, "vm_closure_new: libffi cannot make that function");
     if (status) {
         vm_closure_free(c);
         return status;
     }
-    memcpy(&c->function, &code, sizeof code);
+    memcpy(&c->function, &c->code, sizeof c->code);
     *out = c;
     return VM_OK;
 }
@@ -419,7 +425,9 @@ VM_API void vm_closure_free(vm_closure *closure)
 {
     if (!closure)
         return;
-    if (closure->ffi)
-        ffi_closure_free(closure->ffi);
+    if (closure->ffi) {
+        munmap(closure->ffi, CODE_PAGE);
+        munmap(closure->code, CODE_PAGE);
+    }
     free(closure);
 }

@@ -32,9 +32,9 @@
 #include <stdlib.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #include "interp/interp.h"
 #include "jit/jit.h"
+#include "x86/native.h"
 #include "mmu/mmu.h"
 
 #define SLICE      16384
@@ -855,24 +855,6 @@ static void *place_near(uint64_t function, size_t bytes)
     return function > below + GAP ? (void *)(uintptr_t)((function - below) & ~(uint64_t)(GAP - 1)) : NULL;
 }
 
-static uint8_t *map_cache(size_t bytes, void *near, uint8_t **exec)
-{
-    int fd = memfd_create("libvm-code", MFD_CLOEXEC);
-    if (fd < 0) return NULL;
-    uint8_t *w = MAP_FAILED, *x = MAP_FAILED;
-    if (!ftruncate(fd, (off_t)bytes)) {
-        w = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (w != MAP_FAILED) x = mmap(near, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-    }
-    close(fd);
-    if (x == MAP_FAILED) {
-        if (w != MAP_FAILED) munmap(w, bytes);
-        return NULL;
-    }
-    *exec = x;
-    return w;
-}
-
 static bool host_has_avx(void)
 {
     unsigned a, b, c, d;
@@ -901,7 +883,7 @@ static bool jit_start(jit *j)
         j->arena = NULL;
         return false;
     }
-    j->write_base = map_cache(bytes, place_near(jit_hook_callee(m), bytes), &j->exec_base);
+    j->write_base = x86_map_code(bytes, place_near(jit_hook_callee(m), bytes), &j->exec_base);
     if (!j->write_base) {
         munmap(j->arena, j->arena_bytes);
         j->arena = NULL;

@@ -37,25 +37,25 @@ struct x86_native {
     x86_thunk_frame frame;
 };
 
-static void map_code(struct x86_native *n)
+uint8_t *x86_map_code(size_t bytes, void *near, uint8_t **exec)
 {
-    int fd = memfd_create("libvm-thunks", MFD_CLOEXEC);
+    uint8_t *w = MAP_FAILED, *x = MAP_FAILED;
+    int fd = memfd_create("libvm-code", MFD_CLOEXEC);
     if (fd < 0)
-        return;
-    if (ftruncate(fd, CODE_BYTES) == 0) {
-        void *rw = mmap(NULL, CODE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        void *rx = mmap(NULL, CODE_BYTES, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-        if (rw != MAP_FAILED && rx != MAP_FAILED) {
-            n->rw = rw;
-            n->rx = rx;
-        } else {
-            if (rw != MAP_FAILED)
-                munmap(rw, CODE_BYTES);
-            if (rx != MAP_FAILED)
-                munmap(rx, CODE_BYTES);
-        }
+        return NULL;
+    if (!ftruncate(fd, (off_t)bytes)) {
+        w = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (w != MAP_FAILED)
+            x = mmap(near, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
     }
     close(fd);
+    if (x == MAP_FAILED) {
+        if (w != MAP_FAILED)
+            munmap(w, bytes);
+        return NULL;
+    }
+    *exec = x;
+    return w;
 }
 
 static struct x86_native *native_create(void)
@@ -63,8 +63,7 @@ static struct x86_native *native_create(void)
     struct x86_native *n = mmap(NULL, sizeof *n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (n == MAP_FAILED)
         return NULL;
-    map_code(n);
-    if (n->rw)
+    if ((n->rw = x86_map_code(CODE_BYTES, NULL, &n->rx)))
         return n;
     munmap(n, sizeof *n);
     return NULL;

@@ -54,6 +54,10 @@ unsigned x86_simd_alignment(const x86_insn *in);
 /* True when the CPU model offers the instruction's extension and the host has it. State (CR0, CR4, XCR0) is not looked at. */
 bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in);
 
+/* Memory for code, mapped twice: what is returned is writable, *exec the same memory executable, rather at `near`. No mapping is ever
+ * both. Each is given back with munmap(). NULL: the host refuses. */
+uint8_t *x86_map_code(size_t bytes, void *near, uint8_t **exec);
+
 /* ---- one-instruction thunks (native.c) ----
  * Made on first use; destroy frees them. */
 void x86_native_destroy(x86_cpu *cpu);

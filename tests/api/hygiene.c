@@ -43,6 +43,13 @@ static int on_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, u
     return 0;
 }
 
+static int on_clone(void *user, vm_machine *copy, void **out)
+{
+    (void)copy;
+    *out = user;
+    return 0;
+}
+
 static vm_hook_result on_block(void *user, vm_vcpu *cpu, const vm_hook_event *event)
 {
     (void)cpu, (void)event;
@@ -74,32 +81,71 @@ static vm_machine *make(vm_backend backend, const vm_io_ops *ops, void *user)
     return m;
 }
 
+/* Runs the code from its start, `rounds` times through its loop; callbacks look. */
+static void run_again(vm_machine *m, uint64_t rounds, looks *l)
+{
+    vm_exit e = VM_EXIT_INIT;
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &(uint64_t){ 0x1000 }, 8));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RCX, &rounds, 8));
+    OK(vm_vcpu_run(cpu, NULL, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    look(l);
+}
+
+/* A life in which each call is followed by a look. */
 EACH_BACKEND(no_memory_is_writable_and_executable)
 {
+    static const char *const strategies[] = { "shadow", "ept", "flat", "tlb" };
+    static const vm_backend backends[] = { VM_BACKEND_INTERP, VM_BACKEND_JIT, VM_BACKEND_KVM };
     looks l = { 0 };
     vm_io_ops ops = VM_IO_OPS_INIT;
     vm_hook_desc hook = VM_HOOK_INIT;
-    vm_exit e = VM_EXIT_INIT;
+    vm_snapshot *s[2];
+    vm_machine *copy;
+    vm_hook *h;
     if (SANITIZED)
         test_skip("a sanitizer has mappings of its own");
     look(&l);
     ops.write = on_write;
+    ops.clone = on_clone;
     vm_machine *m = make(backend, &ops, &l);
     look(&l);
+    run_again(m, 200, &l);
+    OK(vm_snapshot_take(m, &s[0]));
+    run_again(m, 20, &l);
+    FILE *f = tmpfile();
+    CHECK(f != NULL);
+    OK(vm_snapshot_save(s[0], fileno(f)));
+    rewind(f);
+    OK(vm_snapshot_load(m, fileno(f), &s[1]));
+    fclose(f);
+    OK(vm_snapshot_restore(m, s[1]));
+    run_again(m, 20, &l);
+    OK(vm_fork(m, &copy));
+    run_again(copy, 20, &l);
+    vm_destroy(copy);
+    for (unsigned i = 0; i < sizeof strategies / sizeof *strategies; i++)
+        if (vm_mmu_select(m, strategies[i]) == VM_OK)
+            run_again(m, 20, &l);
+    OK(vm_breakpoint(m, 0x1006, true));
+    look(&l);
+    OK(vm_breakpoint(m, 0x1006, false));
     hook.kind = VM_HOOK_BLOCK;
     hook.fn = on_block;
     hook.user = &l;
-    OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e));
-    CHECK_EQ(e.reason, VM_EXIT_HALT);
-    if (vm_hook_add(m, &hook, NULL) == VM_OK) {
-        uint64_t rip = 0x1000;
-        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
-        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RCX, &(uint64_t){ 20 }, 8));
-        OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e));
-    }
+    hook.flags = VM_HOOK_SWITCH;                /* from KVM to one that can */
+    OK(vm_hook_add(m, &hook, &h));
+    run_again(m, 20, &l);
+    OK(vm_hook_remove(m, h));
+    for (unsigned i = 0; i < sizeof backends / sizeof *backends; i++)
+        if (vm_backend_select(m, backends[i]) == VM_OK)
+            run_again(m, 20, &l);
+    OK(vm_reset(m));
+    look(&l);
     vm_destroy(m);
     look(&l);
-    CHECK(l.count > 200);
+    CHECK(l.count > 400);
     if (*l.bad)
         FAIL("writable and executable: %s", l.bad);
 }
@@ -112,6 +158,14 @@ static uint64_t resident(void)
         test_skip("no /proc/self/statm");
     fclose(f);
     return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* The lowest descriptor that is free: it rises when some are left open. */
+static int free_descriptor(void)
+{
+    int fd = dup(STDERR_FILENO);
+    close(fd);
+    return fd;
 }
 
 static int nothing(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
@@ -130,6 +184,7 @@ static void on_cycles(const void *arg)
     if (SANITIZED)
         test_skip("a sanitizer keeps memory that was freed");
     ops.write = nothing;
+    const int descriptor = free_descriptor();
     for (unsigned i = 0; i < cycles; i++) {
         vm_machine *m = make(*(const vm_backend *)arg, &ops, NULL);
         OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, NULL));
@@ -137,6 +192,7 @@ static void on_cycles(const void *arg)
         if (i == cycles / 5)
             before = resident();
     }
+    CHECK_EQ(free_descriptor(), descriptor);
     uint64_t after = resident();
     if (after > before + (256 << 10))
         FAIL("resident memory grew from %" PRIu64 " to %" PRIu64 " KiB over %u machines", before >> 10, after >> 10, cycles);

@@ -161,6 +161,7 @@ static void set_up_host(void)
     stack_t alternate = { .ss_sp = stack, .ss_size = sizeof stack };
     if (native)
         return;
+    test_maps_writable_code();
     void *p = mmap((void *)(uintptr_t)CODE, DATA + DATA_BYTES - CODE, PROT_READ | PROT_WRITE | PROT_EXEC,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     if (p != (void *)(uintptr_t)CODE)
