@@ -170,10 +170,15 @@ VM_API int vm_debugcon_output(vm_machine *m, vm_console_fn fn, void *user)
 VM_API int vm_mmu_select(vm_machine *m, const char *name)
 {
     VM_CHECK_NULL("vm_mmu_select", m);
-    for (unsigned i = 0; i < m->vcpu_count; i++)
+    int status = VM_OK;
+    vm_pause(m);                       /* other threads may write memory, or begin to run a vCPU, meanwhile */
+    for (unsigned i = 0; i < m->vcpu_count && status == VM_OK; i++)
         if (vm_vcpu_is_running(m->vcpus[i]))
-            return vm_fail(VM_E_BUSY, "vm_mmu_select: vCPU %u is running", i);
-    return vm_mmu_attach(m, name);
+            status = vm_fail(VM_E_BUSY, "vm_mmu_select: vCPU %u is running", i);
+    if (status == VM_OK)
+        status = vm_mmu_attach(m, name);
+    vm_resume(m);
+    return status;
 }
 
 /* The caller may touch what the vCPU's thread uses. */

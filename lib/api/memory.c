@@ -314,7 +314,10 @@ VM_API int vm_dirty_fetch(vm_machine *m, uint64_t gpa, uint64_t bytes, uint64_t 
 {
     VM_CHECK(check_pages(m, "vm_dirty_fetch", gpa, bytes));
     VM_CHECK_NULL("vm_dirty_fetch", bitmap);
-    if (!m->dirty_log)
+    vm_machine_lock(m);
+    bool is_on = m->dirty_log;
+    vm_machine_unlock(m);
+    if (!is_on)
         return vm_fail(VM_E_INVALID, "vm_dirty_fetch: the dirty log is off");
     vm_memory_dirty_fetch(m, gpa, bytes, bitmap);
     return VM_OK;

@@ -234,6 +234,8 @@ static int add_checked(vm_region *r)
     if (status == VM_OK) {
         if (m->graves && is_at_rest(m))
             free_graves(m);
+        if (is_ram(r) && m->dirty_log)
+            memset((void *)r->page_flags, VM_PAGE_CLEAN, r->bytes / PAGE);
         if (r->is_enabled)
             insert(view, r);
         vm_region_relink(r);
@@ -260,8 +262,6 @@ int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
             return vm_fail(VM_E_NOMEM, "no memory for the page flags of 0x%llx bytes",
                            (unsigned long long)proto->bytes);
         }
-        if (m->dirty_log)
-            memset((void *)r->page_flags, VM_PAGE_CLEAN, r->bytes / PAGE);
     }
     int status = add_checked(r);
     if (status != VM_OK) {

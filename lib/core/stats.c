@@ -8,7 +8,7 @@ static uint64_t vm_stat_retired(vm_machine *m)
 {
     uint64_t sum = 0;
     for (unsigned i = 0; i < m->vcpu_count; i++)
-        sum += m->vcpus[i]->x86.retired;
+        sum += vm_look_at(&m->vcpus[i]->x86.retired);
     return sum;
 }
 
@@ -16,7 +16,13 @@ static uint64_t vm_stat_exits(vm_machine *m) { return m->stat_exits; }
 static uint64_t vm_stat_irqs(vm_machine *m) { return m->stat_irqs; }
 static uint64_t vm_stat_msis(vm_machine *m) { return m->stat_msis; }
 static uint64_t vm_stat_ram_bytes(vm_machine *m) { return m->ram_total; }
-static uint64_t vm_stat_shadow_pages(vm_machine *m) { return vm_shadow_pages(m); }
+static uint64_t vm_stat_shadow_pages(vm_machine *m)
+{
+    vm_machine_lock(m);                /* the strategy stays */
+    uint64_t pages = vm_shadow_pages(m);
+    vm_machine_unlock(m);
+    return pages;
+}
 static uint64_t vm_stat_nested_paging(vm_machine *m)
 {
     uint64_t value = 0;
@@ -44,7 +50,7 @@ int vm_stats_get(vm_machine *m, const char *name, uint64_t *value)
             sum = stats[i].fn(m);
         else
             for (unsigned v = 0; v < m->vcpu_count; v++)
-                sum += __atomic_load_n(&m->vcpus[v]->x86.stat[stats[i].index], __ATOMIC_RELAXED);
+                sum += vm_look_at(&m->vcpus[v]->x86.stat[stats[i].index]);
         *value = sum;
         return VM_OK;
     }

@@ -46,7 +46,7 @@ uint64_t vm_vcpu_retired_now(const vm_vcpu *cpu)
     const vm_backend_ops *backend = cpu->machine->backend;
     if (backend->retired && vm_vcpu_is_mine(cpu))
         return backend->retired(cpu);
-    return __atomic_load_n(&cpu->x86.retired, __ATOMIC_RELAXED);
+    return vm_look_at(&cpu->x86.retired);
 }
 
 int vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out)
