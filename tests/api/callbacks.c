@@ -228,3 +228,93 @@ EACH_BACKEND(flags_of_another_block_reach_a_device)
     CHECK_EQ(got, odd);
     vm_destroy(vm_vcpu_machine(cpu));
 }
+
+/* ---- port accesses that no region has for itself ---- */
+
+typedef struct port_call { uint64_t offset, value; unsigned width; char who; bool is_write; } port_call;
+static port_call port_calls[8];
+static unsigned port_call_count;
+
+static void note_port(char who, bool is_write, uint64_t offset, unsigned width, uint64_t value)
+{
+    CHECK(port_call_count < 8);
+    port_calls[port_call_count++] = (port_call){ offset, value & ((UINT64_C(1) << 8 * width) - 1), width, who, is_write };
+}
+
+static int port_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
+{
+    (void)cpu;
+    *value = UINT64_C(0xa1a2a3a4a5a6a7a8);
+    note_port(*(char *)user, false, offset, width, *value);
+    return 0;
+}
+
+static int port_write(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
+{
+    (void)cpu;
+    note_port(*(char *)user, true, offset, width, value);
+    return 0;
+}
+
+/* Of a PC's ports 0x700 to 0x702 are device A's, 0x703 is B's, then there is nothing, which reads as ones. What does not fit a region comes
+ * in parts, the lowest first (device.h). */
+static const struct port_case {
+    const char *code;
+    size_t bytes;
+    uint16_t port;
+    uint64_t rax, result;
+    port_call calls[4];
+} port_cases[] = {
+    { "\x66\xed\xf4", 3, 0x702, 0, 0xa8a8, { { 2, 0xa8, 1, 'A', false }, { 0, 0xa8, 1, 'B', false } } },         /* in ax, dx */
+    { "\xed\xf4", 2, 0x700, 0, 0xa8a8a7a8, { { 0, 0xa7a8, 2, 'A', false }, { 2, 0xa8, 1, 'A', false }, { 0, 0xa8, 1, 'B', false } } },
+    { "\xed\xf4", 2, 0x703, 0, 0xffffffa8, { { 0, 0xa8, 1, 'B', false } } },
+    { "\xed\xf4", 2, 0x704, 0, 0xffffffff, { { 0 } } },
+    { "\x66\xef\xf4", 3, 0x702, 0x1122, 0x1122, { { 2, 0x22, 1, 'A', true }, { 0, 0x11, 1, 'B', true } } },      /* out dx, ax */
+    { "\xef\xf4", 2, 0x700, 0x11223344, 0x11223344, { { 0, 0x3344, 2, 'A', true }, { 2, 0x22, 1, 'A', true }, { 0, 0x11, 1, 'B', true } } },
+    { "\xef\xf4", 2, 0x703, 0x11223344, 0x11223344, { { 0, 0x44, 1, 'B', true } } },
+    { "\xef\xf4", 2, 0x6ff, 0x11223344, 0x11223344, { { 0, 0x2233, 2, 'A', true }, { 2, 0x11, 1, 'A', true } } },
+};
+
+static void count_trace(void *user, vm_trace_category category, const char *line)
+{
+    CHECK_EQ(category, VM_TRACE_MMIO);
+    *(unsigned *)user += strstr(line, " in 0x") || strstr(line, " out 0x");
+}
+
+EACH_BACKEND(port_accesses_across_regions)
+{
+    for (size_t i = 0; i < sizeof port_cases / sizeof *port_cases; i++) {
+        const struct port_case *c = &port_cases[i];
+        vm_options o = VM_OPTIONS_INIT;
+        vm_io_ops ops = VM_IO_OPS_INIT;
+        vm_machine *m = NULL;
+        uint64_t rip = 0x1000;
+        unsigned lines = 0;
+        o.backend = backend;
+        o.platform = VM_PLATFORM_PC;
+        o.ram_bytes = 16 << 20;
+        ops.read = port_read;
+        ops.write = port_write;
+        OK(vm_create(&o, &m));
+        OK(vm_map_pio(m, 0x700, 3, &ops, "A", NULL));
+        OK(vm_map_pio(m, 0x703, 1, &ops, "B", NULL));
+        OK(vm_trace_set(m, VM_TRACE_MMIO, count_trace, &lines));
+        OK(vm_write(m, 0x1000, c->code, c->bytes));
+        OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
+        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RAX, &c->rax, 8));
+        OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RDX, &(uint64_t){ c->port }, 8));
+        port_call_count = 0;
+        run_to_halt(vm_vcpu_get(m, 0));
+        CHECK_EQ(get(vm_vcpu_get(m, 0), VM_REG_RAX), c->result);
+        CHECK_EQ(lines, 1);
+        for (unsigned k = 0; k < 4; k++) {
+            const port_call *want = &c->calls[k], *got = k < port_call_count ? &port_calls[k] : &(port_call){ 0 };
+            if (want->who != got->who || want->offset != got->offset || want->width != got->width || want->value != got->value ||
+                want->is_write != got->is_write)
+                FAIL("case %zu, call %u: %c %s %llu, width %u, value 0x%llx", i, k, got->who ? got->who : '-', got->is_write ? "write" : "read",
+                     (unsigned long long)got->offset, got->width, (unsigned long long)got->value);
+        }
+        vm_destroy(m);
+    }
+}

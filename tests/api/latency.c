@@ -152,9 +152,11 @@ static uint64_t delay(vm_vcpu *cpu)
     CHECK_EQ(pthread_create(&thread, NULL, kick_later, &k), 0);
     OK(vm_vcpu_run(cpu, NULL, &e));
     uint64_t end = ns(k.clock);
-    pthread_join(thread, NULL);
+    if (e.reason == VM_EXIT_SHUTDOWN && vm_machine_backend(vm_vcpu_machine(cpu)) == VM_BACKEND_KVM)
+        test_skip("this host's KVM, which emulates ring 0, does not know one of these instructions");
     if (e.reason != VM_EXIT_KICK)
         FAIL("exit %s at 0x%llx", vm_exit_name(e.reason), (unsigned long long)e.rip);
+    pthread_join(thread, NULL);
     return end > k.at ? end - k.at : 0;
 }
 
@@ -179,12 +181,12 @@ static void one_loop(const void *arg)
     vm_destroy(m);
 }
 
-/* KVM executes on hardware, which a signal interrupts. */
 SETUP(loops)
 {
-    static struct { vm_backend backend; const struct guest_loop *loop; } rows[2 * LOOPS];
-    static const vm_backend backends[] = { VM_BACKEND_INTERP, VM_BACKEND_JIT };
-    for (unsigned i = 0; i < 2 * LOOPS; i++) {
+    static const vm_backend backends[] = { VM_BACKEND_INTERP, VM_BACKEND_JIT, VM_BACKEND_KVM };
+    enum { BACKENDS = sizeof backends / sizeof *backends };
+    static struct { vm_backend backend; const struct guest_loop *loop; } rows[BACKENDS * LOOPS];
+    for (unsigned i = 0; i < BACKENDS * LOOPS; i++) {
         char name[64];
         uint64_t available = 0;
         rows[i].backend = backends[i / LOOPS];

@@ -7,6 +7,8 @@ script_tests += tests/api/headers tests/api/symbols
 EXTRA_DIST += tests/api/headers tests/api/symbols
 check_PROGRAMS += tests/api/api_smp
 tests_api_api_smp_SOURCES = tests/api/smp.c
+check_PROGRAMS += tests/api/api_storm
+tests_api_api_storm_SOURCES = tests/api/storm.c
 check_PROGRAMS += tests/api/api_callbacks
 tests_api_api_callbacks_SOURCES = tests/api/callbacks.c
 check_PROGRAMS += tests/api/api_nomem
@@ -61,8 +63,8 @@ check_PROGRAMS += tests/api/api_sandbox
 tests_api_api_sandbox_SOURCES = tests/api/sandbox.c
 check_PROGRAMS += tests/api/api_hygiene
 tests_api_api_hygiene_SOURCES = tests/api/hygiene.c
-script_tests += tests/api/hardening tests/api/abi
-EXTRA_DIST += tests/api/hardening tests/api/abi
+script_tests += tests/api/hardening tests/api/abi tests/api/inside
+EXTRA_DIST += tests/api/hardening tests/api/abi tests/api/inside tests/api/inside.c
 # A hundred thousand machines on each backend, minutes.
 check-cycles: tests/api/api_hygiene
 	LIBVM_CYCLES=100000 tests/api/api_hygiene -t 3600 'many*'

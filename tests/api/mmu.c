@@ -141,6 +141,48 @@ EACH_BACKEND(own_strategy)
     CHECK(seen.invalidated >= 1);
 }
 
+/* ---- a strategy that says what cannot be ---- */
+
+/* Its answers: addresses with bits that no processor has, sizes that are no page's, rights that are none, and writes to be told of without
+ * a function that is told; and before each it walks for the next page and for a write, which must not show. */
+static int odd_translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
+{
+    static const uint64_t sizes[] = { 0, 1, 4095, 4097, 12288, UINT64_MAX };
+    struct vm_mmu_result apart = { .size = sizeof apart };
+    (void)state;
+    int status = vm_mmu_walk(cpu, gva + 0x1000, access, &apart);
+    if (status == VM_OK) {
+        CHECK_EQ(apart.gpa & 0xfff, gva & 0xfff);
+        CHECK_EQ(apart.page_bytes, 4096);
+        CHECK_EQ(apart.entry_count, 2);
+        CHECK_EQ(apart.entry[0], TABLES + (gva + 0x1000 < 0x400000 ? 0 : 4));
+        CHECK_EQ(apart.entry[1], 0x11000 + 4 * ((gva + 0x1000) >> 12 & 1023));
+    } else {
+        CHECK_EQ(status, VM_E_FAULT);
+        CHECK_EQ(apart.fault_vector, 14);
+        CHECK_EQ(apart.fault_error & 1, 0);            /* not present */
+    }
+    status = vm_mmu_walk(cpu, gva, access, out);
+    if (status != VM_OK)
+        return status;
+    out->gpa |= UINT64_C(0xfff) << 52;
+    out->prot = (vm_prot)((unsigned)out->prot | 0xf0);
+    out->page_bytes = sizes[seen.translated++ % 6];
+    out->trap_writes = true;
+    return VM_OK;
+}
+
+static const vm_mmu_ops odd = { .size = sizeof odd, .name = "odd", .create = own_create, .translate = odd_translate };
+
+EACH_BACKEND(odd_strategy)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    OK(vm_mmu_register(&odd));
+    strategy(backend, "odd");
+    CHECK(seen.translated >= 4);
+}
+
 EACH_BACKEND(selected_between_runs)
 {
     if (backend == VM_BACKEND_KVM)

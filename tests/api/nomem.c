@@ -377,6 +377,55 @@ static int hooked(vm_backend backend)
     return status;
 }
 
+/* Breakpoints and watchpoints, which every backend serves; then a hook, which moves a machine on KVM to another backend. */
+static int stopped(vm_backend backend)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    vm_hook_desc d = VM_HOOK_INIT;
+    vm_hook *h = NULL;
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t rip = 0;
+    int inner = 0;
+    o.backend = backend;
+    int status = vm_create(&o, &m);
+    if (!status)
+        status = vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL);
+    if (!status)
+        status = vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
+    if (!status)
+        status = vm_write(m, 0, "\x90\xff\x04\x25\0\x80\0\0\xf4", 9);        /* nop; inc dword [0x8000]; hlt */
+    if (!status) {
+        AGAIN(m, vm_breakpoint(m, 1, true));
+        AGAIN(m, vm_watchpoint(m, 0x8000, 4, VM_PROT_W, true));
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    }
+    if (!status) {
+        CHECK_EQ(e.reason, VM_EXIT_BREAKPOINT);
+        CHECK_EQ(e.rip, 1);
+        AGAIN(m, vm_breakpoint(m, 1, false));
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    }
+    if (!status) {
+        CHECK_EQ(e.reason, VM_EXIT_BREAKPOINT);
+        CHECK_EQ(e.rip, 8);
+        AGAIN(m, vm_watchpoint(m, 0x8000, 4, VM_PROT_W, false));
+        d.kind = VM_HOOK_BLOCK;
+        d.fn = hook_adds;
+        d.user = &inner;
+        d.flags = VM_HOOK_SWITCH;
+        AGAIN(m, vm_hook_add(m, &d, &h));
+        AGAIN(m, vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8));
+        status = vm_vcpu_run(vm_vcpu_get(m, 0), NULL, &e);
+    }
+    if (!status)
+        status = inner;
+    if (!status)
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+    vm_destroy(m);
+    return status;
+}
+
 /* Pages a guest touches under strategy "shadow", reloading CR3; shadows that find no memory are done without. */
 static int shadowed(vm_backend backend)
 {
@@ -679,6 +728,11 @@ EACH_BACKEND(hooks)
     if (backend == VM_BACKEND_KVM)
         test_skip("KVM serves no hooks");
     for_every_allocation(backend, hooked);
+}
+
+EACH_BACKEND(breakpoints)
+{
+    for_every_allocation(backend, stopped);
 }
 
 EACH_BACKEND(booting)

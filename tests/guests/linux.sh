@@ -7,6 +7,8 @@ srcdir=${top_srcdir:-.}
 vmrun="$builddir/examples/vmrun${TEST_MMU:+ --mmu $TEST_MMU}"
 guests=${LIBVM_GUESTS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/libvm/guests}
 limit=${GUEST_TIMEOUT:-300}
+# TEST_GUESTS: a shell pattern for the names of guests, without the backend.
+wanted() { case $1 in ${TEST_GUESTS:-*}) ;; *) return 1 ;; esac; }
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 
@@ -39,6 +41,7 @@ expect() {
 
 # linux NAME KERNEL ARCH CPUS [OPTIONS...]
 linux() {
+    wanted "$1" || return
     name=$backend/$1 kernel=$guests/vmlinuz-$2 arch=$3 cpus=$4
     shift 4
     if [ ! -e "$kernel" ] || [ ! -e "$guests/initramfs-$arch" ]; then
@@ -69,6 +72,7 @@ run_until() {
 # memtest NAME IMAGE: over 16 MiB it must get to its third test without an error. It never ends by itself, and starts with
 # some seconds in which it waits for a key: it is stopped when it has got that far.
 memtest() {
+    wanted "$1" || return
     name=$backend/$1 image=$guests/$2
     if [ ! -e "$image" ]; then
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
@@ -81,6 +85,7 @@ memtest() {
 
 # seabios: from the reset vector to where it finds nothing to boot.
 seabios() {
+    wanted seabios || return
     name=$backend/seabios
     if [ ! -e "$guests/bios.bin" ]; then
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
@@ -95,6 +100,7 @@ seabios() {
 
 # until_text NAME FILE PATTERN OPTIONS...: a guest that does not end by itself is stopped when PATTERN is on its console.
 until_text() {
+    wanted "$1" || return
     name=$backend/$1 image=$guests/$2 pattern=$3
     shift 3
     if [ ! -e "$image" ]; then

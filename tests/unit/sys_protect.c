@@ -630,6 +630,46 @@ TEST(vme_redirection)
     RAISES(X86_GP, 0, 0xcd, 0x21);
 }
 
+/* PUSHF and POPF in virtual-8086 mode (SDM vol. 2, POPF; vol. 3, 21.3.2): below IOPL 3 only with VME and of 16 bits, on VIF. */
+TEST(vme_flags)
+{
+    const uint16_t arithmetic = X86_FL_CF | X86_FL_ZF | X86_FL_OF;
+    enter_v86(0);
+    RAISES(X86_GP, 0, 0x9c);                                            /* pushf */
+    RAISES(X86_GP, 0, 0x9d);                                            /* popf */
+    cpu->cr4 |= X86_CR4_VME;
+    RAISES(X86_GP, 0, 0x66, 0x9c);                                      /* pushfd */
+    RAISES(X86_GP, 0, 0x66, 0x9d);
+    cpu->gpr[X86_RSP] = 0x500;
+    cpu->rflags &= ~(uint64_t)(X86_FL_VIF | X86_FL_VIP);
+    RUNS(0x9c);
+    CHECK_EQ(cpu->gpr[X86_RSP], 0x4fe);
+    CHECK_EQ(get16(0x7000 + 0x4fe), X86_FL_1 | X86_FL_IOPL);            /* IF is set, VIF is what shows */
+    put16(0x7000 + 0x4fe, X86_FL_IF | arithmetic);
+    RUNS(0x9d);
+    CHECK_EQ(cpu->gpr[X86_RSP], 0x500);
+    CHECK(cpu->rflags & X86_FL_VIF);
+    CHECK_EQ(cpu->rflags & (X86_FL_IF | X86_FL_IOPL | arithmetic), X86_FL_IF | arithmetic);
+    cpu->gpr[X86_RSP] = 0x4fe;
+    put16(0x7000 + 0x4fe, X86_FL_IOPL);
+    RUNS(0x9d);                                                         /* IF = 0: VIF goes, IF and IOPL stay */
+    CHECK_EQ(cpu->rflags & (X86_FL_VIF | X86_FL_IF | X86_FL_IOPL | arithmetic), X86_FL_IF);
+    cpu->gpr[X86_RSP] = 0x4fe;
+    put16(0x7000 + 0x4fe, X86_FL_TF);
+    RAISES(X86_GP, 0, 0x9d);
+    put16(0x7000 + 0x4fe, X86_FL_IF);
+    cpu->rflags |= X86_FL_VIP;
+    RAISES(X86_GP, 0, 0x9d);                                            /* an interrupt waits for just this */
+    CHECK_EQ(cpu->gpr[X86_RSP], 0x4fe);
+    put16(0x7000 + 0x4fe, 0);
+    RUNS(0x9d);
+    enter_v86(3);                                                       /* IF is the guest's own */
+    cpu->gpr[X86_RSP] = 0x4fe;
+    put16(0x7000 + 0x4fe, arithmetic);
+    RUNS(0x9d);
+    CHECK_EQ(cpu->rflags & (X86_FL_IF | X86_FL_IOPL | arithmetic), X86_FL_IOPL | arithmetic);
+}
+
 TEST(pvi)
 {
     protected_mode(3);
