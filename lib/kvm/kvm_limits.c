@@ -6,6 +6,11 @@
  * exits when that happens, so such guests must not get there: what is beyond KVM is interpreted for as long as it is
  * so, which is a hundred times faster than the emulation anyway.
  *
+ * Such a host also answers the MOV to CR0 that turns on legacy paging with #GP, and nothing exits then either. Where a guest
+ * has no handler for it, it ends in a shutdown, after which the interpreter executes the instruction again. A PC's guest
+ * may have one, so outside long mode it is interpreted from the start. What remains is a guest of a machine without
+ * devices (VM_PLATFORM_BARE) that turns on legacy paging by itself, with a gate for #GP in its IDT: it gets the #GP.
+ *
  * What shows a kernel in time are its writes to EFER and to the targets of SYSCALL, which these hosts' machines see, and
  * a task register with a base (boot code loads an empty one). One case stays open: a guest that the program put into
  * long mode itself (so EFER is never written), that makes page tables and gates of its own without an exit, loads no
@@ -83,7 +88,8 @@ bool kvm_is_beyond(kvm_vcpu *kv)
 {
     const x86_cpu *x = &kv->cpu->x86;
     bool is_v86 = x->rflags & X86_FL_VM, is_legacy = false, is_long;
-    if (kv->dirty & VM_STATE_SREGS) is_legacy = (x->cr0 & X86_CR0_PG) && !(x->efer & X86_EFER_LMA);
+    bool is_pc = kv->cpu->machine->is_pc && kv->km->emulates_ring0;
+    if (kv->dirty & VM_STATE_SREGS) is_legacy = ((x->cr0 & X86_CR0_PG) || is_pc) && !(x->efer & X86_EFER_LMA);
     is_long = !is_legacy && !is_v86 && kv->km->emulates_ring0 && has_kernel(kv);
     if (!is_v86 && !is_legacy && !is_long) return false;
     probe(kv);

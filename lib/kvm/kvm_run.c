@@ -288,10 +288,14 @@ static x86_stop interpreter_interrupts(kvm_vcpu *kv)
 {
     x86_cpu *x = &kv->cpu->x86;
     if (!kv->cpu->machine->is_pc || kv->cpu->holds_interrupts) return X86_STOP_NONE;
-    if (x->nmi_pending && !x->nmi_blocked && !x->inhibit) return x86_deliver_interrupt(x, X86_NMI, true);
+    if (x->nmi_pending && !x->nmi_blocked && !x->inhibit) {
+        atomic_fetch_or(&x->attention, X86_ATT_EVENT); /* another may be latched */
+        return x86_deliver_interrupt(x, X86_NMI, true);
+    }
     int vector = vm_pc_irq_source.pending(kv->cpu);
-    x->irq_waiting = vector >= 0 && !x86_can_interrupt(x);
-    if (vector < 0 || x->irq_waiting) return X86_STOP_NONE;
+    bool can_take = x86_can_interrupt(x);
+    x->irq_waiting = x->nmi_pending || (vector >= 0 && !can_take);
+    if (vector < 0 || !can_take) return X86_STOP_NONE;
     vector = vm_pc_irq_source.acknowledge(kv->cpu);
     return vector < 0 ? X86_STOP_NONE : x86_deliver_interrupt(x, (uint8_t)vector, false);
 }

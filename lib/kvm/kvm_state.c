@@ -301,8 +301,27 @@ static void events_from(kvm_vcpu *kv, const struct kvm_vcpu_events *e)
     x->inhibit = e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? 2
                  : e->interrupt.shadow & KVM_X86_SHADOW_INT_STI  ? 1
                                                                  : 0;
-    x->nmi_blocked = e->nmi.masked;
-    if (e->nmi.pending || e->nmi.injected) x->nmi_pending = kv->is_nmi_given = true; /* KVM has it still */
+    x->nmi_blocked = e->nmi.masked && !e->nmi.injected; /* one that is not there yet blocks nothing */
+}
+
+/* NMIs that KVM has not delivered come back: two are two, and whoever goes on with this state finds them all. */
+static int take_nmis(kvm_vcpu *kv, struct kvm_vcpu_events *e)
+{
+    vm_vcpu *cpu = kv->cpu;
+    unsigned held = e->nmi.pending + e->nmi.injected;
+    if (held == 0) return VM_OK;
+    e->nmi.masked &= !e->nmi.injected;
+    e->nmi.pending = e->nmi.injected = 0;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING;
+    if (kvm_ioctl(kv->fd, KVM_SET_VCPU_EVENTS, e) < 0) return vm_fail_errno(VM_E_HOST, "KVM_SET_VCPU_EVENTS");
+    if (cpu->x86.nmi_pending && !kv->is_nmi_given) held++;
+    kv->is_nmi_given = false;
+    cpu->x86.nmi_pending = true;
+    vm_device_lock(cpu->machine);
+    for (; held > 1 && cpu->nmis_latched < VM_NMIS; held--) cpu->nmis_latched++;
+    vm_device_unlock(cpu->machine);
+    atomic_fetch_or(&cpu->x86.attention, X86_ATT_EVENT); /* for those */
+    return VM_OK;
 }
 
 /* An event that KVM had begun to inject stays, unless the whole state was replaced. */
@@ -315,7 +334,7 @@ static void events_to(kvm_vcpu *kv, struct kvm_vcpu_events *e)
                           : (x->inhibit & 1) && (x->rflags & X86_FL_IF) ? KVM_X86_SHADOW_INT_STI
                                                                         : 0; /* VMX enters with no other */
     e->nmi.masked = x->nmi_blocked;
-    e->nmi.pending = x->nmi_pending;
+    e->nmi.pending = kv->is_nmi_given = x->nmi_pending;
     e->nmi.injected = 0;
 }
 
@@ -412,7 +431,7 @@ static int read_events(kvm_vcpu *kv)
     kv->events_wanted = LOOKS_AGAIN;
     kv->has_events = true;
     events_from(kv, &sync->events);
-    return VM_OK;
+    return take_nmis(kv, &sync->events);
 }
 
 void kvm_get_mode(kvm_vcpu *kv)

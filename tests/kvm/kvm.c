@@ -30,6 +30,13 @@ static void need_kvm(void)
     if (!available) test_skip("%s", vm_errmsg());
 }
 
+/* In place of the library's. What hardware is needed for runs on every host then, as far as it gets. */
+static bool is_pretending;
+bool kvm_is_hardware_ring0(int kvm_fd)
+{
+    return is_pretending || ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE) > 0;
+}
+
 static double now(void)
 {
     struct timespec t;
@@ -765,14 +772,6 @@ TEST(dirty_log_of_many_pages)
     vm_destroy(g.m);
 }
 
-/* In place of the library's: rings are used only where guest ring 0 runs on the CPU, but a guest in ring 3 fills them one
- * entry an exit on every host. */
-static bool is_pretending;
-bool kvm_is_hardware_ring0(int kvm_fd)
-{
-    return is_pretending || ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE) > 0;
-}
-
 /* Ring 3 of long mode, the first GiB mapped to itself, ports open. */
 static void enter_ring3(guest *g, uint64_t rdi, uint64_t rcx)
 {
@@ -982,6 +981,7 @@ TEST(two_vcpus_and_an_editor)
 TEST(timer_interrupts_of_a_pc)
 {
     need_kvm();
+    is_pretending = true; /* a PC's real mode is not for KVM otherwise, where ring 0 is emulated */
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_exit e = VM_EXIT_INIT;
@@ -1017,6 +1017,65 @@ TEST(timer_interrupts_of_a_pc)
     OK(vm_read(m, 0x2000, &count, 2));
     CHECK(count >= 10);
     vm_destroy(m);
+    is_pretending = false;
+}
+
+/* One that KVM holds and one that it has not been given are two, whoever goes on and whoever looks in between. */
+static void two_nmis(vm_backend goes_on)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m;
+    vm_exit e = VM_EXIT_INIT;
+    vm_regs r = VM_REGS_INIT;
+    vm_sregs s = VM_SREGS_INIT;
+    static const uint8_t handler[] = {0xff, 0x06, 0x00, 0x20, 0xcf}; /* inc word [2000h]; iret */
+    static const uint8_t code[] = {0xeb, 0x00, 0x83, 0x3e, 0x00, 0x20, 0x02, 0x72,
+                                   0xf9, 0xb0, 0x07, 0xe6, 0xf4, 0xf4}; /* until 2; exit device: 7 */
+    uint16_t count = 0;
+    o.backend = VM_BACKEND_KVM;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 4 << 20;
+    o.cpu_model = "kvm";
+    OK(vm_create(&o, &m));
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_write(m, CODE, code, sizeof code));
+    OK(vm_write(m, 0x1800, handler, sizeof handler));
+    OK(vm_write(m, 2 * 4, (const uint8_t[]){0x00, 0x18, 0, 0}, 4));
+    OK(vm_vcpu_set_mode(cpu, VM_MODE_REAL));
+    OK(vm_vcpu_get_regs(cpu, &r));
+    r.rip = CODE;
+    r.rsp = 0x8000;
+    OK(vm_vcpu_set_regs(cpu, &r));
+    vm_run_options ro = VM_RUN_OPTIONS_INIT;
+    ro.deadline_ns = 20000000;
+    OK(vm_vcpu_run(cpu, &ro, &e));
+    CHECK_EQ(e.reason, VM_EXIT_DEADLINE);
+    if (is_pretending) {
+        CHECK(ioctl(kvm_vcpu_of(cpu)->fd, KVM_NMI, 0) == 0);
+        cpu->x86.nmi_pending = true;
+    } else {
+        cpu->nmis_latched = 2;
+        vm_vcpu_notify(cpu, X86_ATT_EVENT);
+    }
+    OK(vm_vcpu_get_sregs(cpu, &s));
+    OK(vm_backend_select(m, goes_on));
+    ro.deadline_ns = 10000000000u;
+    OK(vm_vcpu_run(cpu, &ro, &e));
+    CHECK_EQ(e.reason, VM_EXIT_GUEST_EXIT);
+    OK(vm_read(m, 0x2000, &count, 2));
+    CHECK_EQ(count, 2);
+    vm_destroy(m);
+}
+
+TEST(two_nmis_are_two)
+{
+    need_kvm();
+    for (unsigned i = 0; i < 2; i++) {
+        is_pretending = i == 0; /* a PC's real mode is not for KVM otherwise, where ring 0 is emulated */
+        two_nmis(VM_BACKEND_KVM);
+        two_nmis(VM_BACKEND_INTERP);
+    }
+    is_pretending = false;
 }
 
 /* ---- moving between backends ---- */
