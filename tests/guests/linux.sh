@@ -41,7 +41,7 @@ expect() {
 
 # linux NAME KERNEL ARCH CPUS [OPTIONS...]
 linux() {
-    wanted "$1" || return
+    wanted "$1" || return 0
     name=$backend/$1 kernel=$guests/vmlinuz-$2 arch=$3 cpus=$4
     shift 4
     if [ ! -e "$kernel" ] || [ ! -e "$guests/initramfs-$arch" ]; then
@@ -72,7 +72,7 @@ run_until() {
 # memtest NAME IMAGE: over 16 MiB it must get to its third test without an error. It never ends by itself, and starts with
 # some seconds in which it waits for a key: it is stopped when it has got that far.
 memtest() {
-    wanted "$1" || return
+    wanted "$1" || return 0
     name=$backend/$1 image=$guests/$2
     if [ ! -e "$image" ]; then
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
@@ -85,7 +85,7 @@ memtest() {
 
 # seabios: from the reset vector to where it finds nothing to boot.
 seabios() {
-    wanted seabios || return
+    wanted seabios || return 0
     name=$backend/seabios
     if [ ! -e "$guests/bios.bin" ]; then
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
@@ -100,7 +100,7 @@ seabios() {
 
 # until_text NAME FILE PATTERN OPTIONS...: a guest that does not end by itself is stopped when PATTERN is on its console.
 until_text() {
-    wanted "$1" || return
+    wanted "$1" || return 0
     name=$backend/$1 image=$guests/$2 pattern=$3
     shift 3
     if [ ! -e "$image" ]; then
