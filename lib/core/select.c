@@ -37,7 +37,6 @@ static void swap(vm_machine *m, void **machine, aside *vcpus)
         exchange(&cpu->x86.interp, &vcpus[i].interp);
         exchange(&cpu->x86.jit, &vcpus[i].jit);
         exchange(&cpu->backend_data, &vcpus[i].backend_data);
-        memset(cpu->x86.jump, 0, sizeof cpu->x86.jump); /* of the one that is gone */
     }
 }
 

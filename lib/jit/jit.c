@@ -924,6 +924,7 @@ static void jit_vcpu_destroy(vm_vcpu *cpu)
 {
     jit *j = cpu->x86.jit;
     if (j) {
+        clear_tables(j); /* the vCPU may have another JIT one day */
         if (j->write_base) {
             munmap(j->write_base, j->code_bytes);
             munmap(j->exec_base, j->code_bytes);
