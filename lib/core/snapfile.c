@@ -418,7 +418,8 @@ typedef struct reader {
     snap_header h;
     uint8_t *meta;
     size_t at;
-    uint8_t *chunk, *packed;           /* work space */
+    uint8_t *work, *plain;             /* a chunk that is not read to where it belongs; unpacked */
+    uint64_t work_room, plain_room;
 } reader;
 
 static int bad(const char *what)
@@ -669,11 +670,15 @@ static bool is_good_chunk(const reader *r, const snap_region *g, const snap_chun
 }
 
 #if VM_HAVE_ZSTD
+/* Pages of zeros stay as they were made: they take no memory. */
 static int unpack(reader *r, const snap_chunk *c, uint8_t *to, uint64_t plain)
 {
-    size_t n = ZSTD_decompress(to, plain, r->packed, c->bytes);
+    size_t n = ZSTD_decompress(r->plain, plain, r->work, c->bytes);
     if (ZSTD_isError(n) || n != plain)
         return bad("compressed memory is damaged");
+    for (uint64_t at = 0; at < plain; at += PAGE)
+        if (!vm_page_is_zero(r->plain + at))
+            memcpy(to + at, r->plain + at, PAGE);
     return VM_OK;
 }
 #else
@@ -683,6 +688,8 @@ static int unpack(reader *r, const snap_chunk *c, uint8_t *to, uint64_t plain)
 }
 #endif
 
+static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
 /* Chunk by chunk: check, and copy to `to` unless it is NULL (mapped from the file). */
 static int read_chunks(reader *r, const snap_region *g, const snap_chunk *chunks, uint8_t *to)
 {
@@ -691,7 +698,7 @@ static int read_chunks(reader *r, const snap_region *g, const snap_chunk *chunks
     for (uint64_t i = 0; i < chunks_of(g->bytes) && status == VM_OK; i++) {
         const snap_chunk *c = &chunks[i];
         uint64_t first = i * VM_SNAP_CHUNK, plain = g->bytes - first < VM_SNAP_CHUNK ? g->bytes - first : VM_SNAP_CHUNK;
-        uint8_t *at = is_packed ? r->packed : to ? to + first : r->chunk;
+        uint8_t *at = is_packed || !to ? r->work : to + first;
         if (!is_good_chunk(r, g, c, i))
             return bad("the table of its memory is not possible");
         if (!to && (r->flags & VM_SNAPSHOT_NO_VERIFY))
@@ -707,6 +714,27 @@ static int read_chunks(reader *r, const snap_region *g, const snap_chunk *chunks
 
 #define MAPPED_LEAST (128u << 10)
 
+/* At least `bytes` at *p, which has *room. */
+static bool has_room(uint8_t **p, uint64_t *room, uint64_t bytes)
+{
+    if (*room >= bytes)
+        return true;
+    free(*p);
+    *p = malloc(bytes);
+    *room = *p ? bytes : 0;
+    return *p;
+}
+
+static int find_work(reader *r, const snap_region *g, bool is_mapped)
+{
+    const bool is_packed = r->h.flags & VM_SNAP_PACKED;
+    const uint64_t work = is_packed ? 2 * VM_SNAP_CHUNK : is_mapped ? VM_SNAP_CHUNK : 0;
+    if (has_room(&r->work, &r->work_room, least(r->h.file_bytes, work)) &&
+        has_room(&r->plain, &r->plain_room, is_packed ? least(g->bytes, VM_SNAP_CHUNK) : 0))
+        return VM_OK;
+    return vm_fail(VM_E_NOMEM, "no memory to read a snapshot");
+}
+
 static int read_memory(reader *r, const snap_region *g, vm_kept *k)
 {
     const snap_chunk *chunks = get(r, chunks_of(g->bytes) * sizeof *chunks);
@@ -721,7 +749,9 @@ static int read_memory(reader *r, const snap_region *g, vm_kept *k)
         k->image = vm_image_new(g->bytes, &to);
     if (!k->image)
         return VM_E_NOMEM;
-    int status = read_chunks(r, g, chunks, to);
+    int status = find_work(r, g, !to);
+    if (status == VM_OK)
+        status = read_chunks(r, g, chunks, to);
     if (to)
         vm_image_seal(k->image);
     return status;
@@ -846,12 +876,10 @@ int vm_snap_load(vm_machine *m, int fd, unsigned flags, vm_snapshot **out)
     int status = vm_snap_begin(m, "vm_snapshot_load");
     if (status != VM_OK)
         return status;
-    r.chunk = malloc(VM_SNAP_CHUNK);
-    r.packed = malloc(2 * VM_SNAP_CHUNK);
-    status = r.chunk && r.packed ? load(&r, out) : vm_fail(VM_E_NOMEM, "no memory to read a snapshot");
+    status = load(&r, out);
     vm_snap_end(m);
-    free(r.chunk);
-    free(r.packed);
+    free(r.work);
+    free(r.plain);
     free(r.meta);
     return status;
 }
