@@ -1,6 +1,7 @@
 /* replay.c - beginning and ending recordings and replays, and the vCPU's state as logs hold it. See replay.h. */
 #include "core/replay.h"
 #include "core/cpustate.h"
+#include "core/snapfile.h"
 #include "dev/dev.h"
 #include "platform/pc.h"
 
@@ -80,7 +81,7 @@ uint64_t vm_replay_state_sum(vm_vcpu *cpu)
 {
     size_t bytes = 0;
     uint8_t *p = vm_replay_state(cpu, &bytes);
-    uint64_t sum = p ? (uint64_t)vm_crc32(0, p, bytes) << 32 | vm_crc32(1, p, bytes) : 0;
+    uint64_t sum = p ? vm_snap_hash(p, bytes) | 1 : 0;      /* 0 says that there is no memory */
     free(p);
     return sum;
 }
