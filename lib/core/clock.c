@@ -233,8 +233,8 @@ int vm_clock_resume(vm_machine *m)
     pthread_mutex_lock(&c->lock);
     if (!c->has_thread)
         status = start(m);
-    pthread_cond_signal(&c->changed);
     pthread_mutex_unlock(&c->lock);
+    pthread_cond_signal(&c->changed);  /* without the lock, which the thread wants first */
     return status;
 }
 
