@@ -82,25 +82,29 @@ static gdb_event failed(gdb_cpu *c, int status)
     return GDB_EVENT_FAILED;
 }
 
-/* One order, to its end. Interrupts wait while a vCPU is stepped, or each step would end in a handler; but a halted one
- * needs them. */
+/* Interrupts wait while a vCPU is stepped, or each step would end in a handler; but a halted one needs them. */
+gdb_event gdb_turn(gdb_cpu *c)
+{
+    vm_run_options o;
+    options_of(c, &o);
+    c->cpu->holds_interrupts = o.single_step && !c->cpu->x86.halted;
+    int status = vm_vcpu_run(c->cpu, &o, &c->exit);
+    c->cpu->holds_interrupts = false;
+    if (status != VM_OK)
+        return failed(c, status);
+    if (c->exit.reason == VM_EXIT_BUDGET)
+        gdb_history_add(c->g);
+    else if (c->exit.reason != VM_EXIT_KICK && !(c->exit.reason == VM_EXIT_STEP && is_in_range(c)))
+        return gdb_judge(c);
+    return GDB_EVENT_NONE;
+}
+
+/* One order, to its end. */
 static gdb_event carry_out(gdb_cpu *c)
 {
-    gdb *g = c->g;
     gdb_event event = GDB_EVENT_NONE;
-    while (event == GDB_EVENT_NONE && !g->is_halting) {
-        vm_run_options o;
-        options_of(c, &o);
-        c->cpu->holds_interrupts = o.single_step && !c->cpu->x86.halted;
-        int status = vm_vcpu_run(c->cpu, &o, &c->exit);
-        c->cpu->holds_interrupts = false;
-        if (status != VM_OK)
-            event = failed(c, status);
-        else if (c->exit.reason == VM_EXIT_BUDGET)
-            gdb_history_add(g);
-        else if (c->exit.reason != VM_EXIT_KICK && !(c->exit.reason == VM_EXIT_STEP && is_in_range(c)))
-            event = gdb_judge(c);
-    }
+    while (event == GDB_EVENT_NONE && !c->g->is_halting)
+        event = gdb_turn(c);
     return event;
 }
 

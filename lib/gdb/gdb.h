@@ -91,6 +91,8 @@ bool gdb_start_threads(struct vm_gdb *g);
 void gdb_end_threads(struct vm_gdb *g);
 void gdb_go(struct vm_gdb *g);         /* carry out the orders in cpus[] */
 void gdb_halt(struct vm_gdb *g);       /* all idle when it returns */
+/* One run of the vCPU by its order; GDB_EVENT_NONE: the order goes on. */
+gdb_event gdb_turn(gdb_cpu *c);
 /* What an exit means: GDB_EVENT_NONE to go on. Any thread; calls on_exit. */
 gdb_event gdb_judge(gdb_cpu *c);
 /* The event to deal with next, NULL: none. */
