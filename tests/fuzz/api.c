@@ -19,7 +19,7 @@ typedef struct world {
     struct { uint64_t address, bytes; vm_prot how; bool is_watch; } point[MACHINES][POINTS];    /* set, to be taken away */
     unsigned     points[MACHINES];
     int          kind[MACHINES];        /* of kept machine, -1: one of its own */
-    bool         is_odd[MACHINES];      /* something that putting back does not put back */
+    bool         is_dear;               /* an input that may make machines, and fork */
     unsigned     current;
     unsigned     calls;
     bool         inside;                /* in a callback */
@@ -88,7 +88,6 @@ static void forget(world *w)
     memset(w->hook[w->current], 0, sizeof w->hook[0]);
     memset(w->snapshot[w->current], 0, sizeof w->snapshot[0]);
     w->points[w->current] = 0;
-    w->is_odd[w->current] = false;
     w->kind[w->current] = -1;
 }
 
@@ -120,13 +119,11 @@ static void take_kept(world *w, unsigned kind)
     w->kind[w->current] = (int)kind;
 }
 
-/* Back to how it was made. False: that is not possible. */
-static bool put_back(world *w, unsigned kind)
+/* Back to how it was made. */
+static void put_back(world *w, unsigned kind)
 {
     vm_machine *m = machine(w);
     const unsigned c = w->current;
-    if (w->is_odd[c])
-        return false;
     for (unsigned i = 0; i < HOOKS; i++)
         if (w->hook[c][i] && vm_hook_remove(m, w->hook[c][i]) != VM_OK)
             abort();
@@ -138,6 +135,7 @@ static bool put_back(world *w, unsigned kind)
             vm_breakpoint(m, w->point[c][w->points[c]].address, false);
     }
     vm_coverage(m, NULL, 0);
+    vm_coverage_range(m, 0, 0);
     vm_dirty_log(m, false);
     for (unsigned port = 0; port < 4; port++)
         vm_serial_output(m, port, NULL, NULL);
@@ -148,17 +146,15 @@ static bool put_back(world *w, unsigned kind)
         vm_snapshot_free(w->snapshot[c][i]);
     if (vm_mmu_select(m, NULL) != VM_OK || vm_backend_select(m, kind & 1 ? VM_BACKEND_JIT : VM_BACKEND_INTERP) != VM_OK)
         abort();
-    return true;
 }
 
 static void end_machine(world *w)
 {
     const int kind = w->kind[w->current];
-    if (machine(w) && (kind < 0 || !put_back(w, (unsigned)kind))) {
+    if (machine(w) && kind >= 0)
+        put_back(w, (unsigned)kind);
+    else
         vm_destroy(machine(w));
-        if (kind >= 0)
-            kept[w->current][kind].m = NULL;
-    }
     machine(w) = NULL;
     forget(w);
 }
@@ -170,7 +166,7 @@ static void call_create(world *w)
     if (machine(w) || w->inside)
         return;
     uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1), how = (uint8_t)fuzz_bits(&w->in, 1);
-    if (how % 64) {
+    if (how % 64 || !w->is_dear) {
         take_kept(w, bits % KINDS);
         return;
     }
@@ -398,7 +394,7 @@ static void call_snapshot(world *w)
 static void call_fork(world *w)
 {
     unsigned other = !w->current;
-    if (w->inside || w->m[other] || !machine(w))
+    if (w->inside || w->m[other] || !machine(w) || !w->is_dear)
         return;
     w->kind[other] = -1;
     vm_fork(machine(w), &w->m[other]);
@@ -410,7 +406,7 @@ static void call_records(world *w)
     if (a & 1)
         vm_coverage(machine(w), a & 2 ? w->coverage : NULL, a & 4 ? sizeof w->coverage : number(w) % 4097);
     else
-        w->is_odd[w->current] |= vm_coverage_range(machine(w), number(w), number(w)) == VM_OK;
+        vm_coverage_range(machine(w), number(w), number(w));
 }
 
 static void call_machine(world *w)
@@ -423,7 +419,7 @@ static void call_machine(world *w)
     case 1: vm_mmu_select(machine(w), mmus[a % 6]); break;
     case 2: vm_backend_select(machine(w), a & 1 ? VM_BACKEND_JIT : VM_BACKEND_INTERP); break;
     case 3: vm_stats(machine(w), "instructions", &value); break;
-    case 4: w->is_odd[w->current] |= vm_ept_create(machine(w), (unsigned)a, number(w), &view) == VM_OK; break;
+    case 4: vm_ept_create(machine(w), (unsigned)a, number(w), &view); break;
     case 5: vm_ept_protect(machine(w), (unsigned)a & 3, number(w), number(w), (vm_prot)(number(w) & 7)); break;
     case 6: vm_ept_select(any_vcpu(w), (unsigned)a & 3); break;
     default: vm_ept_destroy(machine(w), (unsigned)a & 3); break;
@@ -456,6 +452,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&w, 0, sizeof w);
     w.kind[0] = w.kind[1] = -1;
     w.in = (fuzz_input){ data, size };
+    w.is_dear = fuzz_seldom(data, size, 8);
     while (w.in.left && w.calls < 500)
         one_call(&w);
     for (w.current = 0; w.current < MACHINES; w.current++)

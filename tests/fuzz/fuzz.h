@@ -42,6 +42,16 @@ static inline uint64_t fuzz_bits(fuzz_input *in, unsigned bytes)
     return value;
 }
 
+/* One input in `of`, by a hash of it: for what takes much longer than the rest. A bit of the input would not do, because what does
+ * something else is kept, and changed again and again. */
+static inline bool fuzz_seldom(const uint8_t *data, size_t size, unsigned of)
+{
+    uint32_t hash = 2166136261;
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ data[i]) * 16777619;
+    return (hash >> 16) % of == 0;
+}
+
 /* A number as programs choose badly: small, a power of two or next to one, or anything. */
 static inline uint64_t fuzz_number(fuzz_input *in)
 {

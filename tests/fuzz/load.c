@@ -1,6 +1,9 @@
 /* load.c - fuzz target: loaders. Byte 0 of the input chooses the loader, and what the file begins with if the input is not to
  * find that out by itself; the rest is the file. Linux, Multiboot, ELF, boot sector, raw, firmware, snapshot, replay log.
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
 #include "fuzz.h"
 #include <libvm/libvm.h>
 #include <stdio.h>
@@ -67,7 +70,7 @@ static size_t make_linux(uint8_t *file, const uint8_t *data, size_t size)
     return BYTES;
 }
 
-static void boot(vm_machine *m, unsigned kind, const char *path, unsigned variant)
+static void boot(vm_machine *m, unsigned kind, const char *path, unsigned variant, bool is_run)
 {
     vm_boot_options options = VM_BOOT_OPTIONS_INIT;
     vm_run_options run = VM_RUN_OPTIONS_INIT;
@@ -77,7 +80,8 @@ static void boot(vm_machine *m, unsigned kind, const char *path, unsigned varian
     options.cmdline = variant & 2 ? "console=ttyS0" : NULL;
     options.linux_entry = variant & 4 ? 32 : variant & 8 ? 64 : 0;
     run.max_instructions = 50;
-    if (vm_boot_image(m, &options) == VM_OK)
+    run.deadline_ns = 100000;           /* a wait for an interrupt that does not come */
+    if (vm_boot_image(m, &options) == VM_OK && is_run)
         vm_vcpu_run(vm_vcpu_get(m, 0), &run, NULL);
 }
 
@@ -109,6 +113,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static int fd = -1;
     if (size < 2)
         return 0;
+    const bool is_run = fuzz_seldom(data, size, 4);
     unsigned kind = data[0] & 15, variant = data[0] >> 4;
     size = size - 1 < MOST ? size - 1 : MOST;
     if (kind == 6) {
@@ -121,7 +126,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!give_file(file, size, &fd, path, sizeof path))
         abort();
     if (kind <= 6) {
-        boot(m, kind, path, variant);
+        boot(m, kind, path, variant, is_run);
     } else if (kind <= 8) {
         vm_load_elf(m, path, NULL);
     } else if (kind == 9) {

@@ -1,8 +1,9 @@
 /* logs.c - fuzz target: logs of recordings. The input turns a good log into a bad one, which is then replayed.
  *
- * First byte: bit 0 the input is the log itself; bit 1 checksums stay as they were. Otherwise the input goes on as edits: an
- * offset from the log's begin (bit 2: its end) and a byte to put there. Then the checksums are made right, so that what is
- * behind them is tested: the states of CPU and devices, the events.
+ * First byte: bit 0 the input is the log itself; bit 1 checksums stay as they were; bit 3 (one time in eight) afterwards the machine
+ * goes on live, which takes a thread for its timers. Otherwise the input goes on as edits: an offset from the log's begin (bit 2:
+ * its end) and a byte to put there. Then the checksums are made right, so that what is behind them is tested: the states of CPU
+ * and devices, the events.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
@@ -26,9 +27,10 @@ static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
 
 static vm_machine *make(void)
 {
-    /* mov dx, 0x500; next: in al, dx; inc dx; and dl, 3; out 0x80, al; test al, al; sti; hlt (only if zero); jmp next */
+    /* In a page with the vectors, which lead to an iret: mov dx, 0x500; next: in al, dx; inc dx; and dl, 3; out 0x80, al; test al, al; sti; hlt (only if zero); jmp next */
     static const uint8_t code[] = { 0xba, 0x00, 0x05, 0xec, 0x42, 0x80, 0xe2, 0x03, 0xe6, 0x80, 0x84, 0xc0, 0xfb, 0x75, 0xf4, 0x90,
-                                    0xeb, 0xf1 };
+                                    0xeb, 0xf1, 0xcf };
+    enum { CODE = 0x600, IRET = CODE + sizeof code - 1, STACK = 0x800 };
     vm_options o = VM_OPTIONS_INIT;
     vm_io_ops ops = VM_IO_OPS_INIT;
     vm_machine *m;
@@ -36,11 +38,17 @@ static vm_machine *make(void)
     o.platform = VM_PLATFORM_PC;
     o.ram_bytes = 1 << 20;
     ops.read = device_read;
-    if (vm_create(&o, &m) != VM_OK || vm_map_pio(m, 0x500, 4, &ops, NULL, NULL) != VM_OK ||
-        vm_write(m, 0x7000, code, sizeof code) != VM_OK || vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL) != VM_OK)
+    if (vm_create(&o, &m) != VM_OK)
         abort();
-    uint64_t rip = 0x7000;
-    vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &rip, 8);
+    static const uint8_t nothing[0x20000];
+    vm_write(m, 0xe0000, nothing, sizeof nothing);      /* the firmware's tables would be most of the log */
+    if (vm_map_pio(m, 0x500, 4, &ops, NULL, NULL) != VM_OK ||
+        vm_write(m, CODE, code, sizeof code) != VM_OK || vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_REAL) != VM_OK)
+        abort();
+    for (uint32_t vector = 0; vector < 256; vector++)
+        vm_write(m, vector * 4, &(uint32_t){ IRET }, 4);
+    vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RIP, &(uint64_t){ CODE }, 8);
+    vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &(uint64_t){ STACK }, 8);
     return m;
 }
 
@@ -48,7 +56,7 @@ static vm_exit run(vm_machine *m)
 {
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
-    o.max_instructions = 50;
+    o.max_instructions = 20;
     o.deadline_ns = 1000000;
     if (vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e) != VM_OK)
         abort();
@@ -66,10 +74,10 @@ static void make_good(void)
     o.skip_idle = true;
     if (fd < 0 || vm_record(m, fd, &o) != VM_OK)
         abort();
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 2; i++) {
         vm_serial_input(m, 0, (const uint8_t *)"abc", 3);
         vm_irq_set(m, 5, i & 1);
-        vm_write(m, 0x9000, &i, sizeof i);
+        vm_write(m, 0x900, &i, sizeof i);
         vm_vcpu_inject(vm_vcpu_get(m, 0), 0x40, false, 0);
         run(m);
     }
@@ -83,6 +91,12 @@ static void make_good(void)
     vm_destroy(m);
 }
 
+/* Of the log, which has as many bytes as the good one. */
+static bool is_as_it_was(const uint8_t *log, size_t from, size_t bytes)
+{
+    return memcmp(log + from, good + from, bytes) == 0;
+}
+
 static void mend(uint8_t *log, size_t bytes)
 {
     vm_log_header h;
@@ -90,16 +104,20 @@ static void mend(uint8_t *log, size_t bytes)
     uint64_t states = (uint64_t)h.cpu_bytes + h.platform_bytes;
     if (states > bytes - sizeof h)
         return;
-    h.crc = 0;
-    h.crc = vm_crc32(vm_crc32(0, &h, sizeof h), log + sizeof h, states);
-    memcpy(log, &h, sizeof h);
+    if (!is_as_it_was(log, 0, sizeof h + states)) {
+        h.crc = 0;
+        h.crc = vm_crc32(vm_crc32(0, &h, sizeof h), log + sizeof h, states);
+        memcpy(log, &h, sizeof h);
+    }
     for (size_t at = sizeof h + states; at + 8 <= bytes;) {
         uint32_t head[2];
         memcpy(head, log + at, sizeof head);
         if (!head[0] || head[0] > bytes - at - 8)
             return;
-        head[1] = vm_crc32(vm_crc32(0, head, 4), log + at + 8, head[0]);
-        memcpy(log + at, head, sizeof head);
+        if (!is_as_it_was(log, at, 8 + head[0])) {
+            head[1] = vm_crc32(vm_crc32(0, head, 4), log + at + 8, head[0]);
+            memcpy(log + at, head, sizeof head);
+        }
         at += 8 + head[0];
     }
 }
@@ -117,6 +135,18 @@ static vm_machine *fresh_machine(void)
         abort();
     }
     return m;
+}
+
+static void replay(vm_machine *m, int fd, bool goes_on)
+{
+    if (vm_replay(m, fd) != VM_OK)
+        return;
+    for (int i = 0; i < 8 && run(m).reason != VM_EXIT_REPLAY; i++)
+        continue;
+    if (vm_replay_stop(m) != VM_OK)
+        abort();
+    if (goes_on)
+        run(m);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -141,14 +171,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         mend(log, bytes);
     if (ftruncate(fd, (off_t)bytes) || pwrite(fd, log, bytes, 0) != (ssize_t)bytes || lseek(fd, 0, SEEK_SET) != 0)
         abort();
-    vm_machine *m = fresh_machine();
-    if (vm_replay(m, fd) == VM_OK) {
-        for (int i = 0; i < 8 && run(m).reason != VM_EXIT_REPLAY; i++)
-            continue;
-        if (vm_replay_stop(m) != VM_OK)
-            abort();
-        run(m);
-    }
+    replay(fresh_machine(), fd, (how & 8) && fuzz_seldom(data, size, 8));
     free(log);
     return 0;
 }

@@ -1,7 +1,8 @@
 /* snapshot.c - fuzz target: snapshot files. The input turns a good file into a bad one, which is then loaded; what loads is
  * restored and run.
  *
- * First byte: bit 0 a compressed file, bit 1 a PC, bit 2 the input is the file itself; bit 3 checksums stay as they were.
+ * First byte: bit 0 a compressed file, bit 1 a PC (one time in eight), bit 2 the input is the file itself, bit 3 checksums stay as they were, bit 4 those of
+ * memory are not looked at (never for a PC's uncompressed file: that would be most of the time).
  * Otherwise the input goes on as edits: an offset (in the header or the description mostly) and what to put there. Then
  * the checksums of header and description are made right, so that what is behind them is tested.
  */
@@ -16,6 +17,8 @@
 #include <unistd.h>
 
 const struct fuzz_target fuzz_target = { "snapshot", 3000, 64 };
+
+enum { PACKED = 1, PC = 2, RAW = 4, AS_IT_IS = 8, UNVERIFIED = 16 };
 
 static int device_save(void *user, void *buffer, size_t *bytes)
 {
@@ -45,6 +48,7 @@ static vm_machine *make(bool is_pc)
         abort();
     if (vm_map_pio(m, 0x4000, 8, &ops, &device, NULL) != VM_OK ||
         vm_map_ram(m, 0x10000000, 0x3000, VM_PROT_RWX, NULL) != VM_OK ||
+        vm_map_ram(m, 0x20000000, 0x20000, VM_PROT_RW, NULL) != VM_OK ||          /* mapped from an uncompressed file */
         vm_protect(m, 0x10001000, 0x1000, VM_PROT_R) != VM_OK || vm_write(m, 0x10000000, "\xff\xc0\xeb\xfc", 4) != VM_OK)
         abort();
     vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
@@ -53,28 +57,27 @@ static vm_machine *make(bool is_pc)
     return m;
 }
 
-static uint8_t *good[4];
-static size_t good_bytes[4];
+/* Good files, made once a kind, and what an input makes of each: in memory the whole, in `fd` all but what was edited last. */
+static struct { uint8_t *bytes, *edited; size_t count; int fd; } files[4];
 
-/* Made once a kind; files are small. */
-static void make_good(unsigned kind)
+static void make_file(unsigned kind)
 {
-    if (good[kind])
+    if (files[kind].bytes)
         return;
-    vm_machine *m = make(kind & 2);
+    vm_machine *m = make(kind & PC);
     vm_snapshot *s;
-    int fd = memfd_create("good", 0);
+    int fd = files[kind].fd = memfd_create("good", 0);
     if (fd < 0 || vm_snapshot_take(m, &s) != VM_OK)
         abort();
-    if (vm_snap_save(s, fd, kind & 1 ? VM_SNAPSHOT_COMPRESS : 0) != VM_OK && vm_snap_save(s, fd, 0) != VM_OK)
+    if (vm_snap_save(s, fd, kind & PACKED ? VM_SNAPSHOT_COMPRESS : 0) != VM_OK && vm_snap_save(s, fd, 0) != VM_OK)
         abort();
     vm_destroy(m);
-    off_t n = lseek(fd, 0, SEEK_END);
-    good[kind] = malloc((size_t)n);
-    if (!good[kind] || pread(fd, good[kind], (size_t)n, 0) != n)
+    size_t n = files[kind].count = (size_t)lseek(fd, 0, SEEK_END);
+    files[kind].bytes = malloc(n);
+    files[kind].edited = malloc(n);
+    if (!files[kind].bytes || !files[kind].edited || pread(fd, files[kind].bytes, n, 0) != (ssize_t)n)
         abort();
-    good_bytes[kind] = (size_t)n;
-    close(fd);
+    memcpy(files[kind].edited, files[kind].bytes, n);
 }
 
 static void put_right(uint8_t *file, size_t bytes)
@@ -87,24 +90,61 @@ static void put_right(uint8_t *file, size_t bytes)
     memcpy(file, &h, sizeof h);
 }
 
-static void edit(uint8_t *file, size_t *bytes, fuzz_input *in)
+typedef struct edits { size_t bytes; /* that the file has then */ unsigned count; struct { size_t at, n; } list[64]; } edits;
+
+/* One, from the input. */
+static void edit(unsigned kind, edits *es, fuzz_input *in)
 {
     snap_header h;
-    memcpy(&h, file, sizeof h);
-    uint64_t meta = h.meta_bytes < *bytes - VM_SNAP_HEADER ? h.meta_bytes : *bytes - VM_SNAP_HEADER;
+    memcpy(&h, files[kind].edited, sizeof h);
+    const uint64_t room = es->bytes - VM_SNAP_HEADER, meta = h.meta_bytes < room ? h.meta_bytes : room;
     uint8_t how = (uint8_t)fuzz_bits(in, 1);
     uint64_t at = fuzz_bits(in, 2), value = fuzz_number(in);
     switch (how & 7) {
     case 0: at %= sizeof h; break;
-    case 1: *bytes -= at % 4096 < *bytes - VM_SNAP_HEADER ? at % 4096 : 0; return;
-    case 2: at = VM_SNAP_HEADER + at % *bytes; break;
+    case 1: es->bytes -= at % 4096 < room ? at % 4096 : 0; return;
+    case 2: at = VM_SNAP_HEADER + at % es->bytes; break;
     default: at = VM_SNAP_HEADER + (meta ? at % meta : 0);
     }
     if (how & 8)
         at &= ~UINT64_C(7);
     unsigned n = 1u << (how >> 4 & 3);
-    if (at + n <= *bytes)
-        memcpy(file + at, &value, n);
+    if (at + n > es->bytes || es->count == sizeof es->list / sizeof *es->list)
+        return;
+    memcpy(files[kind].edited + at, &value, n);
+    es->list[es->count].at = at;
+    es->list[es->count++].n = n;
+}
+
+static void write_at(int fd, const uint8_t *file, size_t at, size_t n)
+{
+    if (n && pwrite(fd, file + at, n, (off_t)at) != (ssize_t)n)
+        abort();
+}
+
+/* Header and description as they are now, and the other edits; or all that was edited as it was. */
+static void write_edits(unsigned kind, const edits *es, const uint8_t *from)
+{
+    snap_header h;
+    const int fd = files[kind].fd;
+    memcpy(&h, files[kind].bytes, sizeof h);
+    size_t head = h.data_offset < es->bytes ? h.data_offset : es->bytes;
+    write_at(fd, from, 0, head);
+    for (unsigned i = 0; i < es->count; i++)
+        if (es->list[i].at + es->list[i].n > head && es->list[i].at + es->list[i].n <= es->bytes)
+            write_at(fd, from, es->list[i].at, es->list[i].n);
+    if (ftruncate(fd, (off_t)es->bytes))
+        abort();
+}
+
+static void undo(unsigned kind, const edits *es)
+{
+    const size_t all = files[kind].count;
+    memcpy(files[kind].edited, files[kind].bytes, VM_SNAP_HEADER);      /* checksums, too */
+    for (unsigned i = 0; i < es->count; i++)
+        memcpy(files[kind].edited + es->list[i].at, files[kind].bytes + es->list[i].at, es->list[i].n);
+    write_edits(kind, es, files[kind].bytes);
+    write_at(files[kind].fd, files[kind].bytes, es->bytes, all - es->bytes);
 }
 
 /* A machine of each kind, kept and put back: making it takes far longer than an input. */
@@ -133,16 +173,11 @@ static void live(vm_machine *m, vm_snapshot *s)
     vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e);
 }
 
-static void try(bool is_pc, const uint8_t *file, size_t bytes)
+static void try(bool is_pc, int fd, unsigned flags)
 {
-    static int fd = -1;
     vm_machine *m = fresh_machine(is_pc);
     vm_snapshot *s = NULL;
-    if (fd < 0)
-        fd = memfd_create("fuzzed", 0);
-    if (fd < 0 || ftruncate(fd, (off_t)bytes) || pwrite(fd, file, bytes, 0) != (ssize_t)bytes || lseek(fd, 0, SEEK_SET))
-        abort();
-    int status = vm_snapshot_load(m, fd, &s);
+    int status = vm_snap_load(m, fd, flags, &s);
     if ((status == VM_OK) != (s != NULL))
         abort();
     if (status == VM_OK && vm_snapshot_restore(m, s) == VM_OK)
@@ -153,24 +188,36 @@ static void try(bool is_pc, const uint8_t *file, size_t bytes)
     vm_snapshot_free(s);
 }
 
+static void try_raw(bool is_pc, const fuzz_input *in)
+{
+    static int fd = -1;
+    if (fd < 0)
+        fd = memfd_create("raw", 0);
+    if (fd < 0 || ftruncate(fd, (off_t)in->left))
+        abort();
+    write_at(fd, in->data, 0, in->left);
+    try(is_pc, fd, 0);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static uint8_t file[1 << 20];
     fuzz_input in = { data, size };
-    uint8_t kind = (uint8_t)fuzz_bits(&in, 1);
-    if (kind & 4) {
-        try(kind & 2, in.data, in.left);
+    uint8_t how = (uint8_t)fuzz_bits(&in, 1);
+    if (!fuzz_seldom(data, size, 8))
+        how &= (uint8_t)~PC;
+    const uint8_t kind = how & (PC | PACKED);
+    if (how & RAW) {
+        try_raw(how & PC, &in);
         return 0;
     }
-    make_good(kind & 3);
-    size_t bytes = good_bytes[kind & 3];
-    if (bytes > sizeof file)
-        abort();
-    memcpy(file, good[kind & 3], bytes);
+    make_file(kind);
+    edits es = { .bytes = files[kind].count };
     while (in.left)
-        edit(file, &bytes, &in);
-    if (!(kind & 8))
-        put_right(file, bytes);
-    try(kind & 2, file, bytes);
+        edit(kind, &es, &in);
+    if (!(how & AS_IT_IS))
+        put_right(files[kind].edited, es.bytes);
+    write_edits(kind, &es, files[kind].edited);
+    try(how & PC, files[kind].fd, how & UNVERIFIED || kind == PC ? VM_SNAPSHOT_NO_VERIFY : 0);
+    undo(kind, &es);
     return 0;
 }

@@ -83,7 +83,17 @@ describe("wrong arguments", function()
       local scratch = assert(io.tmpfile())
       local gone = objects "interp"
       gone.machine:close()
-      local all, pool
+      local all, pool, names
+      local functions = {}                      -- of each object, by its name
+
+      local function sorted_keys(t, is_wanted)
+        local keys = {}
+        for key, v in pairs(t) do
+          if is_wanted(key, v) then keys[#keys + 1] = key end
+        end
+        table.sort(keys)
+        return keys
+      end
 
       local function renew()
         all = objects(backend)
@@ -99,6 +109,12 @@ describe("wrong arguments", function()
                  coroutine.create(print), scratch, libvm.buffer(64), gone.machine, gone.cpu, gone.region, gone.hook, gone.snapshot }
         for _, word in ipairs(words) do table.insert(pool, word) end
         for _, object in pairs(all) do table.insert(pool, object) end
+        names = sorted_keys(all, function(_, object) return object == libvm or next(methods(object)) end)
+        for _, name in ipairs(names) do
+          functions[name] = functions[name] or sorted_keys(all[name] == libvm and libvm or methods(all[name]), function(method, f)
+            return type(f) == "function" and not left_out[method]
+          end)
+        end
       end
 
       local function value(depth)
@@ -112,20 +128,10 @@ describe("wrong arguments", function()
 
       renew()
       for n = 1, count do
-        local names = {}
-        for name, object in pairs(all) do
-          if object == libvm or next(methods(object)) then names[#names + 1] = name end
-        end
-        table.sort(names, function(a, b) return tostring(a) < tostring(b) end)
         local name = names[math.random(#names)]
         local object = all[name]
         local list, arguments = object == libvm and libvm or methods(object), table.pack()
-        local functions = {}
-        for method, f in pairs(list) do
-          if type(f) == "function" and not left_out[method] then functions[#functions + 1] = method end
-        end
-        table.sort(functions)
-        local method = functions[math.random(#functions)]
+        local method = functions[name][math.random(#functions[name])]
         if object ~= libvm and math.random(20) > 1 then arguments = table.pack(object) end
         for _ = 1, math.random(0, 5) do
           arguments.n = arguments.n + 1
