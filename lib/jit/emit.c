@@ -65,12 +65,12 @@ typedef struct div_stub {
     unsigned insn;
 } div_stub;
 
-/* MOVS, STOS the semantic way. */
-typedef struct string_stub {
-    uint8_t *jump[JIT_STRING_JUMPS], *resume;
+/* A fallback whose usual case is inline. */
+typedef struct usual_stub {
+    uint8_t *jump[JIT_USUAL_JUMPS], *resume;
     unsigned jumps;
     uint32_t site;
-} string_stub;
+} usual_stub;
 
 /* A hook's call, when the block is left after it; or the question at the entry whether a block begins. */
 typedef struct hook_stub {
@@ -90,7 +90,7 @@ typedef struct emitter {
     int recipe;     /* instruction that can be done again, or -1 */
     int late;       /* the same, but only here: its registers will change */
     unsigned nslow, nleave, nside, nlink;
-    unsigned ndiv, nhook, nstring;
+    unsigned ndiv, nhook, nusual;
     int last_hook; /* instruction before which a hook was called directly and registers stored, or -1 */
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
@@ -101,7 +101,7 @@ typedef struct emitter {
     uint32_t insn_at[JIT_MAX_INSNS]; /* keep_insn(); 0: not yet */
     side_stub side[JIT_MAX_SIDES]; /* from here on not cleared for each block */
     div_stub div[JIT_MAX_INSNS];
-    string_stub string[JIT_MAX_INSNS];
+    usual_stub usual[JIT_MAX_INSNS];
     hook_stub hook[2 * JIT_MAX_INSNS];
     slow_stub slow[JIT_MAX_SITES];
     leave_stub leaves[JIT_MAX_INSNS + 4 * JIT_MAX_SIDES + 8];
@@ -555,7 +555,7 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     s->flags = in->flags;
     s->mode = in->mode;
     s->seg = in->seg;
-    s->divides = jit_insn_divides(in);
+    s->may_redo = jit_insn_may_redo(in);
     s->block = e->block;
     s->index = (uint16_t)i;
     s->access = check ? check->access : 0;
@@ -1107,28 +1107,63 @@ static void emit_side_stub(emitter *e, const side_stub *s)
     emit_edge(e, s->op->insn, s->op->target, need);
 }
 
+static void emit_swapgs(jit_writer *w)
+{
+    const int32_t base = (int32_t)(offsetof(x86_cpu, seg) + X86_GS * sizeof(x86_seg) + offsetof(x86_seg, base));
+    e_gs_load(w, 8, T0, base);
+    e_gs_load(w, 8, T1, JIT_OFF(kernel_gs_base));
+    e_gs_store(w, 8, T1, base);
+    e_gs_store(w, 8, T0, JIT_OFF(kernel_gs_base));
+}
+
+/* STI while no interrupt waits: none is taken before the next edge, which is behind the shadow. Returns the jump if one does. */
+static uint8_t *emit_sti(jit_writer *w)
+{
+    e_r_gs(w, 1, 0x80, 7, JIT_OFF(irq_waiting)); /* cmp */
+    e8(w, 0);
+    uint8_t *waits = e_jcc(w, CC_NE);
+    e_r_gs(w, 4, 0x81, 1, JIT_OFF(rflags)); /* or */
+    e32(w, X86_FL_IF);
+    return waits;
+}
+
+/* The usual case inline, what is left as a stub: the flags stay in memory as they were, or come back as an image. */
+static bool emit_usual(emitter *e, const jit_op *o, uint32_t site)
+{
+    usual_stub *s = &e->usual[e->nusual];
+    if (jit_string_form(e->u, o->insn)) {
+        s->jumps = jit_emit_string(e->u, o->insn, s->jump);
+    } else if (o->op == IR_FALLBACK && jit_insn_sets_if(e->u, o->insn)) {
+        s->jumps = 1;
+        s->jump[0] = emit_sti(e->w);
+    } else {
+        return false;
+    }
+    s->site = site;
+    s->resume = e->w->p;
+    e->nusual++;
+    return true;
+}
+
 static void emit_fallback(emitter *e, const jit_op *o)
 {
     jit_writer *w = e->w;
-    unsigned vec = jit_level(e->u->key);
     need_mem(e);
+    if (jit_insn_is_swapgs(e->u, o->insn)) {
+        emit_swapgs(w);
+        return;
+    }
     uint32_t at = new_site(e, o->insn, NULL, true);
     ((jit_site *)(e->j->arena + at))->is_end = o->op == IR_FALLBACK_END;
     e->host = false;
     e->recipe = e->late = -1;
-    if (jit_string_form(e->u, o->insn)) {
-        string_stub *s = &e->string[e->nstring++];
-        s->site = at;
-        s->jumps = jit_emit_string(e->u, o->insn, s->jump);
-        s->resume = w->p;
-        return; /* the flags are in memory as they were, or as an image */
-    }
+    if (emit_usual(e, o, at)) return;
     e_mov_imm(w, T1, at);
-    e_call_to(w, e->j->fallback[vec]);
+    e_call_to(w, e->j->fallback[jit_level(e->u->key)]);
     e->mem = e->image = true;
 }
 
-static void emit_string_stub(emitter *e, const string_stub *s)
+static void emit_usual_stub(emitter *e, const usual_stub *s)
 {
     for (unsigned k = 0; k < s->jumps; k++) e_patch(s->jump[k], e->w->p);
     e_mov_imm(e->w, T1, s->site);
@@ -1441,7 +1476,7 @@ static void emit_block(emitter *e)
     if (!u->path) jit_cover_stubs(u, e->w);
     for (unsigned k = 0; k < e->nhook && e->failed < 0; k++) emit_hook_stub(e, &e->hook[k]);
     for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
-    for (unsigned k = 0; k < e->nstring && e->failed < 0; k++) emit_string_stub(e, &e->string[k]);
+    for (unsigned k = 0; k < e->nusual && e->failed < 0; k++) emit_usual_stub(e, &e->usual[k]);
     for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
     for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
 }

@@ -327,7 +327,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at)
     x86_io_retire(cpu);
     j->bounce_active = false;
     uint8_t *p = x86_direct(cpu, la, s->size, s->access);
-    if (!p && (s->divides || jit_hook_steps(cpu, s, la))) { /* a division may be done again: not of a device */
+    if (!p && (s->may_redo || jit_hook_steps(cpu, s, la))) {
         jit_end_helper(j, cpu, s);
         return (uint8_t *)(uintptr_t)leave_block(cpu, s, s->index, JIT_LEAVE_STEP, s->rip);
     }

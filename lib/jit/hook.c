@@ -230,7 +230,7 @@ bool jit_access_falls_back(const jit_unit *u, const x86_insn *in)
         const x86_operand *v = &in->op[1];
         return !jit_insn_is_mov(in) || (v->kind != X86_OP_IMM && (v->kind != X86_OP_GPR || v->reg >= 16));
     }
-    return (in->flags & X86_IF_BRANCH) && jit_insn_pushes(in);
+    return jit_insn_pushes(in);
 }
 
 static vm_hook_result report_all(void *user, vm_vcpu *vcpu, const vm_hook_event *event)

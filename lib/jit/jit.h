@@ -56,7 +56,7 @@ typedef struct jit_site {
     uint8_t in_window;                  /* a group that must lie in a window (1 + which) */
     int16_t leader_disp;
     uint16_t span;
-    bool divides;
+    bool may_redo; /* the instruction from its start: no device is read for it */
     bool is_single; /* the access is the whole instruction: a failed RMW is done by its semantic function */
     bool is_end;    /* the block ends with it */
     bool in_shadow; /* of an STI in the block: x86_cpu.inhibit as long as anybody may look */
@@ -354,10 +354,12 @@ bool jit_crosses_page(const jit_unit *u, uint64_t rip);
 bool jit_insn_is_x87(const x86_insn *in);
 bool jit_insn_is_mov(const x86_insn *in);
 bool jit_insn_moves(const x86_insn *in); /* MOV, MOVZX, MOVSX, MOVSXD, MOVBE */
-bool jit_insn_pushes(const x86_insn *in); /* CALL */
+bool jit_insn_pushes(const x86_insn *in); /* CALL, PUSH */
 bool jit_insn_is_idiv(const x86_insn *in);
-bool jit_insn_divides(const x86_insn *in); /* DIV, IDIV */
+bool jit_insn_may_redo(const x86_insn *in); /* it reads memory before something that can fault: DIV, IDIV, CALL, PUSH */
 bool jit_insn_clears_if(const x86_insn *in); /* CLI */
+bool jit_insn_is_swapgs(const jit_unit *u, unsigned i);
+bool jit_insn_sets_if(const jit_unit *u, unsigned i); /* STI with an instruction behind it in the block */
 bool jit_in_shadow(const jit_unit *u, unsigned i); /* of an STI before it */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);
@@ -376,9 +378,9 @@ void jit_optimise(jit_unit *u);
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
 /* string.c */
-enum { JIT_STRING_JUMPS = 6 };
+enum { JIT_USUAL_JUMPS = 6 };
 bool jit_string_form(const jit_unit *u, unsigned i); /* MOVS or STOS that needs C only for what is rare */
-unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_STRING_JUMPS]);
+unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_USUAL_JUMPS]);
 /* coverage.c: nothing unless something is recorded. Flags may be lost where it is not said otherwise. */
 #define JIT_COVER_BYTES 12288 /* that it may add to a block */
 void jit_cover_unit(jit_unit *u); /* a block begins */

@@ -204,9 +204,12 @@ bool jit_insn_moves(const x86_insn *in)
     default: return false;
     }
 }
-bool jit_insn_pushes(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CALL; }
+bool jit_insn_pushes(const x86_insn *in) { return classes[in->mnemonic] == C_CALL || classes[in->mnemonic] == C_PUSH; }
 bool jit_insn_is_idiv(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_IDIV; }
-bool jit_insn_divides(const x86_insn *in) { return classes[in->mnemonic] == C_DIV; }
+bool jit_insn_may_redo(const x86_insn *in)
+{
+    return (in->flags & X86_IF_MEM) && (classes[in->mnemonic] == C_DIV || jit_insn_pushes(in));
+}
 
 static bool is_x87_store(const x86_insn *in)
 {
@@ -241,6 +244,16 @@ static bool is_system_form(const jit_unit *u, const x86_insn *in)
            in->op[0].size >= 4 && in->op[0].reg != X86_RSP;
 }
 
+/* The semantic function without what cannot be here: SWAPGS and STI of a 64-bit kernel. */
+bool jit_insn_is_swapgs(const jit_unit *u, unsigned i)
+{
+    return u->insn[i].exec == x86_op_swapgs && (u->key & JIT_KEY_64) && (u->key & JIT_KEY_RING0);
+}
+bool jit_insn_sets_if(const jit_unit *u, unsigned i)
+{
+    return u->insn[i].exec == x86_op_sti && (u->key & JIT_KEY_RING0) && i + 1 < u->count && !u->cpu->hook_mask;
+}
+
 bool jit_in_shadow(const jit_unit *u, unsigned i) { return i && u->insn[i - 1].exec == x86_op_sti; }
 
 /* The class under which this very form is handled, or C_FALLBACK. */
@@ -259,8 +272,7 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in)
     switch (c) {
     case C_PUSH:
         if (!stack_form(u, in) || in->op[0].kind == X86_OP_SEG) return C_FALLBACK;
-        return in->flags & X86_IF_MEM ? C_FALLBACK
-                                      : c; /* two accesses: a device must not be read again for the second */
+        return !(in->flags & X86_IF_MEM) || address_form(u, in) ? c : C_FALLBACK;
     case C_PUSHF: return stack_form(u, in) && (u->key & JIT_KEY_64) ? c : C_FALLBACK;
     case C_POP: return stack_form(u, in) && in->op[0].kind == X86_OP_GPR ? c : C_FALLBACK;
     case C_LEAVE:

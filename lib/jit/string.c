@@ -46,7 +46,7 @@ static void emit_instruction(const jit_unit *u, const x86_insn *in)
 }
 
 /* The flags are lost; the temporary's slot is used. Returns how many jumps there are to the slow way. */
-unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_STRING_JUMPS])
+unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_USUAL_JUMPS])
 {
     const x86_insn *in = &u->insn[i];
     const bool is_move = in->exec == x86_op_movs, is_repeated = in->flags & X86_IF_REP;
