@@ -341,7 +341,9 @@ x86_stop kvm_interpret(kvm_vcpu *kv, int64_t instructions)
     bool is_slice = instructions <= 0;
     if (!is_slice) x->budget = instructions;
     int64_t before = x->budget;
+    bool was_long = x->efer & X86_EFER_LME;
     if (stop == X86_STOP_NONE) stop = vm_backend_interp.run(kv->cpu);
+    if (!was_long && (x->efer & X86_EFER_LME)) kv->makes_kernel = true; /* as if KVM had shown the write */
     x->stat[X86_STAT_KVM_EMULATED] += (uint64_t)(before - x->budget);
     if (!is_slice) {
         x->budget = budget;
