@@ -32,7 +32,8 @@ typedef struct vmrun {
     vm_boot_options boot;
     const char *debugcon;
     unsigned trace;
-    const char *gdb_address;
+    const char *gdb_address, *record, *replay;
+    uint64_t gdb_reverse;
     vm_gdb *gdb;
     bool has_trace, want_stats, no_reboot, gdb_runs;
     double timeout;
@@ -40,7 +41,7 @@ typedef struct vmrun {
     vm_machine *machine;
     pthread_t vcpu_threads[VM_MAX_VCPUS], console_thread;
     bool has_console_thread;
-    int wake[2], debug_fd;
+    int wake[2], debug_fd, log_fd;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     verdict verdict;                    /* under lock */
@@ -118,6 +119,7 @@ static bool handle_exit(vmrun *r, vm_vcpu *cpu, const vm_exit *exit)
     case VM_EXIT_RESET: decide(r, RESET_ASKED, 0); return false;
     case VM_EXIT_GUEST_EXIT: decide(r, GUEST_CODE, (int)(exit->guest_exit.code & 0xff)); return false;
     case VM_EXIT_KICK: case VM_EXIT_IO: case VM_EXIT_MMIO: case VM_EXIT_UNMAPPED: return !r->stopping;
+    case VM_EXIT_REPLAY: decide(r, LEFT, exit->replay.status == VM_OK ? 0 : complain("%s", vm_errmsg())); return false;
     default: report_death(cpu, exit); decide(r, DIED, EXIT_GUEST_DIED); return false;
     }
 }
@@ -249,6 +251,7 @@ static bool open_gdb(vmrun *r)
     vm_gdb_options o = VM_GDB_OPTIONS_INIT;
     if (!r->gdb_address) return true;
     o.runs_alone = r->gdb_runs;
+    o.reverse_interval = r->gdb_reverse;
     o.on_exit = gdb_exit;
     o.on_reset = gdb_reset;
     o.user = r;
@@ -340,7 +343,7 @@ static void run(vmrun *r)
             r->has_console_thread = pthread_create(&r->console_thread, NULL, run_console, r) == 0;
         wait_for_verdict(r, &end);
         stop_vcpus(r);
-    } while (r->verdict == RESET_ASKED && !r->no_reboot && restart(r));
+    } while (r->verdict == RESET_ASKED && !r->no_reboot && !r->record && !r->replay && restart(r));
     if (r->has_console_thread) {
         write_all(r->wake[1], (const uint8_t *)"", 1);
         pthread_join(r->console_thread, NULL);
@@ -382,6 +385,9 @@ static const char help_text[] =
     "  --gdb ADDRESS      wait for a debugger: \"target remote ADDRESS\"; HOST:PORT on the loopback, :PORT, or the path of\n"
     "                     a Unix socket\n"
     "  --gdb-run          run while no debugger is there\n"
+    "  --record FILE      write down what happens to the machine from outside, up to its end or reset (one CPU, jit or interp)\n"
+    "  --replay FILE      do the same again; with the other options as they were\n"
+    "  --gdb-reverse N    replaying: let the debugger go backwards, with a snapshot every N instructions\n"
     "  --help, --version\n\n"
     "Exit status: 0 the guest powered off (or Ctrl-A X, or a reset with --no-reboot); the code it wrote to the exit\n"
     "device at port 0xF4; 124 timeout; 1 bad input; 2 the guest stopped for good (triple fault, HLT with interrupts off).\n";
@@ -420,7 +426,8 @@ static bool parse_backend(const char *text, vm_backend *backend)
 }
 
 enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_MEMORY_FILE, OPT_CPUS, OPT_CPU, OPT_ENTRY,
-       OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN, OPT_HELP, OPT_VERSION };
+       OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN, OPT_RECORD, OPT_REPLAY,
+       OPT_GDB_REVERSE, OPT_HELP, OPT_VERSION };
 static const struct option long_options[] = {
     {"kernel", required_argument, NULL, OPT_KERNEL},   {"initrd", required_argument, NULL, OPT_INITRD},
     {"append", required_argument, NULL, OPT_APPEND},   {"bios", required_argument, NULL, OPT_BIOS},
@@ -431,8 +438,10 @@ static const struct option long_options[] = {
     {"debugcon", required_argument, NULL, OPT_DEBUGCON}, {"trace", required_argument, NULL, OPT_TRACE},
     {"stats", no_argument, NULL, OPT_STATS},           {"timeout", required_argument, NULL, OPT_TIMEOUT},
     {"no-reboot", no_argument, NULL, OPT_NO_REBOOT},   {"gdb", required_argument, NULL, OPT_GDB},
-    {"gdb-run", no_argument, NULL, OPT_GDB_RUN},       {"help", no_argument, NULL, OPT_HELP},
-    {"version", no_argument, NULL, OPT_VERSION},       {NULL, 0, NULL, 0}};
+    {"gdb-run", no_argument, NULL, OPT_GDB_RUN},       {"record", required_argument, NULL, OPT_RECORD},
+    {"replay", required_argument, NULL, OPT_REPLAY},   {"gdb-reverse", required_argument, NULL, OPT_GDB_REVERSE},
+    {"help", no_argument, NULL, OPT_HELP},             {"version", no_argument, NULL, OPT_VERSION},
+    {NULL, 0, NULL, 0}};
 
 /* One option; 0, or the exit status for a value that makes no sense. */
 static int take_option(vmrun *r, int option, const char *value)
@@ -452,6 +461,11 @@ static int take_option(vmrun *r, int option, const char *value)
     case OPT_NO_REBOOT: r->no_reboot = true; return 0;
     case OPT_GDB: r->gdb_address = value; return 0;
     case OPT_GDB_RUN: r->gdb_runs = true; return 0;
+    case OPT_RECORD: r->record = value; return 0;
+    case OPT_REPLAY: r->replay = value; return 0;
+    case OPT_GDB_REVERSE:
+        if (parse_size(value, &r->gdb_reverse) && r->gdb_reverse) return 0;
+        return complain("--gdb-reverse %s: not a number of instructions", value);
     case OPT_BACKEND:
         if (parse_backend(value, &r->machine_options.backend)) return 0;
         return complain("--backend %s: it is auto, kvm, jit or interp", value);
@@ -491,6 +505,25 @@ static int parse_command_line(vmrun *r, int argc, char **argv)
     return -1;
 }
 
+/* From here on the machine is recorded, or does what a recording says. */
+static int open_log(vmrun *r)
+{
+    if (r->record && r->replay) return complain("--record and --replay at once");
+    const char *path = r->record ? r->record : r->replay;
+    if (!path) return -1;
+    r->log_fd = r->record ? open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) : open(path, O_RDONLY | O_CLOEXEC);
+    if (r->log_fd < 0) return complain("%s: %s", path, strerror(errno));
+    int status = r->record ? vm_record(r->machine, r->log_fd, NULL) : vm_replay(r->machine, r->log_fd);
+    return status == VM_OK ? -1 : complain("%s: %s", path, vm_errmsg());
+}
+
+static void close_log(vmrun *r)
+{
+    if (r->log_fd < 0) return;
+    if (r->record && vm_record_stop(r->machine) != VM_OK) r->status = complain("%s: %s", r->record, vm_errmsg());
+    close(r->log_fd);
+}
+
 static int prepare(vmrun *r)
 {
     if (vm_create(&r->machine_options, &r->machine) != VM_OK) return complain("%s", vm_errmsg());
@@ -503,6 +536,8 @@ static int prepare(vmrun *r)
         if (vm_debugcon_output(r->machine, debug_output, r) != VM_OK) return complain("%s", vm_errmsg());
     }
     if (vm_boot_image(r->machine, &r->boot) != VM_OK) return complain("%s", vm_errmsg());
+    int status = open_log(r);
+    if (status >= 0) return status;
     if (!open_gdb(r)) return EXIT_BAD_INPUT;
     if (pipe2(r->wake, O_CLOEXEC) != 0) return complain("pipe: %s", strerror(errno));
     return -1;
@@ -510,7 +545,8 @@ static int prepare(vmrun *r)
 
 int main(int argc, char **argv)
 {
-    vmrun r = {.machine_options = VM_OPTIONS_INIT, .boot = VM_BOOT_OPTIONS_INIT, .wake = {-1, -1}, .debug_fd = -1};
+    vmrun r = {.machine_options = VM_OPTIONS_INIT, .boot = VM_BOOT_OPTIONS_INIT, .wake = {-1, -1}, .debug_fd = -1,
+               .log_fd = -1};
     r.machine_options.platform = VM_PLATFORM_PC;
     r.machine_options.ram_bytes = UINT64_C(512) << 20;
     pthread_condattr_t monotonic;
@@ -528,6 +564,7 @@ int main(int argc, char **argv)
         make_terminal_raw();
         run(&r);
         restore_terminal();
+        close_log(&r);
         clock_gettime(CLOCK_MONOTONIC, &now);
         status = r.status;
         if (r.verdict == TIMED_OUT) fprintf(stderr, "\nvmrun: stopped after %g seconds\n", r.timeout);

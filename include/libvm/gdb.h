@@ -39,7 +39,8 @@ typedef struct vm_gdb_options {
     uint32_t size;                      /* sizeof(vm_gdb_options): VM_GDB_OPTIONS_INIT */
     bool     runs_alone;                /* run while no debugger is there; else the machine waits for the first one */
     /* Snapshots for reverse execution, at least this many instructions apart (0: none, reverse execution is refused).
-     * Machines whose runs repeat exactly only: BARE with one vCPU, on the interpreter or the JIT. */
+     * Machines whose runs repeat exactly only: with one vCPU, on the interpreter or the JIT, and BARE, or a PC that replays
+     * a recording (vm_replay() first). Such a PC refuses to have registers or memory written by the debugger. */
     uint64_t reverse_interval;
     /* Called for every exit that is neither the debugger's nor the stub's own (BUDGET, KICK, BREAKPOINT, STEP), on the
      * thread that ran `cpu`, one call at a time; may read and write that vCPU and memory. NULL, or VM_GDB_DEFAULT:

@@ -50,7 +50,7 @@ extern "C" {
  *             program set RIP) has no edge.
  *  MEM_READ   data read by an instruction, after the read and before the instruction ends. Range: any byte of it.
  *             address: linear address; bytes: width of the whole access, 1 to 64 or more for XSAVE and its like (those
- *             that cross pages too); value: the first 8 bytes, low byte first; data: all of them. The
+ *             that cross pages too); value: the first 8 bytes, low byte first; data: all of them.
  *             (If the callback takes the memory away, the read may be made again, and exit.) The
  *             access of a read-modify-write instruction is one read and one write; a repeated string instruction makes
  *             one each iteration. Page walks, descriptor-table and task-segment accesses, and what exception and

@@ -41,11 +41,12 @@ static void read_all(gdb *g, const char *rest, size_t count)
 
 static void store(gdb *g, const gdb_state *before, const gdb_state *s)
 {
-    g->is_edited = true;
-    if (gdb_set_state(cpu_of(g), before, s) == VM_OK)
+    if (gdb_set_state(cpu_of(g), before, s) == VM_OK) {
+        g->is_edited = true;
         ok(g);
-    else
+    } else {
         gdb_answer(g, "E22");
+    }
 }
 
 static void write_all(gdb *g, const char *rest, size_t count)
@@ -158,11 +159,11 @@ static bool parse_target(const char **rest, uint64_t *address, uint64_t *n)
 
 static void finish_write(gdb *g, uint64_t address, uint8_t *bytes, size_t n)
 {
-    g->is_edited |= n != 0;
     if (!n || copy(g, address, bytes, n, true) == VM_OK)
         ok(g);
     else
         gdb_answer(g, "E14");
+    g->is_edited |= n != 0 && !gdb_replays(g->m);  /* part of it may have been written */
 }
 
 static void write_memory(gdb *g, const char *rest, size_t count)
@@ -382,6 +383,8 @@ static void put_reason(gdb *g, const gdb_cpu *c)
     static const char *const names[] = { "watch", "rwatch", "awatch" };
     uint64_t address;
     const gdb_point *p;
+    if (c->exit.reason == VM_EXIT_REPLAY && c->exit.replay.status == VM_OK)
+        gdb_puts(&g->answer, "replaylog:end;");
     if (c->exit.reason != VM_EXIT_BREAKPOINT)
         return;
     if (c->exit.debug.is_watchpoint) {
@@ -501,8 +504,9 @@ static bool go_to(gdb *g, const char *rest)
     s = before;
     memcpy(bytes, &address, 8);
     gdb_register_set(g, &s, gdb_pc_number(g), bytes);
-    g->is_edited = true;
-    return gdb_set_state(cpu_of(g), &before, &s) == VM_OK;
+    bool is_set = gdb_set_state(cpu_of(g), &before, &s) == VM_OK;
+    g->is_edited |= is_set;
+    return is_set;
 }
 
 static void old_continue(gdb *g, const char *rest, size_t count)

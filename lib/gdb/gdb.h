@@ -178,6 +178,8 @@ void gdb_describe(gdb *g, gdb_text *xml);
 void gdb_monitor(gdb *g, const char *line, gdb_text *out);
 
 /* reverse.c */
+bool gdb_replays(const vm_machine *m);
+bool gdb_repeats(const vm_machine *m);                           /* its runs are the same each time */
 bool gdb_can_reverse(const gdb *g);
 void gdb_history_begin(gdb *g);                                        /* before going forward */
 void gdb_history_add(gdb *g);                                          /* on the way, at rest */

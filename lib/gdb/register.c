@@ -225,8 +225,8 @@ void gdb_register_set(const gdb *g, gdb_state *s, unsigned number, const uint8_t
 /* Only what differs is written: a debugger that writes everything back must not touch what it did not change. */
 int gdb_set_state(vm_vcpu *cpu, const gdb_state *before, const gdb_state *s)
 {
-    int status = VM_OK;
-    if (memcmp(&before->s, &s->s, sizeof s->s))
+    int status = gdb_replays(cpu->machine) ? vm_fail(VM_E_BUSY, "the machine replays") : VM_OK;
+    if (status == VM_OK && memcmp(&before->s, &s->s, sizeof s->s))
         status = vm_vcpu_set_sregs(cpu, &s->s);
     if (status == VM_OK && memcmp(&before->f, &s->f, sizeof s->f))
         status = vm_vcpu_set_fpu(cpu, &s->f);

@@ -4,16 +4,29 @@
  * last photograph before the wanted instruction count and runs forward to just there: vm_vcpu_retired() is the clock. When
  * the album is full every second picture is taken out, so the whole way stays covered, more coarsely.
  *
+ * A PC repeats itself only while it replays a recording; what its snapshots then remember is their place in the log.
+ *
  * What the debugger writes is not part of what a re-run does: after an edit history begins anew (is_edited). Callbacks of
  * the program are called again on a re-run and must answer as they did.
  */
+#include "core/replay.h"
 #include "gdb/gdb.h"
 
 #include <string.h>
 
+bool gdb_replays(const vm_machine *m)
+{
+    return m->replay && m->replay->mode == VM_REPLAY_PLAYING;
+}
+
+bool gdb_repeats(const vm_machine *m)
+{
+    return (!m->is_pc || gdb_replays(m)) && m->vcpu_count == 1 && vm_machine_backend(m) != VM_BACKEND_KVM;
+}
+
 bool gdb_can_reverse(const gdb *g)
 {
-    return g->options.reverse_interval != 0;
+    return g->options.reverse_interval != 0 && gdb_repeats(g->m);
 }
 
 static uint64_t clock_of(const gdb *g)

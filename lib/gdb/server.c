@@ -372,11 +372,6 @@ static int listen_at_port(gdb *g, const char *address)
 
 /* ---- life ---- */
 
-static bool repeats(const vm_machine *m)
-{
-    return !m->is_pc && m->vcpu_count == 1 && vm_machine_backend(m) != VM_BACKEND_KVM;
-}
-
 static void release(gdb *g)
 {
     if (g->listener >= 0)
@@ -435,9 +430,9 @@ VM_API int vm_gdbstub(vm_machine *m, const char *address, const vm_gdb_options *
     VM_CHECK_NULL("vm_gdbstub", address);
     if (options)
         VM_CHECK(vm_struct_in(&o, sizeof o, options, "vm_gdbstub", "options"));
-    if (o.reverse_interval && !repeats(m))
-        return vm_fail(VM_E_UNSUPPORTED, "vm_gdbstub: reverse execution needs a BARE machine with one vCPU on the "
-                                         "interpreter or the JIT");
+    if (o.reverse_interval && !gdb_repeats(m))
+        return vm_fail(VM_E_UNSUPPORTED, "vm_gdbstub: reverse execution needs a BARE machine, or a PC that replays a recording, "
+                                         "with one vCPU on the interpreter or the JIT");
     if (atomic_exchange(&m->has_gdb, true))
         return vm_fail(VM_E_BUSY, "vm_gdbstub: the machine has a stub");
     gdb *g = allocate(m, &o);
