@@ -33,22 +33,22 @@ static int device_restore(void *user, const void *buffer, size_t bytes)
     return bytes == 16 && buffer ? user ? 0 : VM_E_INVALID : VM_E_FORMAT;
 }
 
-static vm_machine *make(bool is_pc)
+static vm_machine *make(unsigned kind)
 {
     static int device;
     vm_options o = VM_OPTIONS_INIT;
     vm_io_ops ops = VM_IO_OPS_INIT;
     vm_machine *m;
     o.backend = VM_BACKEND_INTERP;
-    o.platform = is_pc ? VM_PLATFORM_PC : VM_PLATFORM_BARE;
-    o.ram_bytes = is_pc ? 1 << 20 : 0;
+    o.platform = kind & PC ? VM_PLATFORM_PC : VM_PLATFORM_BARE;
+    o.ram_bytes = kind & PC ? 1 << 20 : 0;
     ops.save = device_save;
     ops.restore = device_restore;
     if (vm_create(&o, &m) != VM_OK)
         abort();
     if (vm_map_pio(m, 0x4000, 8, &ops, &device, NULL) != VM_OK ||
         vm_map_ram(m, 0x10000000, 0x3000, VM_PROT_RWX, NULL) != VM_OK ||
-        vm_map_ram(m, 0x20000000, 0x20000, VM_PROT_RW, NULL) != VM_OK ||          /* mapped from an uncompressed file */
+        (!kind && vm_map_ram(m, 0x20000000, 0x20000, VM_PROT_RW, NULL) != VM_OK) ||      /* is mapped from the file */
         vm_protect(m, 0x10001000, 0x1000, VM_PROT_R) != VM_OK || vm_write(m, 0x10000000, "\xff\xc0\xeb\xfc", 4) != VM_OK)
         abort();
     vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64);
@@ -64,7 +64,7 @@ static void make_file(unsigned kind)
 {
     if (files[kind].bytes)
         return;
-    vm_machine *m = make(kind & PC);
+    vm_machine *m = make(kind);
     vm_snapshot *s;
     int fd = files[kind].fd = memfd_create("good", 0);
     if (fd < 0 || vm_snapshot_take(m, &s) != VM_OK)
@@ -148,16 +148,16 @@ static void undo(unsigned kind, const edits *es)
 }
 
 /* A machine of each kind, kept and put back: making it takes far longer than an input. */
-static struct { vm_machine *m; vm_snapshot *fresh; } kept[2];
+static struct { vm_machine *m; vm_snapshot *fresh; } kept[4];
 
-static vm_machine *fresh_machine(bool is_pc)
+static vm_machine *fresh_machine(unsigned kind)
 {
-    if (!kept[is_pc].m) {
-        kept[is_pc].m = make(is_pc);
-        if (vm_snapshot_take(kept[is_pc].m, &kept[is_pc].fresh) != VM_OK)
+    if (!kept[kind].m) {
+        kept[kind].m = make(kind);
+        if (vm_snapshot_take(kept[kind].m, &kept[kind].fresh) != VM_OK)
             abort();
     }
-    return kept[is_pc].m;
+    return kept[kind].m;
 }
 
 static void live(vm_machine *m, vm_snapshot *s)
@@ -173,9 +173,9 @@ static void live(vm_machine *m, vm_snapshot *s)
     vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e);
 }
 
-static void try(bool is_pc, int fd, unsigned flags)
+static void try(unsigned kind, int fd, unsigned flags)
 {
-    vm_machine *m = fresh_machine(is_pc);
+    vm_machine *m = fresh_machine(kind);
     vm_snapshot *s = NULL;
     int status = vm_snap_load(m, fd, flags, &s);
     if ((status == VM_OK) != (s != NULL))
@@ -183,12 +183,12 @@ static void try(bool is_pc, int fd, unsigned flags)
     if (status == VM_OK && vm_snapshot_restore(m, s) == VM_OK)
         live(m, s);
     /* Away from the file before the next input changes it. */
-    if (vm_snapshot_restore(m, kept[is_pc].fresh) != VM_OK)
+    if (vm_snapshot_restore(m, kept[kind].fresh) != VM_OK)
         abort();
     vm_snapshot_free(s);
 }
 
-static void try_raw(bool is_pc, const fuzz_input *in)
+static void try_raw(unsigned kind, const fuzz_input *in)
 {
     static int fd = -1;
     if (fd < 0)
@@ -196,7 +196,7 @@ static void try_raw(bool is_pc, const fuzz_input *in)
     if (fd < 0 || ftruncate(fd, (off_t)in->left))
         abort();
     write_at(fd, in->data, 0, in->left);
-    try(is_pc, fd, 0);
+    try(kind, fd, 0);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -207,7 +207,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         how &= (uint8_t)~PC;
     const uint8_t kind = how & (PC | PACKED);
     if (how & RAW) {
-        try_raw(how & PC, &in);
+        try_raw(kind, &in);
         return 0;
     }
     make_file(kind);
@@ -217,7 +217,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!(how & AS_IT_IS))
         put_right(files[kind].edited, es.bytes);
     write_edits(kind, &es, files[kind].edited);
-    try(how & PC, files[kind].fd, how & UNVERIFIED || kind == PC ? VM_SNAPSHOT_NO_VERIFY : 0);
+    try(kind, files[kind].fd, how & UNVERIFIED || kind == PC ? VM_SNAPSHOT_NO_VERIFY : 0);
     undo(kind, &es);
     return 0;
 }
