@@ -40,18 +40,20 @@ VM_API vm_backend vm_machine_backend(const vm_machine *m)
     return m ? m->options.backend : VM_BACKEND_AUTO;
 }
 
+static bool is_built(vm_backend backend)
+{
+    if (!backends[backend])
+        vm_fail(VM_E_UNSUPPORTED, "the %s backend is not part of this build", backend_names[backend]);
+    return backends[backend] != NULL;
+}
+
 /* Usable in this process now? Sets the message if not. */
 static bool is_available(vm_backend backend)
 {
     uint64_t value = 0;
-    const vm_backend_ops *ops = backends[backend];
-    if (!ops) {
-        vm_fail(VM_E_UNSUPPORTED, "the %s backend is not part of this build", backend_names[backend]);
+    if (!is_built(backend))
         return false;
-    }
-    if (ops->query && ops->query("available", &value) == VM_OK && !value)
-        return false;
-    return true;
+    return !backends[backend]->query || backends[backend]->query("available", &value) != VM_OK || value;
 }
 
 /* A backend may work and yet not be what "auto" should mean here (KVM that emulates most of the guest). */
@@ -133,7 +135,7 @@ static int copy_options(vm_machine *m, const vm_options *options)
     if (options->cpu_model && !(m->cpu_model = strdup(options->cpu_model)))
         return vm_fail(VM_E_NOMEM, "no memory for the machine");
     m->tsc_hz = VM_TSC_HZ;
-    if (!is_available(m->options.backend))
+    if (!is_built(m->options.backend))                 /* whether it is usable its machine_create() says */
         return VM_E_UNSUPPORTED;
     m->backend = backends[m->options.backend];
     if (m->cpu_model && !strcmp(m->cpu_model, "kvm"))
