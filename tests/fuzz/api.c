@@ -8,7 +8,7 @@
 
 const struct fuzz_target fuzz_target = { "api", 300, 1500 };
 
-enum { MACHINES = 2, REGIONS = 8, HOOKS = 8, SNAPSHOTS = 4, POINTS = 8, KINDS = 4, BUDGET = 200 };
+enum { MACHINES = 2, REGIONS = 8, HOOKS = 8, SNAPSHOTS = 4, POINTS = 8, KINDS = 4, BUDGET = 50 };
 
 typedef struct world {
     fuzz_input   in;
@@ -19,7 +19,7 @@ typedef struct world {
     struct { uint64_t address, bytes; vm_prot how; bool is_watch; } point[MACHINES][POINTS];    /* set, to be taken away */
     unsigned     points[MACHINES];
     int          kind[MACHINES];        /* of kept machine, -1: one of its own */
-    bool         is_dear;               /* an input that may make machines, and fork */
+    bool         has_pc, is_dear, has_kvm;      /* an input that may use a PC; make machines, and fork; on KVM */
     unsigned     current;
     unsigned     calls;
     bool         inside;                /* in a callback */
@@ -167,7 +167,7 @@ static void call_create(world *w)
         return;
     uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1), how = (uint8_t)fuzz_bits(&w->in, 1);
     if (how % 64 || !w->is_dear) {
-        take_kept(w, bits % KINDS);
+        take_kept(w, bits % (w->has_pc ? KINDS : KINDS / 2));
         return;
     }
     options.backend = bits & 1 ? VM_BACKEND_JIT : bits & 2 ? VM_BACKEND_INTERP : (vm_backend)(bits >> 6);
@@ -176,7 +176,7 @@ static void call_create(world *w)
     options.mmu = mmus[fuzz_bits(&w->in, 1) % 6];
     options.ram_bytes = options.platform == VM_PLATFORM_PC ? 1 << 20 : bits & 32 ? number(w) : 0;
     options.code_cache_bytes = bits & 32 ? number(w) % (4 << 20) : 1 << 20;
-    if (options.backend == VM_BACKEND_AUTO)
+    if (options.backend == VM_BACKEND_AUTO || (options.backend == VM_BACKEND_KVM && !w->has_kvm))
         options.backend = VM_BACKEND_INTERP;
     forget(w);
     vm_create(&options, &machine(w));
@@ -299,7 +299,7 @@ static void call_run(world *w)
     vm_exit e = VM_EXIT_INIT;
     uint8_t bits = (uint8_t)fuzz_bits(&w->in, 1);
     run.max_instructions = 1 + number(w) % BUDGET;
-    run.deadline_ns = 1000000;          /* a wait for an interrupt that does not come */
+    run.deadline_ns = 20000;          /* a wait for an interrupt that does not come */
     run.has_until = bits & 1;
     run.until = number(w);
     run.exception_exits = bits & 2 ? number(w) : 0;
@@ -452,7 +452,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&w, 0, sizeof w);
     w.kind[0] = w.kind[1] = -1;
     w.in = (fuzz_input){ data, size };
-    w.is_dear = fuzz_seldom(data, size, 8);
+    w.is_dear = fuzz_seldom(data, size, 16);
+    w.has_pc = fuzz_seldom(data, size, 4);
+    w.has_kvm = fuzz_seldom(data, size, 256);
     while (w.in.left && w.calls < 500)
         one_call(&w);
     for (w.current = 0; w.current < MACHINES; w.current++)

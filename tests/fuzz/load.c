@@ -80,7 +80,7 @@ static void boot(vm_machine *m, unsigned kind, const char *path, unsigned varian
     options.cmdline = variant & 2 ? "console=ttyS0" : NULL;
     options.linux_entry = variant & 4 ? 32 : variant & 8 ? 64 : 0;
     run.max_instructions = 50;
-    run.deadline_ns = 100000;           /* a wait for an interrupt that does not come */
+    run.deadline_ns = 20000;           /* a wait for an interrupt that does not come */
     if (vm_boot_image(m, &options) == VM_OK && is_run)
         vm_vcpu_run(vm_vcpu_get(m, 0), &run, NULL);
 }

@@ -27,7 +27,8 @@ static int device_read(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width
 
 static vm_machine *make(void)
 {
-    /* In a page with the vectors, which lead to an iret: mov dx, 0x500; next: in al, dx; inc dx; and dl, 3; out 0x80, al; test al, al; sti; hlt (only if zero); jmp next */
+    /* In a page with the vectors, which lead to an iret: mov dx, 0x500; next: in al, dx; inc dx; and dl, 3; out 0x80, al;
+     * test al, al; sti; hlt (only if zero); jmp next */
     static const uint8_t code[] = { 0xba, 0x00, 0x05, 0xec, 0x42, 0x80, 0xe2, 0x03, 0xe6, 0x80, 0x84, 0xc0, 0xfb, 0x75, 0xf4, 0x90,
                                     0xeb, 0xf1, 0xcf };
     enum { CODE = 0x600, IRET = CODE + sizeof code - 1, STACK = 0x800 };
@@ -57,7 +58,7 @@ static vm_exit run(vm_machine *m)
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
     o.max_instructions = 20;
-    o.deadline_ns = 1000000;
+    o.deadline_ns = 20000;
     if (vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e) != VM_OK)
         abort();
     return e;

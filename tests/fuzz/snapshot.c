@@ -1,8 +1,8 @@
 /* snapshot.c - fuzz target: snapshot files. The input turns a good file into a bad one, which is then loaded; what loads is
  * restored and run.
  *
- * First byte: bit 0 a compressed file, bit 1 a PC (one time in eight), bit 2 the input is the file itself, bit 3 checksums stay as they were, bit 4 those of
- * memory are not looked at (never for a PC's uncompressed file: that would be most of the time).
+ * First byte: bit 0 a compressed file, bit 1 a PC (one time in eight), bit 2 the input is the file itself, bit 3 checksums stay
+ * as they were, bit 4 those of memory are not looked at (nor those of a PC's uncompressed file, which would be most of the time).
  * Otherwise the input goes on as edits: an offset (in the header or the description mostly) and what to put there. Then
  * the checksums of header and description are made right, so that what is behind them is tested.
  */
@@ -166,7 +166,7 @@ static void live(vm_machine *m, vm_snapshot *s)
     vm_exit e = VM_EXIT_INIT;
     uint8_t byte = 1;
     o.max_instructions = 100;
-    o.deadline_ns = 1000 * 1000;
+    o.deadline_ns = 20000;
     vm_vcpu_run(vm_vcpu_get(m, 0), &o, &e);
     vm_write(m, 0x10000000, &byte, 1);
     vm_snapshot_restore(m, s);

@@ -139,12 +139,13 @@ describe("wrong arguments", function()
         end
         if method == "run" then arguments[2], arguments.n = { max_instructions = 1000 }, 2 end
         local result = table.pack(pcall(list[method], table.unpack(arguments, 1, arguments.n)))
-        local what = name .. ":" .. method .. " (call " .. n .. " of seed " .. seed .. ")"
+        local is_fine = true                    -- luassert would take longer than the call
         if not result[1] then
-          assert.truthy(type(result[2]) == "string" and #result[2] > 0, what)
+          is_fine = type(result[2]) == "string" and #result[2] > 0
         elseif result[2] == nil and result.n >= 4 and type(result[3]) == "string" and type(result[4]) == "number" then
-          assert.truthy(#result[3] > 0 and result[4] < 0, what)
+          is_fine = #result[3] > 0 and result[4] < 0
         end
+        if not is_fine then error(("%s:%s (call %d of seed %d)"):format(name, method, n, seed)) end
         if all.machine.closed or n % 200 == 0 then
           pcall(all.machine.close, all.machine)
           renew()
