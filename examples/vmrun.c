@@ -374,6 +374,7 @@ static const char help_text[] =
     "  --mmu NAME         MMU strategy of the software backends\n"
     "  --memory SIZE      RAM, with suffix K, M or G (default 512M)\n"
     "  --memory-file FILE that RAM is, at least as long; in hugetlbfs: huge pages\n"
+    "  --code-cache SIZE  the JIT's room for translated code (default 32M)\n"
     "  --cpus N           virtual CPUs (default 1)\n"
     "  --cpu MODEL        CPU model (default max)\n"
     "  --linux-entry N    start a Linux kernel at its 16-, 32- or 64-bit entry\n"
@@ -425,14 +426,14 @@ static bool parse_backend(const char *text, vm_backend *backend)
     return false;
 }
 
-enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_MEMORY_FILE, OPT_CPUS, OPT_CPU, OPT_ENTRY,
-       OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN, OPT_RECORD, OPT_REPLAY,
-       OPT_GDB_REVERSE, OPT_HELP, OPT_VERSION };
+enum { OPT_KERNEL = 256, OPT_INITRD, OPT_APPEND, OPT_BIOS, OPT_BACKEND, OPT_MMU, OPT_MEMORY, OPT_MEMORY_FILE, OPT_CODE_CACHE,
+       OPT_CPUS, OPT_CPU, OPT_ENTRY, OPT_DEBUGCON, OPT_TRACE, OPT_STATS, OPT_TIMEOUT, OPT_NO_REBOOT, OPT_GDB, OPT_GDB_RUN,
+       OPT_RECORD, OPT_REPLAY, OPT_GDB_REVERSE, OPT_HELP, OPT_VERSION };
 static const struct option long_options[] = {
     {"kernel", required_argument, NULL, OPT_KERNEL},   {"initrd", required_argument, NULL, OPT_INITRD},
     {"append", required_argument, NULL, OPT_APPEND},   {"bios", required_argument, NULL, OPT_BIOS},
     {"backend", required_argument, NULL, OPT_BACKEND}, {"mmu", required_argument, NULL, OPT_MMU},
-    {"memory-file", required_argument, NULL, OPT_MEMORY_FILE},
+    {"memory-file", required_argument, NULL, OPT_MEMORY_FILE}, {"code-cache", required_argument, NULL, OPT_CODE_CACHE},
     {"memory", required_argument, NULL, OPT_MEMORY},   {"cpus", required_argument, NULL, OPT_CPUS},
     {"cpu", required_argument, NULL, OPT_CPU},         {"linux-entry", required_argument, NULL, OPT_ENTRY},
     {"debugcon", required_argument, NULL, OPT_DEBUGCON}, {"trace", required_argument, NULL, OPT_TRACE},
@@ -472,6 +473,9 @@ static int take_option(vmrun *r, int option, const char *value)
     case OPT_MEMORY:
         if (parse_size(value, &r->machine_options.ram_bytes)) return 0;
         return complain("--memory %s: not a size (like 512M or 2G)", value);
+    case OPT_CODE_CACHE:
+        if (parse_size(value, &r->machine_options.code_cache_bytes)) return 0;
+        return complain("--code-cache %s: not a size (like 512K or 64M)", value);
     case OPT_CPUS:
         if (parse_number(value, VM_MAX_VCPUS, &number) && number) { r->machine_options.vcpus = (uint32_t)number; return 0; }
         return complain("--cpus %s: not a number from 1 to %u", value, VM_MAX_VCPUS);

@@ -20,6 +20,7 @@ int interp_create(vm_vcpu *cpu)
 
 void interp_destroy(vm_vcpu *cpu) { interp_destroy_cpu(&cpu->x86); }
 x86_stop interp_step(vm_vcpu *cpu) { return interp_step_cpu(&cpu->x86); }
+x86_stop interp_run_some(vm_vcpu *cpu, int64_t some) { return interp_run_some_cpu(&cpu->x86, some); }
 void interp_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes) { interp_code_changed_cpu(&cpu->x86, gpa, bytes); }
 void interp_flush_code(vm_vcpu *cpu) { interp_flush_code_cpu(&cpu->x86); }
 void interp_tlb_flushed(vm_vcpu *cpu) { interp_tlb_flushed_cpu(&cpu->x86); }

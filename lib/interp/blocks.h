@@ -36,6 +36,7 @@ typedef struct block_cache {
     uint64_t jump_generation;            /* in units of 256: the low byte of a key is context and code size */
     block *running;                      /* being executed, NULL: single step */
     uint64_t running_rip;
+    int64_t enough;                      /* the run may end behind a block with so much left of the budget */
     bool has_begun;                      /* this run has retired an instruction or delivered a fault: `until` counts */
     block_jump jumps[BLOCK_JUMPS];
     block *hash[BLOCK_HASH];

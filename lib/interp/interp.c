@@ -387,7 +387,7 @@ static x86_stop loop(x86_cpu *cpu, block_cache *c)
             return X86_STOP_UNTIL;
         if (X86_UNLIKELY(atomic_load_explicit(&cpu->attention, memory_order_relaxed)))
             return X86_STOP_ATTENTION;
-        if (cpu->budget <= 0)
+        if (cpu->budget <= c->enough)
             return X86_STOP_SLICE;
         uint64_t retired = cpu->retired;
         if (X86_UNLIKELY((cpu->careful & X86_CAREFUL_STEP) || cpu->inhibit ||
@@ -453,6 +453,17 @@ x86_stop interp_run_cpu(x86_cpu *cpu)
         stop = loop(cpu, c);
     cpu->fault_jmp = saved;
     cpu->io_pos = 0;
+    return stop;
+}
+
+x86_stop interp_run_some_cpu(x86_cpu *cpu, int64_t some)
+{
+    block_cache *c = cache_of(cpu);
+    if (!c)
+        return X86_STOP_INTERNAL;
+    c->enough = cpu->budget > some ? cpu->budget - some : 0;
+    x86_stop stop = interp_run_cpu(cpu);
+    c->enough = 0;
     return stop;
 }
 

@@ -1,7 +1,6 @@
 /* asm.h - the few x86-64 encodings the emitter writes itself. Guest instructions are spelled by x86_reencode().
  *
- * A writer never checks space per byte: the emitter guarantees JIT_BLOCK_MAX bytes before it starts a block, and w->p
- * is compared with w->end once a guest instruction.
+ * A writer never checks space: the emitter makes room for the longest code of a block's instructions before it starts.
  */
 #ifndef LIBVM_JIT_ASM_H
 #define LIBVM_JIT_ASM_H

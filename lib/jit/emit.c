@@ -1517,7 +1517,6 @@ static void commit_ahead(jit *j)
 jit_block *jit_emit(jit_unit *u, int *failed)
 {
     jit *j = u->j;
-    commit_ahead(j);
     emitter e;
     memset(&e, 0, offsetof(emitter, side));
     e.u = u;
@@ -1525,10 +1524,10 @@ jit_block *jit_emit(jit_unit *u, int *failed)
     e.w = &j->w;
     e.failed = -1;
     *failed = -1;
-    if (j->w.end - j->w.p < JIT_BLOCK_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0) ||
-        j->arena_bytes - j->arena_used < JIT_BLOCK_DATA + JIT_MAX_INSNS * sizeof(jit_edge) +
-                                             JIT_MAX_SITES * sizeof(jit_site) + JIT_MAX_INSNS * sizeof(x86_insn) + 2 * JIT_MAX_INSNS * sizeof(jit_hook_site))
+    if (!jit_make_room(j, JIT_BLOCK_BYTES + u->count * (JIT_INSN_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0u)),
+                       JIT_BLOCK_DATA + u->count * JIT_INSN_DATA))
         return NULL;
+    commit_ahead(j);
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
     jit_block *b = e.block = jit_take(j, sizeof *b);

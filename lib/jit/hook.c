@@ -537,13 +537,11 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at)
 {
     jit *j = cpu->jit;
     jit_hook_site *h = (jit_hook_site *)jit_begin_helper(cpu, at);
-    uint64_t flushes = j->flushes;
     if (h->event.kind == VM_HOOK_EDGE && h->state == JIT_HOOK_ENTRY) h->event.from = cpu->edge_from;
     if (h->site.size) complete_event(cpu, h);
     unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
     if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
-    bool leaves = answer || cpu->is_redirected || h->site.block->is_dead || flushes != j->flushes ||
-                  j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+    bool leaves = answer || cpu->is_redirected || h->site.block->is_dead || j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
     if (leaves) {
         cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
         (h->site.size ? decide_access : decide)(j, cpu, h, answer);

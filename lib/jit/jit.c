@@ -9,7 +9,13 @@
  * else the code depends on. Each vCPU has a cache of its own, mapped twice (one view writable, the other executable),
  * so that translation needs no lock and no block is ever changed under another thread. Direct jumps within a page
  * (anywhere while paging is off) are linked; the rest go through a jump cache that is emptied whenever a linear address
- * may have come to mean something else. When the cache is full it is emptied whole.
+ * may have come to mean something else.
+ *
+ * Eviction. Code and what is known of it (the arena) are rings with one order of blocks. Before a block is made, the
+ * oldest ones in front of the cursors go: their entries in tables, the links to them, the links from them. Only the
+ * dispatcher makes blocks, when no translated code is being executed, so nothing can be inside one of those that go; of
+ * what it holds itself only the edge it came by (jit.link) may lie in such a block. Dead blocks stay where they are
+ * until it is their turn.
  *
  * Traces. Slices end at random, so where they end often is hot. There the interpreter notes the addresses of the next
  * instructions, and the block is made again along them (lift.c). The path is a hint: each step of it is compared.
@@ -38,13 +44,13 @@
 #include "mmu/mmu.h"
 
 #define SLICE      16384
+#define ARENA_START 16 /* no site is at offset 0 */
 #define EXACT_TAIL 2400 /* more than a page of one-byte blocks with live flags can overshoot */
+#define MIN_CODE   (64u << 10)
 #ifdef VM_TINY_CACHE
-#define DEFAULT_CODE (64u << 10)
-#define MIN_CODE     (64u << 10)
+#define DEFAULT_CODE MIN_CODE
 #else
 #define DEFAULT_CODE (32u << 20)
-#define MIN_CODE     (256u << 10)
 #endif
 
 static inline uint64_t read_gs(void)
@@ -234,9 +240,70 @@ void jit_kill_block(jit *j, jit_block *b)
     if (jumps->rip[i] == b->rip) jumps->rip[i] = i ? 0 : ~UINT64_C(0);
 }
 
+/* When more code is being executed than the cache holds, most blocks go before they have repaid their translation, which
+ * takes as long as some 500 instructions of the interpreter. Then code is left to it until it has been met several times:
+ * more often when the cache was filled quickly again, less when that took long. Tests of the JIT itself (cold is 0) go without. */
+static void note_lap(jit *j)
+{
+    enum { POOR = 1500, RICH = 6000, MOST = 64 };
+    uint64_t now = j->vcpu->x86.retired, each = (now - j->lap_retired) / (j->lap_blocks + 1);
+    if (each < POOR && j->worth < MOST && j->cold) j->worth *= 2;
+    if (each > RICH && j->worth > 1) j->worth /= 2;
+    j->lap_retired = now;
+    j->lap_blocks = 0;
+    memset(j->met, 0, sizeof j->met);
+}
+
+static bool is_worth(jit *j, uint64_t rip)
+{
+    if (j->worth == 1) return true;
+    uint8_t *met = &j->met[jit_hash_block(rip) & 1023];
+    if (++*met < j->worth) return false;
+    *met = 0;
+    return true;
+}
+
+/* The oldest block makes room. */
+static void evict(jit *j)
+{
+    jit_block *b = j->oldest;
+    if (!b->is_dead) jit_kill_block(j, b);
+    if (j->has_rounds) jit_cover_forget(j, b);
+    if (j->link && j->link->from == b) j->link = NULL;
+    if (!(j->oldest = b->born_next)) j->newest = NULL;
+    j->vcpu->x86.stat[X86_STAT_EVICTIONS]++;
+}
+
+/* Free from a cursor on: as far as the oldest block if that is ahead of it, else to the ring's end. */
+static size_t room_at(const uint8_t *cursor, const uint8_t *oldest, const uint8_t *end)
+{
+    return (size_t)((oldest >= cursor ? oldest : end) - cursor);
+}
+
+bool jit_make_room(jit *j, size_t code, size_t data)
+{
+    for (;;) {
+        const jit_block *b = j->oldest;
+        const uint8_t *at = j->arena + j->arena_used, *end = j->arena + j->arena_bytes, *record = (const uint8_t *)b;
+        if (!b) break;
+        bool has_code = room_at(j->w.p, b->entry_mem, j->w.end) >= code, has_data = room_at(at, record, end) >= data;
+        if (has_code && has_data) return true;
+        if (!has_code && b->entry_mem < j->w.p) {
+            j->w.p = j->code_start;
+            note_lap(j);
+        } else if (!has_data && record < at)
+            j->arena_used = ARENA_START;
+        else
+            evict(j);
+    }
+    j->w.p = j->code_start;
+    j->arena_used = ARENA_START;
+    return (size_t)(j->w.end - j->w.p) >= code && j->arena_bytes - j->arena_used >= data;
+}
+
 static void flush_all(jit *j)
 {
-    if (j->arena_used > 16) { /* blocks live in the arena: without any the tables are still untouched zero pages */
+    if (j->oldest) { /* without any block the tables are still untouched zero pages */
         memset(j->hash, 0, sizeof j->hash);
         memset(j->pages, 0, sizeof j->pages);
         memset(j->lines, 0, sizeof j->lines);
@@ -245,9 +312,10 @@ static void flush_all(jit *j)
     jit_cover_forget(j, NULL);
     clear_tables(j);
     j->w.p = j->code_start;
-    j->arena_used = 16;
+    j->arena_used = ARENA_START;
+    j->oldest = j->newest = NULL;
+    j->link = NULL;
     j->must_flush = false;
-    j->flushes++;
 }
 
 /* Is any of [at, at + bytes), all on one page, among the bytes that a block on the page `page` was made from? */
@@ -381,6 +449,9 @@ static void publish(jit *j, jit_block *b)
     watch(j, b);
     b->hash_next = j->hash[h];
     j->hash[h] = b;
+    *(j->newest ? &j->newest->born_next : &j->oldest) = b;
+    j->newest = b;
+    j->lap_blocks++;
     j->vcpu->x86.stat[X86_STAT_BLOCKS]++;
 }
 
@@ -425,12 +496,8 @@ static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t ke
             if (vm_trace_mask(j->vcpu->machine) & (VM_TRACE_IR | VM_TRACE_MCODE)) jit_print(j, u, b);
             return b;
         }
-        if (failed >= 0)
-            u->forced |= UINT64_C(1) << failed;
-        else if (!u->nops)
-            return NULL;
-        else
-            flush_all(j);
+        if (failed < 0) return NULL;
+        u->forced |= UINT64_C(1) << failed;
     }
     return NULL;
 }
@@ -472,7 +539,7 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key)
     u->crosses = true;
     jit_block *main = translate_unit(j, cpu->rip, gpa, key, u->bytes);
     u->crosses = false;
-    if (!main || j->arena_bytes - j->arena_used < sizeof *main + 64) return NULL;
+    if (!main) return NULL;
     jit_block *twin = new_twin(j, main, gpa2);
     twin->extents = jit_take(j, sizeof *twin->extents);
     twin->extents[0] = (jit_extent){0, 15, 0};
@@ -499,7 +566,7 @@ static jit_block *find_block(jit *j, uint32_t key)
     for (jit_block *b = j->hash[jit_hash_block(cpu->rip)]; b; b = b->hash_next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
-    if ((j->on_hot_page = is_hot(j, gpa))) return NULL;
+    if ((j->is_left = is_hot(j, gpa) || !is_worth(j, cpu->rip))) return NULL;
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }
@@ -512,25 +579,22 @@ static x86_stop interpret_one(jit *j)
     return interp_step(j->vcpu);
 }
 
-/* The interpreter in the JIT's place for at most so many instructions. NONE: they are done. */
-static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t most)
+/* The interpreter in the JIT's place for some instructions. NONE: they are done. */
+static x86_stop interpret(jit *j, x86_cpu *cpu, int64_t some)
 {
-    int64_t budget = cpu->budget, given = budget < most ? budget : most;
-    cpu->budget = given;
     j->is_cold = true;
-    x86_stop stop = vm_backend_interp.run(j->vcpu);
+    x86_stop stop = interp_run_some(j->vcpu, some);
     j->is_cold = false;
-    cpu->budget += budget - given;
     return stop == X86_STOP_SLICE && cpu->budget > 0 ? X86_STOP_NONE : stop;
 }
 
 /* What is not translated: one instruction that is odd, or a stretch where all of the code is. */
 static x86_stop interpret_here(jit *j, x86_cpu *cpu)
 {
-    enum { STRETCH = 256 };
-    bool is_long = j->on_hot_page || (cpu->code_size == 2 && !j->step_one);
-    j->on_hot_page = false;
-    return is_long ? interpret(j, cpu, STRETCH) : interpret_one(j);
+    enum { STRETCH = 256, SHORT = 32 };
+    bool is_long = cpu->code_size == 2 && !j->step_one, is_left = j->is_left;
+    j->is_left = false;
+    return is_long ? interpret(j, cpu, STRETCH) : is_left ? interpret(j, cpu, j->worth > 1 ? SHORT : STRETCH) : interpret_one(j);
 }
 
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
@@ -563,13 +627,13 @@ static bool is_global(const x86_cpu *cpu, uint64_t la)
     return !((la ^ t->e[i].tag_x) & X86_PAGE_MASK) && (t->meta[i] & X86_TLBM_GLOBAL);
 }
 
-static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
+/* Code at rip. j->link: linked to it, if it is an edge of translated code. */
+static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key)
 {
     use_table(j, key);
     x86_jumps *jumps = jumps_of(cpu, key);
     unsigned i = cpu->rip & (X86_JUMP_ENTRIES - 1);
-    if (!link && jumps->rip[i] == cpu->rip && jumps->code[i]) return jumps->code[i];
-    uint64_t flushes = j->flushes;
+    if (!j->link && jumps->rip[i] == cpu->rip && jumps->code[i]) return jumps->code[i];
     jit_block *b = find_block(j, key);
     if (!b) return NULL;
     use_table(j, key);
@@ -579,7 +643,7 @@ static const uint8_t *lookup(jit *j, x86_cpu *cpu, uint32_t key, jit_link *link)
             enter_in_table(j, jit_table_index(key), b->rip, code);
             if (!is_global(cpu, b->rip)) j->table_local[jit_table_index(key)] = true;
         }
-        if (link && flushes == j->flushes) link_blocks(j, link, b);
+        if (j->link) link_blocks(j, j->link, b);
     }
     return code;
 }
@@ -714,29 +778,26 @@ static void jit_map_changed(vm_machine *m)
 static x86_stop run_loop(jit *j)
 {
     x86_cpu *cpu = &j->vcpu->x86;
-    jit_link *link = NULL;
+    j->link = NULL;
     for (;;) {
         if (j->window_stale) jit_find_windows(j);
-        if (j->must_flush) {
-            flush_all(j);
-            link = NULL;
-        }
+        if (j->must_flush) flush_all(j);
         if (cpu->budget <= 0) return X86_STOP_SLICE;
         if (atomic_load_explicit(&cpu->attention, memory_order_relaxed)) return X86_STOP_ATTENTION;
         const uint8_t *code = NULL;
         uint32_t key = 0;
         if (!wants_interpreter(j, cpu) && cpu->budget > (j->vcpu->has_budget ? EXACT_TAIL : 1)) {
-            key = jit_key(j, cpu) | (link ? link->key & JIT_KEY_PLAIN : 0);
-            code = lookup(j, cpu, key, link);
+            key = jit_key(j, cpu) | (j->link ? j->link->key & JIT_KEY_PLAIN : 0);
+            code = lookup(j, cpu, key);
         }
-        link = NULL;
+        j->link = NULL;
         if (!code) {
             x86_stop stop = interpret_here(j, cpu);
             if (stop) return stop;
         } else {
             unsigned reason = enter(j, cpu, key, code);
             if (reason == JIT_LEAVE_LINK)
-                link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
+                j->link = (jit_link *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_LINK];
             else if (reason == JIT_LEAVE_STEP || reason == JIT_LEAVE_WATCHED) {
                 j->step_one = true;
                 if (reason == JIT_LEAVE_STEP) jit_hook_half_way(cpu);
@@ -896,7 +957,7 @@ static bool jit_start(jit *j)
     j->w = (jit_writer){j->write_base, j->write_base + bytes, j->exec_base - j->write_base};
     j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;
     jit_emit_thunks(j);
-    j->arena_used = 16;
+    j->arena_used = ARENA_START;
     jit_hooks_shape(j);
     return true;
 }
@@ -914,6 +975,7 @@ static int jit_vcpu_create(vm_vcpu *cpu)
     const char *cold = getenv("LIBVM_JIT_COLD"), *slice = getenv("LIBVM_JIT_SLICE");
     j->cold = cold ? atoi(cold) : COLD_INSTRUCTIONS;
     j->slice = slice && atoi(slice) > 0 ? atoi(slice) : SLICE;
+    j->worth = 1;
     j->vcpu = cpu;
     j->unit = (jit_unit *)(j + 1);
     cpu->x86.jit = j;

@@ -17,7 +17,8 @@
 #define JIT_MAX_SIDES   24 /* conditional exits from a block before its end */
 #define JIT_MAX_EXTENTS 64
 #define JIT_MORE_PAGES  3 /* of a trace, besides that it begins on */
-#define JIT_BLOCK_BYTES 32768 /* code one block may need, stubs included */
+#define JIT_BLOCK_BYTES 2048 /* code one block may need, stubs included: this, and so much for each instruction */
+#define JIT_INSN_BYTES  512
 #define JIT_HASH        65536
 #define JIT_PAGES       16384
 #define JIT_STOPS       8
@@ -102,6 +103,7 @@ struct jit_block {
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
     jit_block *hash_next, *page_next, *line_next;
+    jit_block *born_next; /* made after it: see make_room() in jit.c */
     jit_block *twin; /* a ring: blocks without code that keep watch on the other pages it was made from */
     jit_link *in;
     uint8_t nlinks, nextents;
@@ -209,6 +211,8 @@ typedef struct jit {
     jit_writer w;
     uint8_t *arena; /* blocks and sites */
     size_t arena_bytes, arena_used;
+    jit_block *oldest, *newest; /* of those with code, dead ones too: in code and arena they follow each other in this order */
+    jit_link *link;             /* the edge by which translated code was left, until its block goes; or NULL */
     size_t code_ready, arena_ready; /* committed by commit_ahead() */
     jit_block *hash[JIT_HASH];
     jit_block *pages[JIT_PAGES], *lines[JIT_PAGES]; /* by page of gpa; of rip */
@@ -244,7 +248,7 @@ typedef struct jit {
     jit_block *rounds[X86_ROUNDS]; /* whose rounds x86_cover.rounds[] counts */
     bool has_rounds, has_ended_rounds; /* any; of a block that is dead */
     bool is_cold;      /* the interpreter runs instead */
-    bool on_hot_page;  /* find_block() left this code to the interpreter */
+    bool is_left;      /* find_block() left this code to the interpreter for a while */
     bool step_one;     /* next instruction by the interpreter */
     bool has_vec;      /* guest code that runs now uses vector registers */
     bool has_x87;      /* and x87 registers */
@@ -257,10 +261,12 @@ typedef struct jit {
     uint8_t no_guard[1024];  /* by rip: CALLs that go to several places: traces end with them */
     bool has_avx, has_bmi2;
     bool window_stale;        /* the memory map changed */
+    unsigned worth;         /* code is translated when it has been met so often: note_lap() */
+    uint8_t met[1024];      /* by rip */
+    uint64_t lap_retired, lap_blocks; /* since the code cache was full the last time: when that was; blocks made */
     uint64_t window_gpa[2];   /* for reads, for writes; in emitted code as constants: where it begins, and */
     uint64_t window_limit[2]; /* as blocks may have been made for: static accesses rely on it */
     int32_t window_delta[2];  /* how far its host memory is from the x86_cpu */
-    uint64_t flushes;
     struct {
         uint64_t last, until;
         uint32_t kills;
@@ -340,9 +346,12 @@ static inline const x86_insn *jit_site_insn(const jit *j, const jit_site *s) { r
 static inline unsigned jit_table_index(uint32_t key) { return key & (JIT_KEY_CTX | JIT_KEY_64 | JIT_KEY_VEC); }
 
 /* jit.c */
+bool jit_make_room(jit *j, size_t code, size_t data); /* at the cursors, for a block; older ones go. No code is being executed */
 void *jit_take(jit *j, size_t bytes); /* from the arena, which has room */
 void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page); /* b watches this page of the unit's */
-#define JIT_BLOCK_DATA ((1 + JIT_MORE_PAGES) * sizeof(jit_block) + 8192) /* of the arena, for lists */
+/* Of the arena, for a block, its twins and lists; for each instruction: its sites, itself and hooks in front of it. */
+#define JIT_BLOCK_DATA ((1 + JIT_MORE_PAGES) * (sizeof(jit_block) + JIT_MAX_EXTENTS * sizeof(jit_extent)) + 4096)
+#define JIT_INSN_DATA  (sizeof(x86_insn) + sizeof(jit_edge) + 2 * (sizeof(jit_link) + sizeof(jit_site) + sizeof(jit_hook_site) + 48))
 /* lift.c */
 bool jit_lift(jit_unit *u,
               unsigned max_insns); /* false: the first instruction cannot be handled here (cut off by the page) */
@@ -374,7 +383,7 @@ uint16_t jit_changed_regs(const x86_insn *in);      /* general-purpose registers
 /* opt.c */
 void jit_optimise(jit_unit *u);
 /* emit.c */
-/* NULL: out of room (*failed < 0: flush and try again), or instruction *failed cannot be spelled natively. */
+/* NULL: the cache is too small (*failed < 0), or instruction *failed cannot be spelled natively. */
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
 /* string.c */
@@ -382,7 +391,7 @@ enum { JIT_USUAL_JUMPS = 6 };
 bool jit_string_form(const jit_unit *u, unsigned i); /* MOVS or STOS that needs C only for what is rare */
 unsigned jit_emit_string(const jit_unit *u, unsigned i, uint8_t *jump[JIT_USUAL_JUMPS]);
 /* coverage.c: nothing unless something is recorded. Flags may be lost where it is not said otherwise. */
-#define JIT_COVER_BYTES 12288 /* that it may add to a block */
+#define JIT_COVER_BYTES 192 /* that it may add for each instruction */
 void jit_cover_unit(jit_unit *u); /* a block begins */
 /* The block is left after instruction i for `target`: its edge and those before. Uses both scratch registers. */
 void jit_cover_edge(jit_unit *u, jit_writer *w, unsigned i, uint64_t target, bool keep_flags);

@@ -261,6 +261,78 @@ EACH_BACKEND(code_everywhere_takes_no_more_than_the_caches)
     run_within(m, UINT64_C(3) * CODE_BYTES / BLOCK * 5, MOST);
 }
 
+/* ---- a code cache much smaller than the program ---- */
+
+enum { STEPS = 3000, STEP_BYTES = 32, STEP_CODE = 0x100000, STEP_STRIDE = 769, ROUNDS = 4, TIMES = 5 };
+
+/* Step i: add eax, constant; rol eax, 3; then on to the next by a jump, an indirect jump or a return. Step 0 counts ECX
+ * down first and halts. */
+static void write_step(uint8_t *p, unsigned i, uint32_t constant)
+{
+    const uint32_t at = STEP_CODE + i * STEP_BYTES, next = STEP_CODE + (i + STEP_STRIDE) % STEPS * STEP_BYTES;
+    static const uint8_t count[] = { 0xff, 0xc9, 0x79, 0x01, 0xf4 };       /* dec ecx; jns .+1; hlt */
+    const uint8_t *begin = p;
+    if (!i) {
+        memcpy(p, count, sizeof count);
+        p += sizeof count;
+    }
+    *p++ = 0x05;
+    memcpy(p, &constant, 4);
+    memcpy(p += 4, (const uint8_t[]){ 0xc1, 0xc0, 3 }, 3);
+    p += 3;
+    const uint32_t target = i % 3 ? next : next - (at + (uint32_t)(p - begin) + 5);
+    *p++ = (const uint8_t[]){ 0xe9, 0xbb, 0x68 }[i % 3];                    /* jmp; mov ebx; push */
+    memcpy(p, &target, 4);
+    memcpy(p + 4, i % 3 == 1 ? (const uint8_t[]){ 0xff, 0xe3 } : (const uint8_t[]){ 0xc3, 0x90 }, 2);
+}
+
+static uint32_t walk_steps(const uint32_t *constants, uint32_t eax)
+{
+    for (unsigned n = 0, i = 0; n < STEPS * TIMES; n++, i = (i + STEP_STRIDE) % STEPS) {
+        eax += constants[i];
+        eax = eax << 3 | eax >> 29;
+    }
+    return eax;
+}
+
+/* Every block goes and comes back, with links to it and from it; between rounds some change. */
+EACH_BACKEND(code_goes_round_in_a_small_cache)
+{
+    static uint32_t constants[STEPS];
+    static uint8_t text[STEPS * STEP_BYTES];
+    vm_options options = VM_OPTIONS_INIT;
+    vm_machine *m;
+    uint64_t evictions = 0, eax = 1, expected = 1, esp = 0x80000;
+    options.backend = backend;
+    options.code_cache_bytes = 64 << 10;
+    OK(vm_create(&options, &m));
+    OK(vm_map_ram(m, 0, 4 << 20, VM_PROT_RWX, NULL));
+    vm_vcpu *cpu = vm_vcpu_get(m, 0);
+    OK(vm_vcpu_set_mode(cpu, VM_MODE_FLAT32));
+    for (unsigned i = 0; i < STEPS; i++)
+        write_step(&text[i * STEP_BYTES], i, constants[i] = i * 2654435761u);
+    OK(vm_write(m, STEP_CODE, text, sizeof text));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RAX, &eax, 8));
+    OK(vm_vcpu_write_reg(cpu, VM_REG_RSP, &esp, 8));
+    for (unsigned round = 0; round < ROUNDS; round++) {
+        vm_exit e = VM_EXIT_INIT;
+        uint64_t rip = STEP_CODE, ecx = TIMES;
+        for (unsigned i = round; i < STEPS; i += 7) {
+            write_step(&text[i * STEP_BYTES], i, constants[i] ^= round * 40503u);
+            OK(vm_write(m, STEP_CODE + i * STEP_BYTES, &text[i * STEP_BYTES], STEP_BYTES));
+        }
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RIP, &rip, 8));
+        OK(vm_vcpu_write_reg(cpu, VM_REG_RCX, &ecx, 8));
+        OK(vm_vcpu_run(cpu, NULL, &e));
+        CHECK_EQ(e.reason, VM_EXIT_HALT);
+        OK(vm_vcpu_read_reg(cpu, VM_REG_RAX, &eax, 8));
+        CHECK_EQ(eax, expected = walk_steps(constants, (uint32_t)expected));
+    }
+    OK(vm_stats(m, "evictions", &evictions));
+    CHECK(backend != VM_BACKEND_JIT || evictions >= STEPS * TIMES * (ROUNDS - 1));
+    vm_destroy(m);
+}
+
 /* Two thousand address spaces of two tables each. */
 EACH_BACKEND(address_spaces_take_no_more_than_the_budget_of_shadows)
 {
