@@ -94,7 +94,9 @@ typedef struct emitter {
     int last_hook; /* instruction before which a hook was called directly and registers stored, or -1 */
     bool goes_on;  /* the edge to come is no branch's */
     bool is_loose; /* a part of an instruction may have called a callback and not left */
-    int failed;       /* instruction that could not be spelled, or -1 */
+    int failed;       /* instruction that could not be spelled, or JIT_NONE or JIT_FULL */
+    const uint8_t *code_end; /* nothing is begun behind these: there is room for one more op or stub */
+    size_t data_end;
     unsigned tmp_reg; /* host register that holds the temporary, or RSP: it is in its slot */
     int t0_group;     /* slot of the group whose address T0 holds, or -1 */
     int32_t sp;       /* not yet added to the stack pointer: settle_sp() before anybody can look at it */
@@ -1459,6 +1461,18 @@ static void emit_op(emitter *e, unsigned k)
     }
 }
 
+/* The guest chose the instructions: what they come to is not only estimated. */
+static bool goes_well(emitter *e, size_t more)
+{
+    if (e->failed == JIT_NONE && (e->w->p + more > e->code_end || e->j->arena_used > e->data_end)) e->failed = JIT_FULL;
+    return e->failed == JIT_NONE;
+}
+
+static void emit_cover_stubs(emitter *e)
+{
+    if (goes_well(e, e->u->cpu->cover.is_on ? e->u->count * JIT_COVER_BYTES : 0u)) jit_cover_stubs(e->u, e->w);
+}
+
 static void emit_block(emitter *e)
 {
     jit_unit *u = e->u;
@@ -1470,15 +1484,15 @@ static void emit_block(emitter *e)
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
     e->recipe = e->late = e->t0_group = e->last_hook = -1;
-    for (unsigned k = 0; k < u->nops && e->failed < 0; k++) emit_op(e, k);
-    if (u->path) jit_cover_stubs(u, e->w);
-    for (unsigned k = 0; k < e->nside && e->failed < 0; k++) emit_side_stub(e, &e->side[k]);
-    if (!u->path) jit_cover_stubs(u, e->w);
-    for (unsigned k = 0; k < e->nhook && e->failed < 0; k++) emit_hook_stub(e, &e->hook[k]);
-    for (unsigned k = 0; k < e->ndiv && e->failed < 0; k++) emit_div_stub(e, &e->div[k]);
-    for (unsigned k = 0; k < e->nusual && e->failed < 0; k++) emit_usual_stub(e, &e->usual[k]);
-    for (unsigned k = 0; k < e->nslow && e->failed < 0; k++) emit_slow_stub(e, &e->slow[k]);
-    for (unsigned k = 0; k < e->nleave && e->failed < 0; k++) emit_leave_stub(e, &e->leaves[k]);
+    for (unsigned k = 0; k < u->nops && goes_well(e, 0); k++) emit_op(e, k);
+    if (u->path) emit_cover_stubs(e);
+    for (unsigned k = 0; k < e->nside && goes_well(e, 0); k++) emit_side_stub(e, &e->side[k]);
+    if (!u->path) emit_cover_stubs(e);
+    for (unsigned k = 0; k < e->nhook && goes_well(e, 0); k++) emit_hook_stub(e, &e->hook[k]);
+    for (unsigned k = 0; k < e->ndiv && goes_well(e, 0); k++) emit_div_stub(e, &e->div[k]);
+    for (unsigned k = 0; k < e->nusual && goes_well(e, 0); k++) emit_usual_stub(e, &e->usual[k]);
+    for (unsigned k = 0; k < e->nslow && goes_well(e, 0); k++) emit_slow_stub(e, &e->slow[k]);
+    for (unsigned k = 0; k < e->nleave && goes_well(e, 0); k++) emit_leave_stub(e, &e->leaves[k]);
 }
 
 
@@ -1522,11 +1536,12 @@ jit_block *jit_emit(jit_unit *u, int *failed)
     e.u = u;
     e.j = j;
     e.w = &j->w;
-    e.failed = -1;
-    *failed = -1;
-    if (!jit_make_room(j, JIT_BLOCK_BYTES + u->count * (JIT_INSN_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0u)),
-                       JIT_BLOCK_DATA + u->count * JIT_INSN_DATA))
-        return NULL;
+    e.failed = *failed = JIT_NONE;
+    const size_t code = JIT_BLOCK_BYTES + u->count * (JIT_INSN_BYTES + (u->cpu->cover.is_on ? JIT_COVER_BYTES : 0u));
+    const size_t data = u->count * JIT_INSN_DATA;
+    if (!jit_make_room(j, code, JIT_BLOCK_DATA + data)) return NULL;
+    e.code_end = j->w.p + code - JIT_ONE_BYTES;
+    e.data_end = j->arena_used + JIT_LIST_DATA + data - JIT_ONE_BYTES;
     commit_ahead(j);
     uint8_t *start = j->w.p;
     size_t arena = j->arena_used;
@@ -1540,7 +1555,7 @@ jit_block *jit_emit(jit_unit *u, int *failed)
     jit_cover_unit(u);
     place_lists(&e);
     emit_block(&e);
-    if (e.failed >= 0) {
+    if (e.failed != JIT_NONE) {
         *failed = e.failed;
         if (j->has_rounds) jit_cover_forget(j, b);
         j->w.p = start;

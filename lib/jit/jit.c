@@ -468,7 +468,7 @@ static jit_block *new_twin(jit *j, jit_block *b, uint64_t gpa)
 
 static jit_block *translate_with(jit_unit *u, int *failed)
 {
-    if (!jit_lift(u, u->crosses ? 1 : JIT_MAX_INSNS)) return NULL;
+    if (!jit_lift(u, u->most)) return NULL;
     u->no_groups |= u->nhooked != 0;
     jit_optimise(u);
     return jit_emit(u, failed);
@@ -486,9 +486,10 @@ static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t ke
     u->key = key;
     u->page = page;
     u->forced = 0;
+    u->most = u->crosses ? 1 : JIT_MAX_INSNS;
     u->no_groups = (key & JIT_KEY_PLAIN) || cpu->watch || j->no_groups[jit_hash_block(u->rip) & 1023];
-    for (unsigned tries = 0; tries < 2 + JIT_MAX_INSNS; tries++) {
-        int failed = -1;
+    for (unsigned tries = 0; tries < 4 + JIT_MAX_INSNS; tries++) {
+        int failed = JIT_NONE;
         jit_block *b = translate_with(u, &failed);
         if (b) {
             publish(j, b);
@@ -496,8 +497,11 @@ static jit_block *translate_unit(jit *j, uint64_t rip, uint64_t gpa, uint32_t ke
             if (vm_trace_mask(j->vcpu->machine) & (VM_TRACE_IR | VM_TRACE_MCODE)) jit_print(j, u, b);
             return b;
         }
-        if (failed < 0) return NULL;
-        u->forced |= UINT64_C(1) << failed;
+        if (failed == JIT_NONE || (failed == JIT_FULL && u->most < 2 * JIT_LOOK_AHEAD)) return NULL;
+        if (failed == JIT_FULL)
+            u->most /= 2;
+        else
+            u->forced |= UINT64_C(1) << failed;
     }
     return NULL;
 }

@@ -19,6 +19,7 @@
 #define JIT_MORE_PAGES  3 /* of a trace, besides that it begins on */
 #define JIT_BLOCK_BYTES 2048 /* code one block may need, stubs included: this, and so much for each instruction */
 #define JIT_INSN_BYTES  512
+#define JIT_ONE_BYTES   1024 /* code, or data, of one op or stub */
 #define JIT_HASH        65536
 #define JIT_PAGES       16384
 #define JIT_STOPS       8
@@ -185,6 +186,7 @@ typedef struct jit_unit { /* one block being translated */
     unsigned nextents;
     jit_extent extents[JIT_MAX_EXTENTS];
     unsigned nedges; /* coverage.c */
+    unsigned most; /* instructions of a block */
     jit_edge edges[JIT_MAX_INSNS];
     const uint8_t *edge_code;
     jit_block *block; /* being emitted */
@@ -350,11 +352,13 @@ bool jit_make_room(jit *j, size_t code, size_t data); /* at the cursors, for a b
 void *jit_take(jit *j, size_t bytes); /* from the arena, which has room */
 void jit_place_extents(jit *j, const jit_unit *u, jit_block *b, unsigned page); /* b watches this page of the unit's */
 /* Of the arena, for a block, its twins and lists; for each instruction: its sites, itself and hooks in front of it. */
-#define JIT_BLOCK_DATA ((1 + JIT_MORE_PAGES) * (sizeof(jit_block) + JIT_MAX_EXTENTS * sizeof(jit_extent)) + 4096)
+#define JIT_LIST_DATA  (sizeof(jit_block) + JIT_MAX_EXTENTS * sizeof(jit_extent) + 4096)
+#define JIT_BLOCK_DATA (JIT_LIST_DATA + JIT_MORE_PAGES * (sizeof(jit_block) + JIT_MAX_EXTENTS * sizeof(jit_extent) + 32))
 #define JIT_INSN_DATA  (sizeof(x86_insn) + sizeof(jit_edge) + 2 * (sizeof(jit_link) + sizeof(jit_site) + sizeof(jit_hook_site) + 48))
 /* lift.c */
 bool jit_lift(jit_unit *u,
               unsigned max_insns); /* false: the first instruction cannot be handled here (cut off by the page) */
+enum { JIT_LOOK_AHEAD = 8 }; /* instructions: no shorter block ends but where its code makes it */
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent); /* JIT_NEED_* of code at rip on this page */
 void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t *exact);
 void jit_classify_flags(const x86_insn *in, jit_info *info);
@@ -383,7 +387,9 @@ uint16_t jit_changed_regs(const x86_insn *in);      /* general-purpose registers
 /* opt.c */
 void jit_optimise(jit_unit *u);
 /* emit.c */
-/* NULL: the cache is too small (*failed < 0), or instruction *failed cannot be spelled natively. */
+/* NULL: the cache is too small (*failed is JIT_NONE), it is more code than so many instructions should be (JIT_FULL), or
+ * instruction *failed cannot be spelled natively. */
+enum { JIT_NONE = -1, JIT_FULL = -2 };
 jit_block *jit_emit(jit_unit *u, int *failed);
 void jit_emit_thunks(jit *j);
 /* string.c */

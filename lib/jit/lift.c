@@ -395,8 +395,6 @@ bool jit_crosses_page(const jit_unit *u, uint64_t rip)
 
 static uint64_t wrap(const jit_unit *u, uint64_t rip) { return u->key & JIT_KEY_64 ? rip : (uint32_t)rip; }
 
-enum { LOOK_AHEAD = 8 };
-
 /* Does this branch always end in code that takes its flags from memory? `next` is the address after it. */
 static bool goes_elsewhere(const jit_unit *u, const x86_insn *in, uint64_t next)
 {
@@ -407,16 +405,16 @@ static bool goes_elsewhere(const jit_unit *u, const x86_insn *in, uint64_t next)
 
 unsigned jit_flag_need(jit_unit *u, uint64_t rip, jit_extent *extent)
 {
-    x86_insn in[LOOK_AHEAD];
-    jit_info info[LOOK_AHEAD];
+    x86_insn in[JIT_LOOK_AHEAD];
+    jit_info info[JIT_LOOK_AHEAD];
     unsigned n = 0, offset = rip & 0xfff;
     uint16_t written = 0, host = X86_FL_ARITH, exact = X86_FL_ARITH;
     *extent = (jit_extent){(uint16_t)offset, (uint16_t)offset, 0};
     if ((rip ^ u->rip) & X86_PAGE_MASK)
         return JIT_NEED_MEM;        /* such edges enter where the flags are loaded from memory */
-    if (JIT_MAX_INSNS < LOOK_AHEAD) /* blocks may end before what is seen here */
+    if (JIT_MAX_INSNS < JIT_LOOK_AHEAD) /* blocks may end before what is seen here */
         return JIT_NEED_HOST | JIT_NEED_MEM;
-    while (n < LOOK_AHEAD && offset < 4096) {
+    while (n < JIT_LOOK_AHEAD && offset < 4096) {
         if (!decode_at(u, offset, &in[n])) break;
         jit_info *f = &info[n];
         jit_classify_flags(&in[n], f);
