@@ -65,6 +65,7 @@ check_PROGRAMS += tests/api/api_hygiene
 tests_api_api_hygiene_SOURCES = tests/api/hygiene.c
 script_tests += tests/api/hardening tests/api/abi tests/api/inside
 EXTRA_DIST += tests/api/hardening tests/api/abi tests/api/inside tests/api/inside.c
+CLEANFILES += tests/api/inside.so
 # A hundred thousand machines on each backend, minutes.
 check-cycles: tests/api/api_hygiene
 	LIBVM_CYCLES=100000 tests/api/api_hygiene -t 3600 'many*'
