@@ -130,11 +130,11 @@ static int write_part(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned *width, u
     return X86_IO_DONE;
 }
 
-/* The program's own: a BARE machine has nothing there. Needs no lock, because maps do not change while a vCPU is in the
- * guest. */
-static bool is_callers(vm_vcpu *cpu, uint64_t gpa)
+/* Whose access is it where `range` was found: the program's own, when a BARE machine has nothing there. No lock is needed to
+ * look, because maps do not change while a vCPU is in the guest. */
+static bool is_callers(const vm_vcpu *cpu, const vm_range *range)
 {
-    return !cpu->machine->is_pc && !vm_find(cpu, gpa);
+    return !range && !cpu->machine->is_pc;
 }
 
 /* What nearly every access is: one callback. */
@@ -168,7 +168,7 @@ static int read_device(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, 
 int vm_bus_read(vm_vcpu *cpu, uint64_t gpa, unsigned n, unsigned access, uint64_t *value)
 {
     *value = 0;
-    int status = is_callers(cpu, gpa) ? X86_IO_EXIT : read_device(cpu, gpa, n, access, value);
+    int status = is_callers(cpu, vm_find(cpu, gpa)) ? X86_IO_EXIT : read_device(cpu, gpa, n, access, value);
     cpu->x86.stat[X86_STAT_MMIO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, "read", gpa, n, *value, status);
@@ -214,7 +214,7 @@ int vm_bus_write(vm_vcpu *cpu, uint64_t gpa, unsigned n, uint64_t value)
     if (write_ram(cpu, range, gpa, n, value) ||
         (cpu->machine->events && vm_doorbell_ring(cpu->machine, false, gpa, n, value)))
         return X86_IO_DONE;
-    int status = is_callers(cpu, gpa) ? X86_IO_EXIT : write_device(cpu, gpa, n, value);
+    int status = is_callers(cpu, range) ? X86_IO_EXIT : write_device(cpu, gpa, n, value);
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, "write", gpa, n, value, status);
     return status;
@@ -283,8 +283,7 @@ static int port_access(vm_vcpu *cpu, uint16_t port, unsigned n, bool is_write, u
         cpu->x86.stat[X86_STAT_IO]++;
         return X86_IO_DONE;
     }
-    bool is_exit = !cpu->machine->is_pc && !find_port(cpu, port);
-    int status = is_exit ? X86_IO_EXIT : port_device(cpu, port, n, is_write, value);
+    int status = is_callers(cpu, find_port(cpu, port)) ? X86_IO_EXIT : port_device(cpu, port, n, is_write, value);
     cpu->x86.stat[X86_STAT_IO]++;
     if (vm_trace_mask(cpu->machine) & VM_TRACE_MMIO)
         trace_access(cpu, is_write ? "out" : "in", port, n, *value, status);
