@@ -1109,15 +1109,6 @@ static void emit_side_stub(emitter *e, const side_stub *s)
     emit_edge(e, s->op->insn, s->op->target, need);
 }
 
-static void emit_swapgs(jit_writer *w)
-{
-    const int32_t base = (int32_t)(offsetof(x86_cpu, seg) + X86_GS * sizeof(x86_seg) + offsetof(x86_seg, base));
-    e_gs_load(w, 8, T0, base);
-    e_gs_load(w, 8, T1, JIT_OFF(kernel_gs_base));
-    e_gs_store(w, 8, T1, base);
-    e_gs_store(w, 8, T0, JIT_OFF(kernel_gs_base));
-}
-
 /* STI while no interrupt waits: none is taken before the next edge, which is behind the shadow. Returns the jump if one does. */
 static uint8_t *emit_sti(jit_writer *w)
 {
@@ -1151,10 +1142,6 @@ static void emit_fallback(emitter *e, const jit_op *o)
 {
     jit_writer *w = e->w;
     need_mem(e);
-    if (jit_insn_is_swapgs(e->u, o->insn)) {
-        emit_swapgs(w);
-        return;
-    }
     uint32_t at = new_site(e, o->insn, NULL, true);
     ((jit_site *)(e->j->arena + at))->is_end = o->op == IR_FALLBACK_END;
     e->host = false;
@@ -1246,6 +1233,17 @@ static void emit_flags_tmp(emitter *e)
     e->host = false;
 }
 
+static void emit_swapgs(emitter *e)
+{
+    const int32_t base = (int32_t)(offsetof(x86_cpu, seg) + X86_GS * sizeof(x86_seg) + offsetof(x86_seg, base));
+    jit_writer *w = e->w;
+    e->t0_group = -1;
+    e_gs_load(w, 8, T0, base);
+    e_gs_load(w, 8, T1, JIT_OFF(kernel_gs_base));
+    e_gs_store(w, 8, T1, base);
+    e_gs_store(w, 8, T0, JIT_OFF(kernel_gs_base));
+}
+
 static void emit_system(emitter *e, unsigned i)
 {
     jit_writer *w = e->w;
@@ -1255,6 +1253,10 @@ static void emit_system(emitter *e, unsigned i)
         e_r_gs(w, 4, 0x81, 4, JIT_OFF(rflags)); /* and */
         e32(w, ~(uint32_t)X86_FL_IF);
         e->host = false;
+        return;
+    }
+    if (jit_insn_is_swapgs(&e->u->insn[i])) {
+        emit_swapgs(e);
         return;
     }
     unsigned reg = IN_MEMORY(op[0].reg) ? T1 : home[op[0].reg];
@@ -1303,7 +1305,6 @@ static void emit_canon(emitter *e, const jit_op *o)
     e->host = false;
 }
 
-/* Ops at which the state may be seen, besides accesses. */
 /* Hooks before an instruction. */
 static void emit_hook(emitter *e, const jit_op *o)
 {

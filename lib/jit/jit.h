@@ -371,7 +371,7 @@ bool jit_insn_pushes(const x86_insn *in); /* CALL, PUSH */
 bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_may_redo(const x86_insn *in); /* it reads memory before something that can fault: DIV, IDIV, CALL, PUSH */
 bool jit_insn_clears_if(const x86_insn *in); /* CLI */
-bool jit_insn_is_swapgs(const jit_unit *u, unsigned i);
+bool jit_insn_is_swapgs(const x86_insn *in);
 bool jit_insn_sets_if(const jit_unit *u, unsigned i); /* STI with an instruction behind it in the block */
 bool jit_in_shadow(const jit_unit *u, unsigned i); /* of an STI before it */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */

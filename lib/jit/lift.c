@@ -27,7 +27,7 @@ enum insn_class {
     C_LEAVE,
     C_DIV,
     C_PUSHF,
-    C_SYSTEM /* CLI, MOV from a segment register: little enough to be done inline */
+    C_SYSTEM /* CLI, SWAPGS, MOV from a segment register: little enough to be done inline */
 };
 
 #define M(name, class) [ZYDIS_MNEMONIC_##name] = class
@@ -184,6 +184,7 @@ static bool is_bit_string(const x86_insn *in)
 bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in->opcode & 0xf8) == 0xd8; }
 
 bool jit_insn_clears_if(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CLI; }
+bool jit_insn_is_swapgs(const x86_insn *in) { return in->exec == x86_op_swapgs; }
 
 bool jit_insn_names_sp(const x86_insn *in)
 {
@@ -240,15 +241,11 @@ static bool stack_form(const jit_unit *u, const x86_insn *in)
 static bool is_system_form(const jit_unit *u, const x86_insn *in)
 {
     if (in->mnemonic == ZYDIS_MNEMONIC_CLI) return u->key & JIT_KEY_RING0;
+    if (jit_insn_is_swapgs(in)) return (u->key & JIT_KEY_64) && (u->key & JIT_KEY_RING0);
     return in->mnemonic == ZYDIS_MNEMONIC_MOV && in->op[1].kind == X86_OP_SEG && in->op[0].kind == X86_OP_GPR &&
            in->op[0].size >= 4 && in->op[0].reg != X86_RSP;
 }
 
-/* The semantic function without what cannot be here: SWAPGS and STI of a 64-bit kernel. */
-bool jit_insn_is_swapgs(const jit_unit *u, unsigned i)
-{
-    return u->insn[i].exec == x86_op_swapgs && (u->key & JIT_KEY_64) && (u->key & JIT_KEY_RING0);
-}
 bool jit_insn_sets_if(const jit_unit *u, unsigned i)
 {
     return u->insn[i].exec == x86_op_sti && (u->key & JIT_KEY_RING0) && i + 1 < u->count && !u->cpu->hook_mask;
