@@ -618,11 +618,7 @@ static void emit_lookup(emitter *e, slow_stub *s, unsigned size, bool is_write)
         emit_window_lookup(e, s);
         return;
     }
-    emit_tlb_index(e->j);
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - size));
-    s->jump[0] = e_jcc(w, CC_A);
-    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
+    s->jump[0] = emit_tlb_lookup(e->u, size, is_write);
 }
 
 static uint32_t offset_of(const emitter *e, const uint8_t *code) { return (uint32_t)(code - e->j->write_base); }
@@ -777,12 +773,12 @@ static void emit_outside(emitter *e, slow_stub *s, bool is_write)
 {
     jit_writer *w = e->w;
     emit_offset_to_linear(e, s);
-    emit_tlb_index(e->j);
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-    if (s->check->role == JIT_CHECK_LEADER) return;
-    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - s->check->size));
-    uint8_t *miss = e_jcc(w, CC_A);
-    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(e->u));
+    if (s->check->role == JIT_CHECK_LEADER) {
+        emit_tlb_index(e->j);
+        e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+        return;
+    }
+    uint8_t *miss = emit_tlb_lookup(e->u, s->check->size, is_write);
     emit_host_to_offset(e, s);
     e_jmp_to(w, s->hit);
     e_patch(miss, w->p);

@@ -56,6 +56,19 @@ static inline void emit_tlb_index(jit *j)
     e_alu_imm(w, 4, 4, T1, (int32_t)((X86_TLB_ENTRIES - 1) << 5));
 }
 
+/* T0 from linear to host, where `size` bytes of the page are the TLB's entry, or the returned jump: T1 is the entry's index
+ * then, T0 xor its tag the address. */
+static inline uint8_t *emit_tlb_lookup(const jit_unit *u, unsigned size, bool is_write)
+{
+    jit_writer *w = &u->j->w;
+    emit_tlb_index(u->j);
+    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(u, is_write));
+    e_alu_imm(w, 8, 7, T0, (int32_t)(4096 - size));
+    uint8_t *miss = e_jcc(w, CC_A);
+    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(u));
+    return miss;
+}
+
 static inline void emit_push_pop(jit_writer *w, unsigned reg, bool is_push)
 {
     e_rex(w, 4, 0, 0, reg);

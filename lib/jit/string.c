@@ -29,11 +29,7 @@ static void look_up(const jit_unit *u, const x86_insn *in, unsigned reg, bool is
     e_lea(w, 4, T1, T1, in->flags & X86_IF_REP ? RCX : 0xff, in->osz, in->flags & X86_IF_REP ? 0 : in->osz);
     e_alu_imm(w, 4, 7, T1, 4096);
     jump[0] = e_jcc(w, CC_A);
-    emit_tlb_index(u->j);
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(u, is_write));
-    e_alu_imm(w, 8, 7, T0, 4095);
-    jump[1] = e_jcc(w, CC_A);
-    e_r_gsb(w, 8, 0x03, T0, T1, host_offset(u));
+    jump[1] = emit_tlb_lookup(u, 1, is_write);
 }
 
 static void emit_instruction(const jit_unit *u, const x86_insn *in)
