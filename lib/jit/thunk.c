@@ -156,24 +156,18 @@ static uint8_t *emit_leave(jit *j, unsigned vec)
     return start;
 }
 
-/* The ways out that blocks take most, so that their stubs are short. T0 = the link, or rip. `save`: the flags first. */
-static uint8_t *emit_leave_link(jit *j, unsigned vec, bool save)
+/* The ways out that blocks take most, so that their stubs are short. T0 = the link, or rip for JIT_LEAVE_SLICE. `save`: the
+ * flags first. */
+static uint8_t *emit_leave_by(jit *j, unsigned vec, unsigned reason, bool save)
 {
     jit_writer *w = &j->w;
     uint8_t *start = w->p;
     if (save) emit_save(w);
-    e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_LINK));
-    e_r_mem(w, 8, 0x8b, T0, T0, 0xff, 1, (int32_t)offsetof(jit_link, target));
-    e_mov_imm(w, T1, JIT_LEAVE_LINK);
-    e_jmp_to(w, j->leave[vec]);
-    return start;
-}
-static uint8_t *emit_leave_slice(jit *j, unsigned vec, bool save)
-{
-    jit_writer *w = &j->w;
-    uint8_t *start = w->p;
-    if (save) emit_save(w);
-    e_mov_imm(w, T1, JIT_LEAVE_SLICE);
+    if (reason == JIT_LEAVE_LINK) {
+        e_gs_store(w, 8, T0, JIT_SLOT(JIT_SLOT_LINK));
+        e_r_mem(w, 8, 0x8b, T0, T0, 0xff, 1, (int32_t)offsetof(jit_link, target));
+    }
+    e_mov_imm(w, T1, reason);
     e_jmp_to(w, j->leave[vec]);
     return start;
 }
@@ -303,8 +297,8 @@ void jit_emit_thunks(jit *j)
         j->hook[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_hook, false, false);
         j->after[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_after, false, true);
         for (unsigned k = 0; k < 2; k++) {
-            j->leave_link[vec][k] = emit_leave_link(j, vec, k);
-            j->leave_slice[vec][k] = emit_leave_slice(j, vec, k);
+            j->leave_link[vec][k] = emit_leave_by(j, vec, JIT_LEAVE_LINK, k);
+            j->leave_slice[vec][k] = emit_leave_by(j, vec, JIT_LEAVE_SLICE, k);
             j->check[vec][k] = emit_leave_check_thunk(j, vec, k);
         }
         j->fallback[vec] = emit_helper(j, vec, (const void *)(uintptr_t)jit_help_fallback, false, true);
