@@ -26,6 +26,15 @@ static vm_exit go(world *w, uint64_t rip)
     return e;
 }
 
+/* The code's answer is the same each time: read, translated and by chained blocks. */
+static void ten_times(world *w, uint64_t rax)
+{
+    for (unsigned i = 0; i < 10; i++) {
+        CHECK_EQ(go(w, W_CODE).reason, VM_EXIT_HALT);
+        CHECK_EQ(world_get(w, VM_REG_RAX), rax);
+    }
+}
+
 /* Each of these runs several times, so that it meets translated code too. */
 EACH_BACKEND(code_changes_the_next_instruction)
 {
@@ -123,10 +132,7 @@ EACH_BACKEND(page_table_edit_under_code)
      * mov qword [rbx], 0xa007; invlpg [rcx]; hlt */
     CODE_AT(W_CODE, "\xb9\x00\xa0\x00\x00" "\xff\xd1" "\x89\xc2" "\x48\xc7\x03\x07\x70\x00\x00" "\x0f\x01\x39" "\xff\xd1"
                     "\xc1\xe2\x08" "\x09\xd0" "\x48\xc7\x03\x07\xa0\x00\x00" "\x0f\x01\x39" "\xf4");
-    for (unsigned i = 0; i < 10; i++) {
-        CHECK_EQ(go(&w, W_CODE).reason, VM_EXIT_HALT);
-        CHECK_EQ(world_get(&w, VM_REG_RAX), 0x102);
-    }
+    ten_times(&w, 0x102);
     world_close(&w);
 }
 
@@ -142,10 +148,7 @@ EACH_BACKEND(page_table_edit_under_half_an_instruction)
      * mov qword [rbx], W_DATA | 7; invlpg [rcx + 3]; hlt */
     CODE_AT(W_CODE, "\xb9\xfd\x8f\x00\x00" "\xff\xd1" "\x89\xc2" "\x48\xc7\x03\x07\x70\x00\x00" "\x0f\x01\x79\x03" "\xff\xd1"
                     "\x01\xd0" "\x48\xc7\x03\x07\x90\x00\x00" "\x0f\x01\x79\x03" "\xf4");
-    for (unsigned i = 0; i < 10; i++) {
-        CHECK_EQ(go(&w, W_CODE).reason, VM_EXIT_HALT);
-        CHECK_EQ(world_get(&w, VM_REG_RAX), 0x20002);
-    }
+    ten_times(&w, 0x20002);
     world_close(&w);
 }
 
@@ -165,10 +168,7 @@ EACH_BACKEND(large_page_ends_under_code)
                     "\x0f\x01\x3c\x25\x00\xf0\x3f\x00" "\xff\xd1" "\xc1\xe2\x08" "\x09\xd0"
                     "\x48\xc7\x46\x50\x07\xa0\x00\x00" "\x48\xc7\x03\x87\x00\x00\x00" "\x0f\x01\x39" "\xf4");
     world_poke(&w, W_PD + 8, &large, 8);
-    for (unsigned i = 0; i < 10; i++) {
-        CHECK_EQ(go(&w, W_CODE).reason, VM_EXIT_HALT);
-        CHECK_EQ(world_get(&w, VM_REG_RAX), 0x102);
-    }
+    ten_times(&w, 0x102);
     world_close(&w);
 }
 

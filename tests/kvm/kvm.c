@@ -978,6 +978,27 @@ TEST(two_vcpus_and_an_editor)
 
 /* ---- interrupts on a PC ---- */
 
+/* A PC in real mode about to run `code` at CODE, with `handler` at 1800h for `vector`. */
+static vm_vcpu *real_mode_pc(vm_options *o, const void *code, size_t code_bytes, unsigned vector, const void *handler,
+                             size_t handler_bytes, vm_machine **m)
+{
+    vm_regs r = VM_REGS_INIT;
+    o->backend = VM_BACKEND_KVM;
+    o->platform = VM_PLATFORM_PC;
+    o->ram_bytes = 4 << 20;
+    OK(vm_create(o, m));
+    vm_vcpu *cpu = vm_vcpu_get(*m, 0);
+    OK(vm_write(*m, CODE, code, code_bytes));
+    OK(vm_write(*m, 0x1800, handler, handler_bytes));
+    OK(vm_write(*m, vector * 4, (const uint8_t[]){0x00, 0x18, 0, 0}, 4));
+    OK(vm_vcpu_set_mode(cpu, VM_MODE_REAL));
+    OK(vm_vcpu_get_regs(cpu, &r));
+    r.rip = CODE;
+    r.rsp = 0x8000;
+    OK(vm_vcpu_set_regs(cpu, &r));
+    return cpu;
+}
+
 TEST(timer_interrupts_of_a_pc)
 {
     need_kvm();
@@ -985,7 +1006,6 @@ TEST(timer_interrupts_of_a_pc)
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_exit e = VM_EXIT_INIT;
-    vm_regs r = VM_REGS_INIT;
     static const uint8_t handler[] = {0xff, 0x06, 0x00, 0x20, 0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf};
     static const uint8_t code[] = {
         0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21,
@@ -995,19 +1015,7 @@ TEST(timer_interrupts_of_a_pc)
         0xfb, 0xf4, 0x83, 0x3e, 0x00, 0x20, 0x05, 0x72, 0xf8,                   /* sti; hlt until 5 */
         0x83, 0x3e, 0x00, 0x20, 0x0a, 0x72, 0xf9,                               /* spin until 10 */
         0xfa, 0xb0, 0x07, 0xe6, 0xf4, 0xf4};                                    /* exit device: 7 */
-    o.backend = VM_BACKEND_KVM;
-    o.platform = VM_PLATFORM_PC;
-    o.ram_bytes = 4 << 20;
-    OK(vm_create(&o, &m));
-    vm_vcpu *cpu = vm_vcpu_get(m, 0);
-    OK(vm_write(m, CODE, code, sizeof code));
-    OK(vm_write(m, 0x1800, handler, sizeof handler));
-    OK(vm_write(m, 0x20 * 4, (const uint8_t[]){0x00, 0x18, 0, 0}, 4));
-    OK(vm_vcpu_set_mode(cpu, VM_MODE_REAL));
-    OK(vm_vcpu_get_regs(cpu, &r));
-    r.rip = CODE;
-    r.rsp = 0x8000;
-    OK(vm_vcpu_set_regs(cpu, &r));
+    vm_vcpu *cpu = real_mode_pc(&o, code, sizeof code, 0x20, handler, sizeof handler, &m);
     vm_run_options ro = VM_RUN_OPTIONS_INIT;
     ro.deadline_ns = 20000000000u;
     OK(vm_vcpu_run(cpu, &ro, &e));
@@ -1026,26 +1034,13 @@ static void two_nmis(vm_backend goes_on)
     vm_options o = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_exit e = VM_EXIT_INIT;
-    vm_regs r = VM_REGS_INIT;
     vm_sregs s = VM_SREGS_INIT;
     static const uint8_t handler[] = {0xff, 0x06, 0x00, 0x20, 0xcf}; /* inc word [2000h]; iret */
     static const uint8_t code[] = {0xeb, 0x00, 0x83, 0x3e, 0x00, 0x20, 0x02, 0x72,
                                    0xf9, 0xb0, 0x07, 0xe6, 0xf4, 0xf4}; /* until 2; exit device: 7 */
     uint16_t count = 0;
-    o.backend = VM_BACKEND_KVM;
-    o.platform = VM_PLATFORM_PC;
-    o.ram_bytes = 4 << 20;
     o.cpu_model = "kvm";
-    OK(vm_create(&o, &m));
-    vm_vcpu *cpu = vm_vcpu_get(m, 0);
-    OK(vm_write(m, CODE, code, sizeof code));
-    OK(vm_write(m, 0x1800, handler, sizeof handler));
-    OK(vm_write(m, 2 * 4, (const uint8_t[]){0x00, 0x18, 0, 0}, 4));
-    OK(vm_vcpu_set_mode(cpu, VM_MODE_REAL));
-    OK(vm_vcpu_get_regs(cpu, &r));
-    r.rip = CODE;
-    r.rsp = 0x8000;
-    OK(vm_vcpu_set_regs(cpu, &r));
+    vm_vcpu *cpu = real_mode_pc(&o, code, sizeof code, 2, handler, sizeof handler, &m);
     vm_run_options ro = VM_RUN_OPTIONS_INIT;
     ro.deadline_ns = 20000000;
     OK(vm_vcpu_run(cpu, &ro, &e));
