@@ -414,8 +414,9 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
         if (changed >> used[k] & 1) frame_store(e->w, 8, spare[k], JIT_FRAME_REG(used[k]));
 }
 
-static void emit_lea(emitter *e, unsigned i)
+static void emit_lea(emitter *e, const jit_op *o)
 {
+    const unsigned i = o->insn;
     const x86_insn *in = &e->u->insn[i];
     unsigned dst = in->op[0].reg, reg = IN_MEMORY(dst) ? T0 : home[dst];
     if (dst == X86_RSP || in->base == X86_RSP) settle_sp(e);
@@ -1214,9 +1215,10 @@ static void emit_move_tmp(emitter *e, const jit_op *o)
     frame_store(e->w, 8, T1, JIT_FRAME_TMP);
 }
 
-static void emit_flags_tmp(emitter *e)
+static void emit_flags_tmp(emitter *e, const jit_op *o)
 {
     jit_writer *w = e->w;
+    (void)o;
     need_host(e);
     before_clobber(e);
     e8(w, 0x9c); /* pushfq */
@@ -1240,8 +1242,9 @@ static void emit_swapgs(emitter *e)
     e_gs_store(w, 8, T0, JIT_OFF(kernel_gs_base));
 }
 
-static void emit_system(emitter *e, unsigned i)
+static void emit_system(emitter *e, const jit_op *o)
 {
+    const unsigned i = o->insn;
     jit_writer *w = e->w;
     const x86_operand *op = e->u->insn[i].op;
     if (jit_insn_clears_if(&e->u->insn[i])) {
@@ -1373,89 +1376,102 @@ static void emit_hook_stub(emitter *e, const hook_stub *s)
     e_jmp_to(w, e->j->leave[jit_level(e->u->key)]);
 }
 
-static const bool op_is_seen[] = {
-    [IR_HOOK] = true,
-    [IR_DIV] = true,  [IR_CANON] = true, [IR_FALLBACK] = true, [IR_FALLBACK_END] = true, [IR_JUMP] = true,
-    [IR_JCC] = true,   [IR_JUMP_TMP] = true, [IR_NEED_VEC] = true,     [IR_NEED_X87] = true,
-    [IR_NEED_STEP] = true};
-
-static void emit_op(emitter *e, unsigned k)
+static void op_native(emitter *e, const jit_op *o)
 {
-    const jit_unit *u = e->u;
-    const jit_op *o = &u->ops[k];
-    unsigned sp_size = u->key & JIT_KEY_64 ? 8 : 4;
+    if (e->u->info[o->insn].host_at) need_host(e);
+    emit_renamed(e, o->insn, NULL);
+    note_x87(e, o->insn);
+    after_insn(e, o->insn);
+}
+
+static void op_ea(emitter *e, const jit_op *o)
+{
+    if (needs_address(e, o)) emit_ea(e, o);
+    if (jit_insn_is_x87(&e->u->insn[o->insn])) e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
+}
+
+static void op_stack_ea(emitter *e, const jit_op *o)
+{
+    unsigned size = e->u->key & JIT_KEY_64 ? 8 : 4;
+    if (!needs_address(e, o)) return;
+    if (o->op == IR_EA_SP)
+        e_lea(e->w, size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
+    else
+        e_lea(e->w, size, T0, RBP, 0xff, 1, o->adjust);
+}
+
+/* With the access behind it. */
+static void op_check(emitter *e, const jit_op *o)
+{
+    emit_check(e, o, o + 1);
+    if (o[1].op == IR_LOAD_TMP) e->tmp_reg = o[1].reg ? T1 : RSP;
+    note_x87(e, o->insn);
+    if (o[1].op == IR_ACCESS) after_insn(e, o->insn);
+}
+
+static void op_add_sp(emitter *e, const jit_op *o) { e->sp += (int32_t)o->imm; }
+
+static void op_jump(emitter *e, const jit_op *o)
+{
+    unsigned need = e->u->edge_need[0];
+    prepare_edges(e, need, need & JIT_NEED_HOST);
+    e->goes_on = o->goes_on;
+    emit_edge(e, o->insn, o->target, need);
+}
+
+static void op_jump_tmp(emitter *e, const jit_op *o) { emit_indirect(e, o->insn); }
+
+/* The whole block: something has to be done first. */
+static void op_need(emitter *e, const jit_op *o)
+{
+    unsigned reason = o->op == IR_NEED_STEP ? JIT_LEAVE_WATCHED : o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC;
+    leave_stub *s = new_leave(e, reason, NULL);
+    s->rip = e->u->rip;
+    emit_leave_stub(e, s);
+    e->nleave--;
+}
+
+/* Accesses are not here: they are done with their CHECK. */
+static const struct {
+    void (*emit)(emitter *e, const jit_op *o);
+    bool is_seen;  /* the stack pointer may be looked at */
+    bool loses_t0; /* uses the address register */
+} op_forms[IR_COUNT] = {
+    [IR_NATIVE] = {op_native},
+    [IR_LEA] = {emit_lea},
+    [IR_EA] = {op_ea},
+    [IR_EA_SP] = {op_stack_ea},
+    [IR_EA_BP] = {op_stack_ea},
+    [IR_CHECK] = {op_check},
+    [IR_ADD_SP] = {op_add_sp},
+    [IR_MOVE_TMP] = {emit_move_tmp},
+    [IR_FLAGS_TMP] = {emit_flags_tmp, .loses_t0 = true},
+    [IR_SYSTEM] = {emit_system},
+    [IR_DIV] = {emit_div, .is_seen = true, .loses_t0 = true},
+    [IR_CANON] = {emit_canon, .is_seen = true, .loses_t0 = true},
+    [IR_FALLBACK] = {emit_fallback, .is_seen = true, .loses_t0 = true},
+    [IR_FALLBACK_END] = {emit_fallback, .is_seen = true, .loses_t0 = true},
+    [IR_HOOK] = {emit_hook, .is_seen = true, .loses_t0 = true},
+    [IR_SIDE] = {emit_side},
+    [IR_GUARD] = {emit_guard},
+    [IR_GUARD_CALL] = {emit_guard},
+    [IR_JUMP] = {op_jump, .is_seen = true},
+    [IR_JCC] = {emit_jcc, .is_seen = true},
+    [IR_JUMP_TMP] = {op_jump_tmp, .is_seen = true},
+    [IR_NEED_VEC] = {op_need, .is_seen = true},
+    [IR_NEED_X87] = {op_need, .is_seen = true},
+    [IR_NEED_STEP] = {op_need, .is_seen = true},
+};
+
+static bool makes_address(const jit_op *o) { return o->op == IR_EA || o->op == IR_EA_SP || o->op == IR_EA_BP; }
+
+static void emit_op(emitter *e, const jit_op *o)
+{
     before_insn(e, o->insn);
-    if (op_is_seen[o->op] || (u->cpu->watch && (o->op == IR_EA || o->op == IR_EA_SP || o->op == IR_EA_BP))) settle_sp(e);
-    switch (o->op) {
-    case IR_NATIVE:
-        if (u->info[o->insn].host_at) need_host(e);
-        emit_renamed(e, o->insn, NULL);
-        note_x87(e, o->insn);
-        after_insn(e, o->insn);
-        break;
-    case IR_LEA: emit_lea(e, o->insn); break;
-    case IR_DIV:
-        e->t0_group = -1;
-        emit_div(e, o);
-        break;
-    case IR_EA:
-        if (needs_address(e, o)) emit_ea(e, o);
-        if (jit_insn_is_x87(&u->insn[o->insn])) e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
-        break;
-    case IR_EA_SP:
-        if (needs_address(e, o)) e_lea(e->w, sp_size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
-        break;
-    case IR_EA_BP:
-        if (needs_address(e, o)) e_lea(e->w, sp_size, T0, RBP, 0xff, 1, o->adjust);
-        break;
-    case IR_CHECK:
-        emit_check(e, o, o + 1);
-        if (o[1].op == IR_LOAD_TMP) e->tmp_reg = o[1].reg ? T1 : RSP;
-        note_x87(e, o->insn);
-        if (o[1].op == IR_ACCESS) after_insn(e, o->insn);
-        break;
-    case IR_ADD_SP: e->sp += (int32_t)o->imm; break;
-    case IR_MOVE_TMP: emit_move_tmp(e, o); break;
-    case IR_CANON:
-        e->t0_group = -1;
-        emit_canon(e, o);
-        break;
-    case IR_FLAGS_TMP:
-        e->t0_group = -1;
-        emit_flags_tmp(e);
-        break;
-    case IR_SYSTEM: emit_system(e, o->insn); break;
-    case IR_FALLBACK:
-    case IR_FALLBACK_END:
-        e->t0_group = -1;
-        emit_fallback(e, o);
-        break;
-    case IR_HOOK:
-        e->t0_group = -1;
-        emit_hook(e, o);
-        break;
-    case IR_JUMP:
-        prepare_edges(e, u->edge_need[0], u->edge_need[0] & JIT_NEED_HOST);
-        e->goes_on = o->goes_on;
-        emit_edge(e, o->insn, o->target, u->edge_need[0]);
-        break;
-    case IR_JCC: emit_jcc(e, o); break;
-    case IR_SIDE: emit_side(e, o); break;
-    case IR_JUMP_TMP: emit_indirect(e, o->insn); break;
-    case IR_GUARD:
-    case IR_GUARD_CALL: emit_guard(e, o); break;
-    case IR_NEED_VEC:
-    case IR_NEED_X87:
-    case IR_NEED_STEP: {
-        unsigned reason = o->op == IR_NEED_STEP ? JIT_LEAVE_WATCHED : o->op == IR_NEED_X87 ? JIT_LEAVE_X87 : JIT_LEAVE_VEC;
-        leave_stub *s = new_leave(e, reason, NULL);
-        s->rip = u->rip;
-        emit_leave_stub(e, s);
-        e->nleave--;
-        break;
-    }
-    default: break; /* the accesses: done with their CHECK */
-    }
+    if (!op_forms[o->op].emit) return;
+    if (op_forms[o->op].is_seen || (e->u->cpu->watch && makes_address(o))) settle_sp(e);
+    if (op_forms[o->op].loses_t0) e->t0_group = -1;
+    op_forms[o->op].emit(e, o);
 }
 
 /* The guest chose the instructions: what they come to is not only estimated. */
@@ -1481,7 +1497,7 @@ static void emit_block(emitter *e)
     e->mem = u->entry_need & JIT_NEED_MEM;
     e->image = false;
     e->recipe = e->late = e->t0_group = e->last_hook = -1;
-    for (unsigned k = 0; k < u->nops && goes_well(e, 0); k++) emit_op(e, k);
+    for (unsigned k = 0; k < u->nops && goes_well(e, 0); k++) emit_op(e, &u->ops[k]);
     if (u->path) emit_cover_stubs(e);
     for (unsigned k = 0; k < e->nside && goes_well(e, 0); k++) emit_side_stub(e, &e->side[k]);
     if (!u->path) emit_cover_stubs(e);

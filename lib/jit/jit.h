@@ -139,6 +139,7 @@ enum jit_ir {
 #define IR(name, operands, meaning) IR_##name,
 #include "jit/ir.def"
 #undef IR
+    IR_COUNT
 };
 
 /* What is known of one guest instruction of the block being made. Flag masks are over X86_FL_ARITH. */
