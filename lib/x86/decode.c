@@ -381,6 +381,19 @@ static unsigned illegal_length(const ZydisDecoder *d, const uint8_t *bytes, unsi
     return avail;
 }
 
+static bool is_modelled(const ZydisDecodedInstruction *zi)
+{
+    if (zi->opcode_map == ZYDIS_OPCODE_MAP_0F && zi->opcode == 0x0d && zi->raw.modrm.mod == 3)
+        return false; /* PREFETCHW takes memory only (APM vol. 3) */
+    return zi->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY || zi->encoding == ZYDIS_INSTRUCTION_ENCODING_VEX;
+}
+
+/* mod = 0 with SIB base 5 is disp32 without a base, whatever REX.B says. */
+static bool has_no_base(const ZydisDecodedInstruction *zi)
+{
+    return zi->raw.modrm.offset && zi->raw.modrm.mod == 0 && zi->raw.sib.offset && zi->raw.sib.base == 5;
+}
+
 int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
 {
     ZydisDecoder d;
@@ -412,12 +425,7 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
     take_prefixes(&zi, in);
     const uint16_t prefix_flags = in->flags;
     in->flags &= (uint16_t)~(X86_IF_REP | X86_IF_REPNE);
-    bool is_known = take_operands(&zi, z, in) && zi.encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX &&
-                    zi.encoding != ZYDIS_INSTRUCTION_ENCODING_MVEX && zi.encoding != ZYDIS_INSTRUCTION_ENCODING_XOP &&
-                    zi.encoding != ZYDIS_INSTRUCTION_ENCODING_3DNOW;
-    if (zi.opcode_map == ZYDIS_OPCODE_MAP_0F && zi.opcode == 0x0d && zi.raw.modrm.mod == 3)
-        is_known = false;                /* PREFETCHW takes memory only (APM vol. 3) */
-    const row *r = is_known ? find_row(&zi, in) : NULL;
+    const row *r = take_operands(&zi, z, in) && is_modelled(&zi) ? find_row(&zi, in) : NULL;
     if (!r) {
         make_illegal(in, zi.length, x86_op_illegal);
         return 0;
@@ -430,8 +438,7 @@ int x86_decode(const uint8_t *bytes, unsigned avail, unsigned code_size, x86_ins
     if (in->flags & X86_IF_STRING)
         in->flags |= prefix_flags & (X86_IF_REP | X86_IF_REPNE);
     take_layout(&zi, in);
-    /* mod = 0 with SIB base 5 is disp32 without a base, whatever REX.B says. */
-    if (zi.raw.modrm.offset && zi.raw.modrm.mod == 0 && zi.raw.sib.offset && zi.raw.sib.base == 5 && (in->flags & X86_IF_MEM)) {
+    if (has_no_base(&zi) && (in->flags & X86_IF_MEM)) {
         in->base = X86_NOREG;
         in->disp = zi.raw.disp.value;
     }
