@@ -4,15 +4,11 @@
  * usage: bench_coverage KERNELS.ELF [--json FILE] [--only NAME] [--rounds N]
  * Every figure is the best of several rounds; runs with and without alternate.
  */
-#include <elf.h>
 #include <libvm/libvm.h>
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "kernels.h"
 
-enum { BASE = 0x10000000, SIZE = 32 << 20, STACK = BASE + SIZE - 4096, RETURN = BASE + SIZE - 2048, MAP = 1 << 16, RING = 1 << 16 };
+enum { MAP = 1 << 16, RING = 1 << 16 };
 
 static const struct { const char *name; uint64_t n, few; } kernels[] = {
     { "fib", 32, 24 }, { "sieve", 6, 1 }, { "sha1", 60000, 6000 }, { "chase", 3000000, 300000 }, { "matmul", 4, 1 }, { "mandel", 220, 70 },
@@ -22,37 +18,9 @@ enum { KERNELS = sizeof kernels / sizeof *kernels, IN_MEAN = 9 };
 enum { OFF, EDGES, TRACE, LOG, COLUMNS };
 static const char *const columns[COLUMNS] = { "off", "edges", "trace", "compare" };
 
-static uint8_t *image, map[MAP];
+static uint8_t map[MAP];
 static uint64_t ring[RING], head;
 static vm_compare compares[RING];
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static int load_image(const char *path)
-{
-    static uint8_t file[4 << 20];
-    FILE *f = fopen(path, "rb");
-    if (!f)
-        return -1;
-    size_t n = fread(file, 1, sizeof file, f);
-    fclose(f);
-    const Elf64_Ehdr *e = (const void *)file;
-    if (n < sizeof *e || memcmp(e->e_ident, ELFMAG, SELFMAG))
-        return -1;
-    image = calloc(1, SIZE);
-    for (unsigned i = 0; i < e->e_phnum; i++) {
-        const Elf64_Phdr *p = (const void *)(file + e->e_phoff + i * sizeof *p);
-        if (p->p_type == PT_LOAD && p->p_filesz)
-            memcpy(image + (p->p_vaddr - BASE), file + p->p_offset, p->p_filesz);
-    }
-    image[RETURN - BASE] = 0xf4;
-    return 0;
-}
 
 static int start_record(vm_machine *m, vm_vcpu *cpu, unsigned column)
 {

@@ -3,20 +3,14 @@
  * usage: bench_kernels KERNELS.ELF [--json FILE] [--only NAME] [--columns jit,flat,interp,kvm,unicorn] [--scale PERCENT] [--rounds N]
  * Every figure is a ratio to the native run of the same bytes in the same process; the lower the better.
  */
-#include <elf.h>
 #include <libvm/libvm.h>
 #include <math.h>
 #include <setjmp.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #ifdef HAVE_UNICORN
 #include <unicorn/unicorn.h>
 #endif
-
-enum { BASE = 0x10000000, SIZE = 32 << 20, STACK = BASE + SIZE - 4096, RETURN = BASE + SIZE - 2048 };
+#include "kernels.h"
 
 static const struct { const char *name; uint64_t n; } kernels[] = {
     { "fib", 32 }, { "sieve", 6 }, { "sha1", 60000 }, { "chase", 3000000 }, { "matmul", 4 }, { "mandel", 220 }, { "qsort", 400000 },
@@ -24,41 +18,7 @@ static const struct { const char *name; uint64_t n; } kernels[] = {
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels, IN_MEAN = 9 };
 
-static uint8_t *image;
-static size_t image_bytes;
 static unsigned scale = 100, rounds = 3;
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-/* The ELF file as it lies in memory from BASE on. */
-static int load_image(const char *path)
-{
-    FILE *f = fopen(path, "rb");
-    if (!f)
-        return -1;
-    static uint8_t file[4 << 20];
-    size_t n = fread(file, 1, sizeof file, f);
-    fclose(f);
-    const Elf64_Ehdr *e = (const void *)file;
-    if (n < sizeof *e || memcmp(e->e_ident, ELFMAG, SELFMAG))
-        return -1;
-    image = calloc(1, SIZE);
-    for (unsigned i = 0; i < e->e_phnum; i++) {
-        const Elf64_Phdr *p = (const void *)(file + e->e_phoff + i * sizeof *p);
-        if (p->p_type != PT_LOAD || !p->p_filesz)
-            continue;
-        memcpy(image + (p->p_vaddr - BASE), file + p->p_offset, p->p_filesz);
-        if (p->p_vaddr - BASE + p->p_filesz > image_bytes)
-            image_bytes = p->p_vaddr - BASE + p->p_filesz;
-    }
-    image[RETURN - BASE] = 0xf4;
-    return 0;
-}
 
 static double run_native(unsigned k, uint64_t n, uint64_t *result)
 {

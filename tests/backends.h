@@ -24,6 +24,22 @@ static inline void add_for_backends(const char *name, test_fn fn, unsigned secon
     static void with_##name(const void *arg) { on_##name(*(const vm_backend *)arg); }                           \
     SETUP(backends_##name) { add_for_backends(#name, with_##name, 0); }                                         \
     static void on_##name(vm_backend backend)
+
+/* A BARE machine with 64 KiB of RAM at 0 that holds `code`; its vCPU in `mode`, RSP 0x8000. */
+static inline vm_vcpu *bare_machine(vm_backend backend, vm_mode mode, const void *code, size_t bytes)
+{
+    vm_options o = VM_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    uint64_t rsp = 0x8000;
+    o.backend = backend;
+    OK(vm_create(&o, &m));
+    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
+    OK(vm_write(m, 0, code, bytes));
+    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), mode));
+    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8));
+    return vm_vcpu_get(m, 0);
+}
+
 /* Skips what only the software backends promise. */
 static inline void need_exact_budget(vm_backend backend)
 {

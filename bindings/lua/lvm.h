@@ -155,6 +155,7 @@ void lvm_unlink(lvm_object *o);
 int  lvm_fail(lua_State *L, int status);                            /* nil, message, code */
 int  lvm_done(lua_State *L, int status);                            /* true, or as above */
 int  lvm_finish(lua_State *L, lvm_machine *b, lvm_call *call, int status);     /* leave, raise and done, after a call */
+int  lvm_index(lua_State *L, const char *what);                      /* for __index; upvalues: methods, getters */
 void lvm_class(lua_State *L, const char *name, const luaL_Reg *meta, const luaL_Reg *methods, const luaL_Reg *getters);
 
 unsigned lvm_forks(void);                                           /* how often this process is a fork's child */

@@ -248,7 +248,7 @@ int lvm_finish(lua_State *L, lvm_machine *b, lvm_call *call, int status)
 
 /* ---- classes: methods in the first upvalue of __index, getters in the second ---- */
 
-static int index_class(lua_State *L)
+int lvm_index(lua_State *L, const char *what)
 {
     lua_pushvalue(L, 2);
     if (lua_rawget(L, lua_upvalueindex(1)) != LUA_TNIL)
@@ -259,8 +259,10 @@ static int index_class(lua_State *L)
         lua_call(L, 1, 1);
         return 1;
     }
-    return luaL_error(L, "no such field: %s", luaL_tolstring(L, 2, NULL));
+    return luaL_error(L, "no such %s: %s", what, luaL_tolstring(L, 2, NULL));
 }
+
+static int index_class(lua_State *L) { return lvm_index(L, "field"); }
 
 void lvm_class(lua_State *L, const char *name, const luaL_Reg *meta, const luaL_Reg *methods, const luaL_Reg *getters)
 {

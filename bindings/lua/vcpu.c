@@ -68,16 +68,7 @@ static int vcpu_index(lua_State *L)
             return luaL_error(L, "a trace function cannot use the machine");
         return push_register(L, v->cpu, (int)lua_tointeger(L, -1));
     }
-    lua_pushvalue(L, 2);
-    if (lua_rawget(L, lua_upvalueindex(1)) != LUA_TNIL)
-        return 1;
-    lua_pushvalue(L, 2);
-    if (lua_rawget(L, lua_upvalueindex(2)) != LUA_TNIL) {
-        lua_pushvalue(L, 1);
-        lua_call(L, 1, 1);
-        return 1;
-    }
-    return luaL_error(L, "no such register or field: %s", luaL_tolstring(L, 2, NULL));
+    return lvm_index(L, "register or field");
 }
 
 static int vcpu_newindex(lua_State *L)

@@ -605,20 +605,6 @@ EACH_BACKEND(default_convention)
 
 /* ---- hypercalls ---- */
 
-static vm_vcpu *hyper_machine(vm_backend backend, vm_mode mode, const void *code, size_t bytes)
-{
-    vm_options o = VM_OPTIONS_INIT;
-    vm_machine *m = NULL;
-    uint64_t rsp = 0x8000;
-    o.backend = backend;
-    OK(vm_create(&o, &m));
-    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
-    OK(vm_write(m, 0, code, bytes));
-    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), mode));
-    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8));
-    return vm_vcpu_get(m, 0);
-}
-
 static uint64_t hyper_sum(uint32_t a, int16_t b, double c, uint64_t d, const char *text, vm_vcpu *cpu)
 {
     CHECK(cpu != NULL);
@@ -630,7 +616,7 @@ static void hypercall(vm_backend backend, vm_mode mode, uint8_t last)
 {
     uint8_t code[] = { 0xb8, 5, 0, 0, 0, 0xbb, 100, 0, 0, 0, 0xb9, 0xfd, 0xff, 0xff, 0xff, 0xba, 0xe8, 3, 0, 0, 0xbe, 29, 0, 0, 0,
                        0x0f, 0x01, last, 0xf4, 'f', 'o', 'u', 'r', 0 };
-    vm_vcpu *cpu = hyper_machine(backend, mode, code, sizeof code);
+    vm_vcpu *cpu = bare_machine(backend, mode, code, sizeof code);
     vm_machine *m = vm_vcpu_machine(cpu);
     vm_bind_desc d = VM_BIND_DESC_INIT;
     vm_exit e = VM_EXIT_INIT;

@@ -8,21 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A BARE machine with 64 KiB of RAM at 0 that holds `code`; its vCPU in `mode`, RSP 0x8000. */
-static vm_vcpu *machine(vm_backend backend, vm_mode mode, const void *code, size_t bytes)
-{
-    vm_options o = VM_OPTIONS_INIT;
-    vm_machine *m = NULL;
-    uint64_t rsp = 0x8000;
-    o.backend = backend;
-    OK(vm_create(&o, &m));
-    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
-    OK(vm_write(m, 0, code, bytes));
-    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), mode));
-    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8));
-    return vm_vcpu_get(m, 0);
-}
-#define MACHINE(mode, bytes) machine(backend, mode, bytes, sizeof bytes - 1)
+#define MACHINE(mode, bytes) bare_machine(backend, mode, bytes, sizeof bytes - 1)
 #define DONE(cpu) vm_destroy(vm_vcpu_machine(cpu))
 
 static uint64_t get(vm_vcpu *cpu, int reg)
@@ -154,7 +140,7 @@ static void *kick_later(void *cpu)
 
 static void kick_program(vm_backend backend, const void *code, size_t bytes)
 {
-    vm_vcpu *cpu = machine(backend, VM_MODE_FLAT64, code, bytes);
+    vm_vcpu *cpu = bare_machine(backend, VM_MODE_FLAT64, code, bytes);
     for (int i = 0; i < 5; i++) {
         pthread_t t;
         CHECK(pthread_create(&t, NULL, kick_later, cpu) == 0);
@@ -538,7 +524,7 @@ static vm_exit_reason serve(vm_vcpu *cpu, unsigned char *memory, uint64_t base, 
 
 static vm_vcpu *mmio_machine(vm_backend backend, const void *code, size_t bytes)
 {
-    vm_vcpu *cpu = machine(backend, VM_MODE_FLAT64, code, bytes);
+    vm_vcpu *cpu = bare_machine(backend, VM_MODE_FLAT64, code, bytes);
     vm_io_ops ops = VM_IO_OPS_INIT;
     OK(vm_map_mmio(vm_vcpu_machine(cpu), 0xd0000, 0x1000, &ops, NULL, NULL));
     set(cpu, VM_REG_RSI, 0xd0000);
