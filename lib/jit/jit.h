@@ -270,6 +270,7 @@ typedef struct jit {
     uint64_t window_gpa[2];   /* for reads, for writes; in emitted code as constants: where it begins, and */
     uint64_t window_limit[2]; /* as blocks may have been made for: static accesses rely on it */
     int32_t window_delta[2];  /* how far its host memory is from the x86_cpu */
+    unsigned window_margin;   /* pages beside code that the write window leaves out */
     struct {
         uint64_t last, until;
         uint32_t kills;

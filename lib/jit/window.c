@@ -4,17 +4,18 @@
  */
 #include "jit/jit.h"
 
-/* The largest run of pages in a RAM range that no write needs to be seen on; what adjoins code is left out, since there
- * may soon be more of it. */
+/* The largest run of pages in a RAM range that no write needs to be seen on. What adjoins code is left out when there has been more of
+ * it before: jit_note_code_page(). */
 static void find_write_window(jit *j, const vm_range *r, int64_t delta)
 {
-    enum { MARGIN = 64, LEAST = 64 };
+    enum { LEAST = 64 };
+    const uint64_t margin = j->window_margin;
     uint64_t pages = r->bytes >> 12, begin = 0, best = 0, best_pages = 0;
     const _Atomic uint8_t *flags = r->region->page_flags + (r->offset >> 12);
     for (uint64_t i = 0; i <= pages; i++) {
         if (i < pages && !(flags[i] & (VM_PAGE_CODE | VM_PAGE_CLEAN))) continue;
-        uint64_t end = i < pages && i > begin + 4 * MARGIN ? i - MARGIN : i;
-        uint64_t first = begin && end > begin + 4 * MARGIN ? begin + MARGIN : begin;
+        uint64_t end = i < pages && i > begin + 4 * margin ? i - margin : i;
+        uint64_t first = begin && end > begin + 4 * margin ? begin + margin : begin;
         if (end - first > best_pages) best = first, best_pages = end - first;
         begin = i + 1;
     }
@@ -74,11 +75,14 @@ void jit_find_windows(jit *j)
     }
 }
 
-/* A page of the write window holds code now: cut the window. */
+/* A page of the write window holds code now: cut the window, and all that was translated for it goes. Each time the window keeps a
+ * greater distance from code, since programs reach their code page by page. */
 void jit_note_code_page(jit *j, uint64_t gpa)
 {
+    enum { MOST = 64 };
     uint64_t limit = j->vcpu->x86.jit_scratch[JIT_SLOT_WRITE_LIMIT];
     if (limit && gpa - j->window_gpa[1] < limit + 255) {
+        j->window_margin = j->window_margin < MOST / 2 ? 2 * j->window_margin + 1 : MOST;
         jit_find_windows(j);
         j->must_flush = true;
     }
