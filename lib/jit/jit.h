@@ -374,6 +374,7 @@ bool jit_insn_is_idiv(const x86_insn *in);
 bool jit_insn_may_redo(const x86_insn *in); /* it reads memory before something that can fault: DIV, IDIV, CALL, PUSH */
 bool jit_insn_clears_if(const x86_insn *in); /* CLI */
 bool jit_insn_is_swapgs(const x86_insn *in);
+bool jit_insn_compares(const x86_insn *in); /* CMP of a register with a constant */
 bool jit_insn_sets_if(const jit_unit *u, unsigned i); /* STI with an instruction behind it in the block */
 bool jit_in_shadow(const jit_unit *u, unsigned i); /* of an STI before it */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
@@ -384,7 +385,13 @@ enum { JIT_MOVE_NONE, JIT_MOVE_COPY /* dst = src + imm */, JIT_MOVE_ADD /* dst +
 unsigned jit_pointer_move(const x86_insn *in, unsigned *src,
                           int64_t *imm); /* full-width pointer arithmetic the group pass follows */
 unsigned jit_recipe_kind(const x86_insn *in);
-void jit_bound(const x86_insn *in, uint64_t *most); /* what a native instruction lets one know of its result */
+typedef struct jit_most { /* upper bounds of a register: of its value, of its lower half */
+    uint64_t all;
+    uint32_t low;
+} jit_most;
+static const jit_most jit_unbounded = {UINT64_MAX, UINT32_MAX};
+/* What a native instruction lets one know of its result; `before` it and now. */
+void jit_bound(const x86_insn *in, const jit_most before[16], jit_most now[16]);
 uint16_t jit_changed_regs(const x86_insn *in);      /* general-purpose registers a natively handled form may change */
 /* opt.c */
 void jit_optimise(jit_unit *u);

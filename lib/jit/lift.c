@@ -185,6 +185,10 @@ bool jit_insn_is_x87(const x86_insn *in) { return in->exec == x86_op_x87 && (in-
 
 bool jit_insn_clears_if(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_CLI; }
 bool jit_insn_is_swapgs(const x86_insn *in) { return in->exec == x86_op_swapgs; }
+bool jit_insn_compares(const x86_insn *in)
+{
+    return in->mnemonic == ZYDIS_MNEMONIC_CMP && in->op[0].kind == X86_OP_GPR && in->op[1].kind == X86_OP_IMM;
+}
 
 bool jit_insn_names_sp(const x86_insn *in)
 {
@@ -511,21 +515,23 @@ uint16_t jit_changed_regs(const x86_insn *in)
     return changed;
 }
 
-void jit_bound(const x86_insn *in, uint64_t *most)
+void jit_bound(const x86_insn *in, const jit_most before[16], jit_most now[16])
 {
     const x86_operand *to = &in->op[0], *from = &in->op[1];
+    uint64_t most = UINT64_MAX;
     if (in->nops != 2 || to->kind != X86_OP_GPR || to->reg >= 16 || to->size < 4) return;
-    uint64_t width = to->size == 4 ? UINT32_MAX : UINT64_MAX;
     switch (in->mnemonic) {
-    case ZYDIS_MNEMONIC_MOVZX: most[to->reg] = from->size == 1 ? 0xff : 0xffff; break;
+    case ZYDIS_MNEMONIC_MOVZX: most = from->size == 1 ? 0xff : 0xffff; break;
     case ZYDIS_MNEMONIC_AND:
-        if (from->kind == X86_OP_IMM) most[to->reg] = (uint64_t)in->imm & width;
-        break;
     case ZYDIS_MNEMONIC_MOV:
-        if (from->kind == X86_OP_IMM) most[to->reg] = (uint64_t)in->imm & width;
+        if (from->kind == X86_OP_IMM)
+            most = to->size == 4 ? (uint32_t)in->imm : (uint64_t)in->imm;
+        else if (from->kind == X86_OP_GPR && to->size == 4 && in->mnemonic == ZYDIS_MNEMONIC_MOV)
+            most = before[from->reg & 15].low;
         break;
     default: break;
     }
+    if (most < UINT64_MAX) now[to->reg] = (jit_most){most, most < UINT32_MAX ? (uint32_t)most : UINT32_MAX};
 }
 
 /* ---- instructions to IR ---- */

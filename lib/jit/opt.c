@@ -10,6 +10,9 @@
  * group, whose first member looks the whole span up once. When that fails (page end, a page with code, device memory)
  * execution goes on in another block, made without groups from that instruction on, so the group needs no second form;
  * a block that keeps failing for other reasons than a page end is made again without groups.
+ *
+ * Bounds. On the way we note how large a register's value can be: from AND and MOVZX, and from a comparison with a constant whose
+ * branch the trace has not taken. Without paging, an operand that lies in the window whatever the register holds is not checked.
  */
 #include "jit/jit.h"
 
@@ -87,7 +90,8 @@ typedef struct group {
 typedef struct group_pass {
     jit_unit *u;
     pointer reg[16];
-    uint64_t most[16]; /* upper bounds of the registers' values */
+    jit_most most[16];
+    unsigned compared; /* instruction that has just compared a register with a constant, + 1 */
     uint64_t next_symbol;
     unsigned count;
     group groups[JIT_GROUPS];
@@ -112,22 +116,32 @@ static bool operand_pointer(const group_pass *g, unsigned i, pointer *p)
     return true;
 }
 
-/* Without paging: an operand at a fixed address, or one indexed by a register of known range, that lies in the window
- * whatever happens needs no check at all. */
+/* The largest that a register in an address may be; UINT64_MAX: no telling, or not a register that can be spelled. */
+static uint64_t most_of(const group_pass *g, unsigned reg)
+{
+    return reg < X86_R12 && reg != X86_RSP && !(g->most[reg].all >> 32) ? g->most[reg].all : UINT64_MAX;
+}
+
+/* Without paging: an operand at a fixed address, or one by registers of known range, that lies in the window whatever happens needs
+ * no check at all. */
 static bool is_static(const group_pass *g, const jit_op *c)
 {
     const jit_unit *u = g->u;
     const x86_insn *in = &u->insn[c->insn];
     unsigned w = c->access & X86_WRITE ? 1 : 0;
     if ((u->key & (JIT_KEY_WINDOW | JIT_KEY_64)) != (JIT_KEY_WINDOW | JIT_KEY_64) || c[-1].op != IR_EA ||
-        in->asz != 8 || in->base < 16 || in->seg == X86_FS || in->seg == X86_GS || c->align > 1 || jit_insn_is_x87(in))
+        in->asz != 8 || in->seg == X86_FS || in->seg == X86_GS || c->align > 1 || jit_insn_is_x87(in))
         return false;
     uint64_t low = (uint64_t)in->disp - u->j->window_gpa[w], high = low,
              limit = u->cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT + w];
     if (in->base == X86_REG_RIP) high = low += u->insn_rip[c->insn] + in->length;
+    if (in->base < 16) {
+        if (most_of(g, in->base) == UINT64_MAX) return false;
+        high += most_of(g, in->base);
+    }
     if (in->index < 16) {
-        if (in->index >= X86_R12 || g->most[in->index] >> 32) return false;
-        high += g->most[in->index] * in->scale;
+        if (most_of(g, in->index) == UINT64_MAX) return false;
+        high += most_of(g, in->index) * in->scale;
     }
     int64_t disp = (int64_t)low + u->j->window_delta[w];
     return low < limit && high < limit && low <= high && disp == (int32_t)disp;
@@ -206,7 +220,7 @@ static void place_check(group_pass *g, unsigned k)
 static void fresh(group_pass *g, unsigned r)
 {
     g->reg[r] = (pointer){g->next_symbol++, 0};
-    g->most[r] = UINT64_MAX;
+    g->most[r] = jit_unbounded;
 }
 
 static void follow_insn(group_pass *g, unsigned i)
@@ -214,21 +228,40 @@ static void follow_insn(group_pass *g, unsigned i)
     const x86_insn *in = &g->u->insn[i];
     unsigned src = 0;
     int64_t imm;
+    g->compared = jit_insn_compares(in) ? i + 1 : 0;
     switch (jit_pointer_move(in, &src, &imm)) {
     case JIT_MOVE_COPY:
         g->reg[in->op[0].reg] = (pointer){g->reg[src].symbol, g->reg[src].offset + (uint64_t)imm};
-        g->most[in->op[0].reg] = imm ? UINT64_MAX : g->most[src];
+        g->most[in->op[0].reg] = imm ? jit_unbounded : g->most[src];
         return;
     case JIT_MOVE_ADD:
         g->reg[in->op[0].reg].offset += (uint64_t)imm;
-        g->most[in->op[0].reg] = UINT64_MAX;
+        g->most[in->op[0].reg] = jit_unbounded;
         return;
     default: break;
     }
+    jit_most before[16];
+    memcpy(before, g->most, sizeof before);
     uint16_t changed = jit_changed_regs(in);
     for (unsigned r = 0; r < 16; r++)
         if (changed >> r & 1) fresh(g, r);
-    jit_bound(in, g->most);
+    jit_bound(in, before, g->most);
+}
+
+/* The trace goes on behind a branch right after a comparison with a constant: not above it, or equal. */
+static void follow_side(group_pass *g, const jit_op *o)
+{
+    if (!g->compared || g->compared != o->insn) return;
+    const x86_insn *in = &g->u->insn[g->compared - 1];
+    uint64_t imm = in->imm;
+    if (o->cc == CC_AE && imm)
+        imm--;
+    else if (o->cc != CC_A && o->cc != CC_NE)
+        return;
+    jit_most *most = &g->most[in->op[0].reg & 15];
+    if (in->op[0].size == 8 && imm < most->all) most->all = imm;
+    if (in->op[0].size >= 4 && (uint32_t)imm < most->low && (in->op[0].size == 4 || imm <= UINT32_MAX)) most->low = (uint32_t)imm;
+    if (most->all <= UINT32_MAX && most->low < most->all) most->all = most->low;
 }
 
 static void follow(group_pass *g, unsigned k)
@@ -241,14 +274,15 @@ static void follow(group_pass *g, unsigned k)
     case IR_ACCESS:
     case IR_DIV: follow_insn(g, o->insn); break;
     case IR_CHECK: place_check(g, k); break;
+    case IR_SIDE: follow_side(g, o); break;
     case IR_ADD_SP:
         g->reg[X86_RSP].offset += (uint64_t)o->imm;
-        g->most[X86_RSP] = UINT64_MAX;
+        g->most[X86_RSP] = jit_unbounded;
         break;
     case IR_POP_REG: fresh(g, o->reg); break;
     case IR_LEAVE_SP:
         g->reg[X86_RSP] = (pointer){g->reg[X86_RBP].symbol, g->reg[X86_RBP].offset + o->size};
-        g->most[X86_RSP] = UINT64_MAX;
+        g->most[X86_RSP] = jit_unbounded;
         fresh(g, X86_RBP);
         break;
     case IR_FALLBACK:
@@ -279,7 +313,7 @@ static void group_pass_run(jit_unit *u)
     group_pass g;
     g.u = u;
     g.next_symbol = 1;
-    g.count = 0;
+    g.count = g.compared = 0;
     memset(g.group_of, 0, u->nops);
     for (unsigned r = 0; r < 16; r++) fresh(&g, r);
     for (unsigned k = 0; k < u->nops; k++) follow(&g, k);

@@ -334,9 +334,30 @@ static void pointer_change(void)
     end();
 }
 
+/* A register compared with a constant, or shifted until it is small, and a branch before an access by it or by a copy: what the JIT
+ * takes from it about the address must be true of both halves. */
+static void bounded(void)
+{
+    uint32_t r = destination(), by = below(2) ? destination() : r, is_index = below(3) == 0, over;
+    if (below(3)) {
+        begin(), byte(0x40 | below(2) << 3 | r >> 3), byte(0xc1), byte(0xe8 | (r & 7)), byte(ONE_OF(19, 20, 45, 50, 52)), end(); /* SHR */
+    }
+    begin(), byte(0x40 | below(2) << 3 | r >> 3), byte(0x81), byte(0xf8 | (r & 7)); /* CMP */
+    value(below(8) ? below(0x4000) : ONE_OF(0, 1, 0x7fffffff, 0x80000000, 0xffffffff), 4), end();
+    begin(), byte(0x70 | (below(3) ? ONE_OF(3, 5, 7) : below(16))), over = pc++, end();
+    if (by != r)
+        begin(), byte(0x40 | below(2) << 3 | (by >> 3) << 2 | r >> 3), byte(0x8b), byte(0xc0 | (by & 7) << 3 | (r & 7)), end();
+    begin(), byte(0x40 | by >> 3 << is_index), byte(below(2) ? 0xc6 : 0x80);            /* MOV or ADD m8, imm8 */
+    byte(is_index ? 4 : 0x80 | (by & 7));
+    if (is_index)
+        byte(below(4) << 6 | (by & 7) << 3 | 5);
+    value(below(2) ? BASE + DATA : BASE + LOW_END + below(CODE), 4), byte(rnd()), end();
+    image[over] = (uint8_t)(pc - over - 1);
+}
+
 static void one(void)
 {
-    switch (below(26)) {
+    switch (below(28)) {
     case 0: case 1: case 2: case 3: case 4: case 5: case 6: alu(); break;
     case 7: case 8: case 9: alu_other(); break;
     case 10: case 11: case 12: move(); break;
@@ -346,6 +367,7 @@ static void one(void)
     case 22: x87(); break;
     case 23: below(2) ? string() : pointer_change(); break;
     case 24: has_patches ? patch() : move(); break;
+    case 25: case 26: has_64 ? bounded() : alu(); break;
     default: alu(); break;
     }
 }
