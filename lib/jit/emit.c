@@ -542,6 +542,13 @@ static uint32_t keep_insn(emitter *e, unsigned i)
     return e->insn_at[i];
 }
 
+/* A PUSH or CALL of memory stores on the stack what it has loaded from elsewhere. */
+static unsigned segment_of(const x86_insn *in, const jit_op *check, bool is_single)
+{
+    bool is_stack = !(in->flags & X86_IF_MEM) || (check && check->access == X86_WRITE && jit_insn_pushes(in));
+    return is_single || !is_stack ? in->seg : X86_SS;
+}
+
 static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is_single, size_t bytes)
 {
     jit *j = e->j;
@@ -557,7 +564,7 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
     if (in->mode != 8) s->next = (uint32_t)s->next, s->target = (uint32_t)s->target;
     s->flags = in->flags;
     s->mode = in->mode;
-    s->seg = in->seg;
+    s->seg = (uint8_t)segment_of(in, check, is_single);
     s->may_redo = jit_insn_may_redo(in);
     s->block = e->block;
     s->index = (uint16_t)i;

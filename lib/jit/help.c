@@ -244,10 +244,9 @@ static uint8_t *find_span(jit *j, x86_cpu *cpu, jit_site *s, uint64_t la)
 }
 
 /* Faults of the segment: an address that is not canonical, a 32-bit access over the end of its 4 GiB. */
-static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsigned *seg, uint64_t *offset)
+static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, uint64_t *offset)
 {
-    *seg = s->is_single || (s->flags & X86_IF_MEM) ? s->seg : X86_SS;
-    *offset = *seg == X86_FS || *seg == X86_GS ? la - cpu->seg[*seg].base : la;
+    *offset = s->seg == X86_FS || s->seg == X86_GS ? la - cpu->seg[s->seg].base : la;
     if (s->mode == 8) return x86_canonical(la) && x86_canonical(la + s->size - 1);
     *offset = (uint32_t)*offset;
     return *offset + s->size <= UINT64_C(1) << 32;
@@ -255,9 +254,8 @@ static bool is_in_range(const x86_cpu *cpu, const jit_site *s, uint64_t la, unsi
 
 static void check_range(x86_cpu *cpu, const jit_site *s, uint64_t la)
 {
-    unsigned seg;
     uint64_t offset;
-    if (!is_in_range(cpu, s, la, &seg, &offset)) x86_linear(cpu, seg, offset, s->size, s->access);
+    if (!is_in_range(cpu, s, la, &offset)) x86_linear(cpu, s->seg, offset, s->size, s->access);
 }
 
 /* The access at bounce_la itself. Callbacks see exact state: the registers are in x86_cpu, and what is still in the frame
@@ -301,10 +299,10 @@ static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at)
 static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la)
 {
     bool is_write = s->access & X86_WRITE;
-    unsigned n = s->leader_size ? s->span : s->size, seg;
+    unsigned n = s->leader_size ? s->span : s->size;
     uint64_t offset;
     if ((cpu->careful | cpu->watch) || s->in_window || (s->align > 1 && (la & (s->align - 1u))) || (la & 0xfff) + n > 4096 ||
-        !is_in_range(cpu, s, la, &seg, &offset) || !vm_mmu_refill(cpu, la, is_write ? X86_WRITE : X86_READ))
+        !is_in_range(cpu, s, la, &offset) || !vm_mmu_refill(cpu, la, is_write ? X86_WRITE : X86_READ))
         return NULL;
     j->bounce_active = false;
     return x86_tlb_hit(cpu, la, n, is_write);
