@@ -83,6 +83,11 @@ void x86_offer(x86_cpu *cpu, x86_insn *in);
 /* Intel-syntax text, for traces. */
 void x86_format(const x86_insn *in, uint64_t rip, char *buf, size_t bytes);
 
+static inline uint64_t x86_wrap_offset(const x86_insn *in, uint64_t offset)
+{
+    return in->asz == 8 ? offset : in->asz == 4 ? (uint32_t)offset : (uint16_t)offset;
+}
+
 /* Effective offset of the memory operand (before the segment base), truncated to the address size. */
 static inline uint64_t x86_offset(const x86_cpu *cpu, const x86_insn *in)
 {
@@ -93,7 +98,7 @@ static inline uint64_t x86_offset(const x86_cpu *cpu, const x86_insn *in)
         a += cpu->gpr[in->base];
     if (in->index != X86_NOREG)
         a += cpu->gpr[in->index] * in->scale;
-    return in->asz == 8 ? a : in->asz == 4 ? (uint32_t)a : (uint16_t)a;
+    return x86_wrap_offset(in, a);
 }
 
 /* ---- register access helpers ---- */

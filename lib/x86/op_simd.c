@@ -309,10 +309,8 @@ void x86_op_simd(x86_cpu *cpu, const x86_insn *in)
 /* ---- masked stores through DS:rDI ---- */
 static void masked_bytes(x86_cpu *cpu, const x86_insn *in, const uint8_t *data, const uint8_t *mask, unsigned n)
 {
-    uint64_t mem_off = cpu->gpr[X86_RDI];
     unsigned seg = in->flags & X86_IF_SEGOVR ? in->seg : X86_DS;
-    mem_off = in->asz == 8 ? mem_off : in->asz == 4 ? (uint32_t)mem_off : (uint16_t)mem_off;
-    uint64_t la = x86_linear(cpu, seg, mem_off, n, X86_WRITE);
+    uint64_t la = x86_linear(cpu, seg, x86_wrap_offset(in, cpu->gpr[X86_RDI]), n, X86_WRITE);
     for (unsigned i = 0; i < n; i++)
         if (mask[i] & 0x80)
             x86_probe_write(cpu, la + i, 1);
@@ -366,7 +364,8 @@ static void need_feature(x86_cpu *cpu, feature f)
         x86_raise(cpu, X86_UD);
 }
 
-/* VMASKMOVPS/PD, VPMASKMOVD/Q: elements whose mask bit is clear are not accessed at all. */
+/* VMASKMOVPS/PD, VPMASKMOVD/Q: elements whose mask bit is clear are not accessed at all; each has an offset of its own, which wraps
+ * at the address size. */
 void x86_op_vmaskmov(x86_cpu *cpu, const x86_insn *in)
 {
     bool is_int = in->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD || in->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ;
@@ -388,7 +387,7 @@ void x86_op_vmaskmov(x86_cpu *cpu, const x86_insn *in)
     for (unsigned i = 0; i < vl / size; i++) {
         if (!(wanted >> i & 1))
             continue;
-        la[i] = x86_linear(cpu, in->seg, off + i * size, size, is_store ? X86_WRITE : X86_READ);
+        la[i] = x86_linear(cpu, in->seg, x86_wrap_offset(in, off + i * size), size, is_store ? X86_WRITE : X86_READ);
         if (is_store)
             x86_probe_write(cpu, la[i], size);
         else

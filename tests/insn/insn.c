@@ -300,7 +300,8 @@ static void run_way(const run_case *rc, enum way way)
 static const struct { const char *cases, *why; } kvm_emulator_limits[] = {
     { " aaa_carries_into_ah@c32 aas_borrows_from_ah@c32 arpl_raises_rpl@c32 bound_inside@c32 bound_outside@c32"
       " daa_adjusts_both@c32 enter_leave_level_2@c32 icebp@c32 int3_is_a_trap@c32 int_from_user_to_user_gate@c32"
-      " into_with_overflow@c32 lar_lsl_of_data@c32 lar_of_null_clears_zf@c32 int_from_user@u64 ",
+      " into_with_overflow@c32 lar_lsl_of_data@c32 lar_of_null_clears_zf@c32 int_from_user@u64 vpmaskmov_elements_wrap_at_64k@p16"
+      " vpmaskmov_element_at_the_end_of_64k@p16 vpmaskmov_elements_wrap_at_4_gib@f64 ",
       "this host's KVM raises #UD for it" },
     { " trap_flag_on_rep_is_per_iteration@c32 trap_flag_on_rep_is_per_iteration@k64 trap_flag_on_rep_is_per_iteration@p16"
       " trap_flag_on_rep_is_per_iteration@p32 trap_flag_on_rep_is_per_iteration@real trap_flag_on_rep_is_per_iteration@f64"
