@@ -27,12 +27,13 @@ static uint8_t *env_page(x86_cpu *x, uint64_t gpa, unsigned *prot)
     *prot = vm_region_prot(r, offset);
     if (flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_KEPT | VM_PAGE_TABLE)) {
         bool is_walkers = (*prot & X86_WRITE) && !(flags & (VM_PAGE_CODE | VM_PAGE_CLEAN | VM_PAGE_KEPT));
-        *prot = (*prot & ~(unsigned)X86_WRITE) | (is_walkers ? X86_WALKER : 0);
+        *prot = (*prot & ~(unsigned)X86_WRITE) | (*prot & X86_WRITE ? X86_SEEN : 0) | (is_walkers ? X86_WALKER : 0);
     }
     if (__builtin_expect(cpu->ept_view != NULL, 0)) {
+        unsigned allowed = vm_ept_prot(cpu, gpa);
         if (*prot & X86_WRITE)
             *prot |= X86_WALKER;       /* page walks are not the view's concern */
-        *prot &= vm_ept_prot(cpu, gpa) | X86_WALKER;
+        *prot &= allowed | X86_WALKER | (allowed & X86_WRITE ? X86_SEEN : 0);
     }
     return r->host + offset;
 }

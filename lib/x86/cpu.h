@@ -161,7 +161,7 @@ typedef struct x86_park {
 typedef struct x86_jumps { uint64_t rip[X86_JUMP_ENTRIES]; const uint8_t *code[X86_JUMP_ENTRIES]; } x86_jumps;
 
 /* Access kinds; the values of vm_prot. */
-enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4, X86_WALKER = 8 };
+enum { X86_READ = 1, X86_WRITE = 2, X86_EXEC = 4, X86_WALKER = 8, X86_SEEN = 16 };
 
 /* ---- leaving the CPU ---- */
 typedef enum x86_stop {
@@ -251,8 +251,9 @@ enum { X86_INVPCID_ADDRESS, X86_INVPCID_ONE, X86_INVPCID_ALL_AND_GLOBAL, X86_INV
 /* What a CPU asks of its surroundings. All functions get the cpu back; env_data is the owner's. */
 typedef struct x86_env {
     /* Direct access to the RAM page at gpa (page aligned). Returns its host address or NULL when the page is not RAM;
-     * *prot gets what may be done through the pointer: X86_WRITE is missing while writes must be seen (code, dirty log, page
-     * tables that an MMU strategy watches; with X86_WALKER only the latter, and not the page walker's own). */
+     * *prot gets what may be done through the pointer: X86_WRITE is missing while writes must be seen (X86_SEEN: phys_write
+     * makes them; code, dirty log, page tables that an MMU strategy watches; with X86_WALKER only the latter, and not the page
+     * walker's own). */
     uint8_t *(*page)(x86_cpu *cpu, uint64_t gpa, unsigned *prot);
     /* Physical accesses that `page` cannot serve: MMIO, holes, ROM writes, seen writes, forbidden. n is 1..8, within one page.
      * X86_IO_EXIT: nobody handled it; the record for the caller is made from what was passed. */

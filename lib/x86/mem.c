@@ -223,13 +223,20 @@ static void read_as(x86_cpu *cpu, uint64_t la, void *buf, unsigned n, unsigned c
         piece_read(cpu, s.host[1], s.gpa[1], s.la[1], (uint8_t *)buf + s.n[0], s.n[1], X86_READ);
 }
 
+/* RAM whose writes are always made, directly or seen. */
+static bool takes_write(x86_cpu *cpu, const span *s, unsigned k)
+{
+    unsigned prot = 0;
+    return s->host[k] || (cpu->env->page(cpu, s->gpa[k] & X86_PAGE_MASK, &prot) && (prot & (X86_WRITE | X86_SEEN)));
+}
+
 static void write_as(x86_cpu *cpu, uint64_t la, const void *buf, unsigned n, unsigned ctx)
 {
     span s;
     span_open(cpu, &s, la, n, X86_WRITE, ctx);
     /* A part that is RAM goes last: the other may leave the run loop, and the instruction is then executed again from its
      * start and must find RAM as it was. */
-    bool is_second_first = s.n[1] && s.host[0] && !s.host[1];
+    bool is_second_first = s.n[1] && !s.host[1] && takes_write(cpu, &s, 0) && !takes_write(cpu, &s, 1);
     for (unsigned i = 0; i < 2; i++) {
         unsigned k = i ^ is_second_first;
         if (s.n[k])

@@ -632,19 +632,27 @@ EACH_BACKEND(mmio_vector_access_comes_in_parts)
     DONE(cpu);
 }
 
-EACH_BACKEND(mmio_access_straddling_ram)
+/* RAM ends at 0xcffff: add dword [rsi-2], 1; mov eax, [rsi-2] access two bytes of each. Both read RAM as it was each time they are begun. */
+static void straddle_ram(vm_vcpu *cpu, vm_prot prot)
 {
-    /* RAM ends at 0xcffff: mov eax, [0xcfffe] reads 2 bytes of each. add [rsi-2], eax */
-    vm_vcpu *cpu = MMIO_MACHINE("\x83\x46\xfe\x01\x8b\x46\xfe\xf4");
     unsigned char memory[4096] = { 0x33, 0x44 };
     unsigned reads = 0, writes = 0;
-    OK(vm_map_ram(vm_vcpu_machine(cpu), 0xcf000, 0x1000, VM_PROT_RW, NULL));
+    OK(vm_map_ram(vm_vcpu_machine(cpu), 0xcf000, 0x1000, prot, NULL));
+    OK(vm_write(vm_vcpu_machine(cpu), 0xcf000, "\xf4", 1));
     OK(vm_write(vm_vcpu_machine(cpu), 0xcfffe, "\xff\xff", 2));
+    if (prot & VM_PROT_X) {                                 /* code in it: writes are seen, no longer made directly */
+        set(cpu, VM_REG_RIP, 0xcf000);
+        CHECK_EQ(run(cpu, 0).reason, VM_EXIT_HALT);
+        set(cpu, VM_REG_RIP, 0);
+    }
     CHECK_EQ(serve(cpu, memory, 0xd0000, &reads, &writes), VM_EXIT_HALT);
     CHECK_EQ(get(cpu, VM_REG_RAX), 0x44340000);
+    CHECK_EQ(get(cpu, VM_REG_RFLAGS) & 0x8d5, 0x14);
     CHECK_EQ(memory[0], 0x34);
     DONE(cpu);
 }
+EACH_BACKEND(mmio_access_straddling_ram) { straddle_ram(MMIO_MACHINE("\x83\x46\xfe\x01\x8b\x46\xfe\xf4"), VM_PROT_RW); }
+EACH_BACKEND(mmio_access_straddling_code) { straddle_ram(MMIO_MACHINE("\x83\x46\xfe\x01\x8b\x46\xfe\xf4"), VM_PROT_RWX); }
 
 struct device { unsigned reads, writes; unsigned char bytes[4096]; vm_vcpu *cpu; uint64_t rip; int nested; };
 
