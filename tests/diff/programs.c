@@ -241,8 +241,8 @@ static void stack(void)
         }
         end();
         break;
-    case 4: insn(0, 4, 0xff, 6, LIGHT, 0); break;
-    default: insn(0, 4, 0x8f, 0, below(2) ? MEM : destination(), 0); break;
+    case 4: insn(0, ONE_OF(4, 4, 4, 2), 0xff, 6, below(4) ? LIGHT : MEM, 0); break;
+    default: insn(0, ONE_OF(4, 4, 4, 2), 0x8f, 0, below(2) ? MEM : destination(), 0); break;
     }
 }
 
@@ -294,14 +294,20 @@ static void x87(void)
     }
 }
 
-/* REP string instructions of a small count; without one in between the count would be whatever is in RCX. */
+/* String instructions, most with REP of a small count; without one in between the count would be whatever is in RCX. */
 static void string(void)
 {
+    bool is_repeated = below(3);
+    if (is_repeated) {
+        begin();
+        byte(0xb9), value(below(8) ? below(24) : below(600), 4);
+        end();
+    }
     begin();
-    byte(0xb9), value(below(8) ? below(24) : below(600), 4);
-    end();
-    begin();
-    byte(ONE_OF(0xf3, 0xf3, 0xf2));
+    if (below(12) == 0)
+        byte(0x67);
+    if (is_repeated)
+        byte(ONE_OF(0xf3, 0xf3, 0xf2));
     if (below(3) == 0)
         byte(0x66);
     else if (has_64 && below(2))
@@ -894,7 +900,7 @@ static void compare_mode(const void *arg)
             printf(" %s %" PRIu64, vm_exit_name(i), stops[i]);
     printf("\n");
     if (count > 100)                   /* the programs still lead somewhere */
-        CHECK(stops[VM_EXIT_BUDGET] > runs / 10 && stops[VM_EXIT_UNTIL] && stops[VM_EXIT_EXCEPTION] && retired > 50 * runs && jit_blocks > 5 * count);
+        CHECK(stops[VM_EXIT_BUDGET] > runs / 12 && stops[VM_EXIT_UNTIL] && stops[VM_EXIT_EXCEPTION] && retired > 50 * runs && jit_blocks > 5 * count);
     vm_destroy(interp.m);
     vm_destroy(jit.m);
 }
