@@ -26,7 +26,7 @@ installcheck-local:
 	@libdir='$(libdir)' pyexecdir='$(pyexecdir)' luadir='$(luadir)' top_srcdir='$(abs_top_srcdir)' CC='$(CC)' PYTHON='$(PYTHON)' LUA='$(LUA)' \
 	  with_python='$(have_python)' with_lua='$(have_lua)' sh $(srcdir)/tests/installed
 coverage:
-	-TEST_PATIENCE=$${TEST_PATIENCE:-4} PROGRAM_TIMEOUT=$${PROGRAM_TIMEOUT:-7200} GUEST_TIMEOUT=$${GUEST_TIMEOUT:-1500} $(MAKE) check
+	-TEST_PATIENCE=$${TEST_PATIENCE:-8} $(MAKE) check
 	sh $(srcdir)/tests/coverage
 .PHONY: coverage
 # The suite with the smallest limits: builds of its own, minutes. TINY="blocks tlb cache" by default.

@@ -29,6 +29,8 @@ typedef void (*test_fn)(const void *arg);
 void test_add(const char *name, test_fn fn, const void *arg, unsigned seconds);
 /* What every limit is multiplied with: TEST_PATIENCE, for builds that are slow on purpose. A test's own limits should be, too. */
 unsigned test_patience(void);
+/* So many seconds as a deadline_ns. */
+#define TEST_SECONDS(n) (UINT64_C(1000000000) * (n) * test_patience())
 
 /* This test has memory of its own that is writable and executable: it is not looked for. */
 void test_maps_writable_code(void);

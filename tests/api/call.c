@@ -57,7 +57,7 @@ static vm_value call(guest *g, unsigned function, const char *signature, const v
     vm_exit e = VM_EXIT_INIT;
     uint64_t rsp = get(g->cpu, VM_REG_RSP), rip = get(g->cpu, VM_REG_RIP);
     snprintf(text, sizeof text, "%s: %s", g->a->name, signature);
-    o.deadline_ns = 20000000000u;
+    o.deadline_ns = TEST_SECONDS(20);
     OK(vm_call(g->cpu, g->at[function], text, args, count, &result, &o, &e));
     if (e.reason != VM_EXIT_UNTIL) {
         char words[200];

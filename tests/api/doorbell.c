@@ -42,7 +42,7 @@ static vm_machine *machine(vm_backend backend, const void *code, size_t bytes)
 static int run(vm_machine *m, vm_exit *e)
 {
     vm_run_options o = VM_RUN_OPTIONS_INIT;
-    o.deadline_ns = UINT64_C(20000000000);
+    o.deadline_ns = TEST_SECONDS(20);
     *e = (vm_exit)VM_EXIT_INIT;
     OK(vm_vcpu_run(vm_vcpu_get(m, 0), &o, e));
     return e->reason;

@@ -141,7 +141,7 @@ static vm_exit run(world *w, uint64_t budget, vm_exit *e)
 {
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     o.max_instructions = budget;
-    o.deadline_ns = 30000000000u * test_patience();      /* a loaded host may be slow */
+    o.deadline_ns = TEST_SECONDS(30);                    /* a loaded host may be slow */
     if (e->reason == VM_EXIT_IO)
         e->io.data = next(&w->seed);
     OK(vm_vcpu_run(w->cpu, &o, e));
@@ -299,7 +299,7 @@ static void replay_life(vm_backend backend, const record *rec, unsigned rounds, 
     CHECK_EQ(e.reason, VM_EXIT_REPLAY);
     OK(vm_replay_stop(w.m));
     vm_run_options o = VM_RUN_OPTIONS_INIT;
-    o.deadline_ns = 2000000000;
+    o.deadline_ns = TEST_SECONDS(2);
     OK(vm_vcpu_run(w.cpu, &o, &e));                      /* alone: the guest has ended with interrupts off */
     CHECK_EQ(e.reason, VM_EXIT_HALT);
     vm_destroy(w.m);

@@ -114,7 +114,7 @@ static void record_boot(guest *g, record *rec)
     boot(g, VM_BACKEND_JIT);
     OK(vm_record(g->m, rec->fd, &o));
     CHECK(pthread_create(&thread, NULL, typist, g) == 0);
-    r.deadline_ns = 10000000000u * test_patience();
+    r.deadline_ns = TEST_SECONDS(10);
     while (count_of(g, "guest# ") < PROMPTS) {
         if (time(NULL) > end)
             FAIL("the guest does not get there: %s", g->text);

@@ -25,7 +25,7 @@ static vm_exit run(vm_vcpu *cpu, uint64_t budget)
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
     o.max_instructions = budget;
-    o.deadline_ns = 10000000000u;
+    o.deadline_ns = TEST_SECONDS(10);
     OK(vm_vcpu_run(cpu, &o, &e));
     return e;
 }

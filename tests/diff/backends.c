@@ -785,7 +785,7 @@ static const char *run_guest(guest *g, const sequence *s, const native_result *n
     o.has_until = true;
     o.until = native_rip(&s->c) + s->c.length;
     o.exception_exits = 0xffffffff;
-    o.deadline_ns = 2000000000;
+    o.deadline_ns = TEST_SECONDS(2);
     OK(vm_vcpu_run(g->cpu, &o, &e));
     return compare(g, s, n, &e);
 }

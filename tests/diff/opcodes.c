@@ -306,7 +306,7 @@ static void compare(run *t, const encoding *e, const native_result *n)
     o.has_until = true;
     o.until = N_CODE + c.start + c.length;
     o.exception_exits = 0xffffffff;
-    o.deadline_ns = 2000000000;
+    o.deadline_ns = TEST_SECONDS(2);
     OK(vm_vcpu_run(t->g.cpu, &o, &x));
     int vector = x.reason == VM_EXIT_UNTIL ? -1 : x.reason == VM_EXIT_EXCEPTION ? x.exception.vector : 1000 + (int)x.reason;
     uint64_t stopped = x.rip;

@@ -806,7 +806,7 @@ static const char *run_once(enum mode m)
         column_run(&interp, &o);
         if (interp.exit.reason != VM_EXIT_BUDGET) {
             o.max_instructions = 0;
-            o.deadline_ns = UINT64_C(3000000000);
+            o.deadline_ns = TEST_SECONDS(3);
         }
         column_run(&jit, &o);
         const char *what = difference();

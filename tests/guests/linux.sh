@@ -3,10 +3,12 @@
 # the linux_* scripts with $backend set. Skips, with the reason, what cannot be had here.
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-.}
+[ "${TEST_BACKEND:-$backend}" = "$backend" ] || { echo "skip $backend/guests: TEST_BACKEND is $TEST_BACKEND"; exit 0; }
 # TEST_MMU: a strategy for all of them.
 vmrun="$builddir/examples/vmrun${TEST_MMU:+ --mmu $TEST_MMU}"
 guests=${LIBVM_GUESTS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/libvm/guests}
-limit=${GUEST_TIMEOUT:-300}
+patience=${TEST_PATIENCE:-1}
+limit=$((${GUEST_TIMEOUT:-300} * patience))
 # TEST_GUESTS: a shell pattern for the names of guests, without the backend.
 wanted() { case $1 in ${TEST_GUESTS:-*}) ;; *) return 1 ;; esac; }
 work=$(mktemp -d) || exit 1
@@ -119,7 +121,7 @@ if ! $vmrun --help >/dev/null; then
 fi
 # A boot sector that does `mov al, 7; out 0xf4, al` tells whether the backend is there at all.
 { printf '\260\007\346\364\364'; head -c 505 /dev/zero; printf '\125\252'; } >"$work/probe"
-$vmrun --backend "$backend" --timeout 20 --kernel "$work/probe" >"$work/out" 2>&1 </dev/null
+$vmrun --backend "$backend" --timeout $((20 * patience)) --kernel "$work/probe" >"$work/out" 2>&1 </dev/null
 if [ $? -ne 7 ]; then
     echo "skip $backend/guests: $(head -n 1 "$work/out" | cut -c 1-200)"
     exit 0

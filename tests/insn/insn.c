@@ -182,7 +182,7 @@ static void run_to_end(world *w, enum way way, uint64_t end, bool wants_exceptio
     o.until = end;
     o.exception_exits = wants_exceptions && !is_free ? 0xffffffff : 0;
     o.max_instructions = is_free ? 0 : 20000;
-    o.deadline_ns = 5000000000u;
+    o.deadline_ns = TEST_SECONDS(5);
     for (unsigned n = 0; n < 20000; n++) {
         *exit = (vm_exit)VM_EXIT_INIT;
         between(w, way, &o);

@@ -7,9 +7,7 @@ tests/insn/cases.$(OBJEXT): tests/insn/every.inc tests/insn/legacy.inc tests/ins
   tests/insn/bits64.inc tests/insn/cases.h tests/insn/world.def
 # 80286 captures (MIT licence, see vectors286.c).
 check_PROGRAMS += tests/insn/vectors286
-tests_insn_vectors286_SOURCES = tests/insn/vectors286.c tests/unit/x86_bare.c
 tests_insn_vectors286_CPPFLAGS = $(AM_CPPFLAGS) -DVECTORS_SRCDIR='"$(top_srcdir)"'
-tests_insn_vectors286_LDFLAGS = -static
 EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcodes.json
 check_PROGRAMS += tests/insn/scenes
 tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/world.h tests/insn/world.def

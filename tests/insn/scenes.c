@@ -20,7 +20,7 @@ static vm_exit go(world *w, uint64_t rip)
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
     world_set(w, VM_REG_RIP, rip);
-    o.deadline_ns = 5000000000u;
+    o.deadline_ns = TEST_SECONDS(5);
     o.exception_exits = 0xffffffff;
     OK(vm_vcpu_run(w->cpu, &o, &e));
     return e;
@@ -228,7 +228,7 @@ EACH_BACKEND(double_and_triple_faults)
     CODE_AT(W_CODE, "\x0f\x0b");
     vm_run_options o = VM_RUN_OPTIONS_INIT;
     vm_exit e = VM_EXIT_INIT;
-    o.deadline_ns = 2000000000;
+    o.deadline_ns = TEST_SECONDS(2);
     world_poke(&w, W_IDT64 + 6 * 16, &none, 8);             /* #UD has no gate */
     world_set(&w, VM_REG_RIP, W_CODE);
     OK(vm_vcpu_run(w.cpu, &o, &e));

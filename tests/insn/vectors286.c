@@ -1,4 +1,4 @@
-/* vectors286.c - 24,755 single-instruction captures from a real 80286 in real mode, replayed on the interpreter.
+/* vectors286.c - 24,755 single-instruction captures from a real 80286 in real mode, replayed on every backend.
  *
  * The vectors are every 60th test of SingleStepTests/80286 v1.0.0 by Daniel Balsom (MIT licence), one JSON object a line:
  * registers and memory before, what changed after, and the vector if an exception was taken. A HLT follows each instruction
@@ -8,16 +8,17 @@
  */
 #include <ctype.h>
 #include <stdlib.h>
-#include "test.h"
-#include "../unit/x86_bare.h"
+#include "../backends.h"
 
 #define CASES 24755
 
 enum { AX, BX, CX, DX, CS, SS, DS, ES, SP, BP, SI, DI, IP, FLAGS, REGS };
 static const char *const reg_names[REGS] = { "ax", "bx", "cx", "dx", "cs", "ss", "ds", "es", "sp", "bp", "si", "di", "ip", "flags" };
-static const uint8_t gpr_of[REGS] = { [AX] = X86_RAX, [BX] = X86_RBX, [CX] = X86_RCX, [DX] = X86_RDX,
-                                      [SP] = X86_RSP, [BP] = X86_RBP, [SI] = X86_RSI, [DI] = X86_RDI };
-static const uint8_t seg_of[REGS] = { [CS] = X86_CS, [SS] = X86_SS, [DS] = X86_DS, [ES] = X86_ES };
+/* Where they are in vm_regs and, segments, in vm_sregs. */
+#define G(field) offsetof(vm_regs, field)
+#define S(field) offsetof(vm_sregs, field)
+static const size_t place[REGS] = { G(rax), G(rbx), G(rcx), G(rdx), S(cs), S(ss), S(ds), S(es), G(rsp), G(rbp), G(rsi), G(rdi), G(rip),
+                                    G(rflags) };
 
 typedef struct state {
     uint32_t reg[REGS];
@@ -171,42 +172,94 @@ static int excluded(const vector *v)
 
 /* ---- running ---- */
 
-static void load(bare *b, const state *s, int exception)
+enum { RAM = 4 << 20 };
+typedef struct machine {
+    vm_machine *m;
+    vm_vcpu *cpu;
+    uint8_t *ram;
+    vm_regs regs;
+    vm_sregs sregs;
+} machine;
+
+static int read_ones(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t *value)
 {
-    x86_cpu *cpu = b->cpu;
-    for (unsigned r = 0; r < IP; r++)
-        if (r >= CS && r <= ES) {
-            x86_seg *seg = &cpu->seg[seg_of[r]];
-            seg->sel = (uint16_t)s->reg[r];
-            seg->base = s->reg[r] << 4;
-        } else {
-            cpu->gpr[gpr_of[r]] = s->reg[r];
-        }
-    cpu->rip = s->reg[IP];
-    cpu->rflags = (s->reg[FLAGS] & 0xfd5) | 2;
-    x86_mode_changed(cpu);
-    cpu->inhibit = 0;
-    cpu->halted = false;
-    for (unsigned i = 0; i < s->count; i++)
-        b->ram[s->ram[i].at] = s->ram[i].byte;
-    /* An access beyond the stack segment's limit is vector 13 on the 80286 in real mode and 12 since: one handler for both. */
-    if (exception == 13)
-        memcpy(b->ram + 4 * 12, b->ram + 4 * 13, 4);
-    interp_flush_code_cpu(cpu);
+    (void)user, (void)cpu, (void)offset, (void)width;
+    *value = UINT64_MAX;
+    return 0;
 }
 
-static uint32_t reg_now(const x86_cpu *cpu, unsigned r)
+static int write_nothing(void *user, vm_vcpu *cpu, uint64_t offset, unsigned width, uint64_t value)
 {
-    return r == IP ? (uint16_t)cpu->rip : r == FLAGS ? (uint32_t)cpu->rflags
-           : r >= CS && r <= ES ? cpu->seg[seg_of[r]].sel : (uint32_t)cpu->gpr[gpr_of[r]];
+    (void)user, (void)cpu, (void)offset, (void)width, (void)value;
+    return 0;
+}
+
+static machine machine_open(vm_backend backend)
+{
+    machine v = { .regs = VM_REGS_INIT, .sregs = VM_SREGS_INIT };
+    vm_options o = VM_OPTIONS_INIT;
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    vm_region *ram, *ports;
+    o.backend = backend;
+    OK(vm_create(&o, &v.m));
+    OK(vm_map_ram(v.m, 0, RAM, VM_PROT_RWX, &ram));
+    ops.read = read_ones;
+    ops.write = write_nothing;
+    OK(vm_map_pio(v.m, 0, 0x10000, &ops, NULL, &ports));
+    v.ram = vm_region_data(ram);
+    v.cpu = vm_vcpu_get(v.m, 0);
+    return v;
+}
+
+static uint64_t *gpr(machine *m, unsigned r) { return (uint64_t *)((char *)&m->regs + place[r]); }
+static vm_segment *seg(machine *m, unsigned r) { return (vm_segment *)((char *)&m->sregs + place[r]); }
+
+static void load(machine *m, const state *s, int exception)
+{
+    OK(vm_vcpu_set_mode(m->cpu, VM_MODE_REAL));
+    OK(vm_vcpu_get_regs(m->cpu, &m->regs));
+    OK(vm_vcpu_get_sregs(m->cpu, &m->sregs));
+    for (unsigned r = 0; r < REGS; r++)
+        if (r >= CS && r <= ES) {
+            seg(m, r)->selector = (uint16_t)s->reg[r];
+            seg(m, r)->base = s->reg[r] << 4;
+        } else {
+            *gpr(m, r) = r == FLAGS ? (s->reg[r] & 0xfd5) | 2 : s->reg[r];
+        }
+    OK(vm_vcpu_set_sregs(m->cpu, &m->sregs));
+    OK(vm_vcpu_set_regs(m->cpu, &m->regs));
+    for (unsigned i = 0; i < s->count; i++)
+        OK(vm_write(m->m, s->ram[i].at, &s->ram[i].byte, 1));
+    /* An access beyond the stack segment's limit is vector 13 on the 80286 in real mode and 12 since: one handler for both. */
+    if (exception == 13)
+        OK(vm_write(m->m, 4 * 12, m->ram + 4 * 13, 4));
+}
+
+static vm_exit run(machine *m)
+{
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    vm_exit e = VM_EXIT_INIT;
+    uint64_t is_exact = 0;
+    OK(vm_query(vm_machine_backend(m->m), "exact-budget", &is_exact));
+    o.max_instructions = is_exact ? 8 : 0;
+    o.deadline_ns = TEST_SECONDS(5);
+    OK(vm_vcpu_run(m->cpu, &o, &e));
+    OK(vm_vcpu_get_regs(m->cpu, &m->regs));
+    OK(vm_vcpu_get_sregs(m->cpu, &m->sregs));
+    return e;
+}
+
+static uint32_t reg_now(machine *m, unsigned r)
+{
+    return r >= CS && r <= ES ? seg(m, r)->selector : r == IP ? (uint16_t)m->regs.rip : (uint32_t)*gpr(m, r);
 }
 
 /* NULL or what differs. */
-static const char *compare(const bare *b, const vector *v, char *text, size_t size)
+static const char *compare(machine *m, const vector *v, char *text, size_t size)
 {
     const unsigned mask = flags_mask(v->op);
     for (unsigned r = 0; r < REGS; r++) {
-        uint32_t want = v->after.reg[r], got = reg_now(b->cpu, r), care = r == FLAGS ? mask : 0xffffffff;
+        uint32_t want = v->after.reg[r], got = reg_now(m, r), care = r == FLAGS ? mask : 0xffffffff;
         if ((want ^ got) & care) {
             snprintf(text, size, "%s is %x, not %x", reg_names[r], got, want);
             return text;
@@ -216,8 +269,8 @@ static const char *compare(const bare *b, const vector *v, char *text, size_t si
         bool is_listed = false;
         for (unsigned k = 0; k < v->after.count; k++)
             is_listed |= v->after.ram[k].at == v->before.ram[i].at;
-        if (!is_listed && b->ram[v->before.ram[i].at] != v->before.ram[i].byte) {
-            snprintf(text, size, "byte %x changed to %x", v->before.ram[i].at, b->ram[v->before.ram[i].at]);
+        if (!is_listed && m->ram[v->before.ram[i].at] != v->before.ram[i].byte) {
+            snprintf(text, size, "byte %x changed to %x", v->before.ram[i].at, m->ram[v->before.ram[i].at]);
             return text;
         }
     }
@@ -225,22 +278,23 @@ static const char *compare(const bare *b, const vector *v, char *text, size_t si
     for (unsigned i = 0; i < v->after.count; i++) {
         uint32_t at = v->after.ram[i].at;
         uint8_t care = at == flags_at ? (uint8_t)mask : at == flags_at + 1 ? (uint8_t)(mask >> 8) & 15 : 0xff;
-        if ((b->ram[at] ^ v->after.ram[i].byte) & care) {
-            snprintf(text, size, "byte %x is %x, not %x", at, b->ram[at], v->after.ram[i].byte);
+        if ((m->ram[at] ^ v->after.ram[i].byte) & care) {
+            snprintf(text, size, "byte %x is %x, not %x", at, m->ram[at], v->after.ram[i].byte);
             return text;
         }
     }
     return NULL;
 }
 
-static void clean(bare *b, const state *s)
+static void clean(machine *m, const state *s)
 {
-    memset(b->ram, 0, 0x400);
+    static const uint8_t zeroes[0x400];
+    OK(vm_write(m->m, 0, zeroes, sizeof zeroes));
     for (unsigned i = 0; i < s->count; i++)
-        b->ram[s->ram[i].at] = 0;
+        OK(vm_write(m->m, s->ram[i].at, zeroes, 1));
 }
 
-TEST_LIMIT(all, 120)
+static void replay(vm_backend backend)
 {
     const char *top = getenv("top_srcdir");
     char command[4096], *line = NULL, why[128];
@@ -256,7 +310,7 @@ TEST_LIMIT(all, 120)
     snprintf(command, sizeof command, "gzip -dc '%s/tests/insn/real_mode_286.ndjson.gz'", top ? top : VECTORS_SRCDIR);
     f = popen(command, "r");
     CHECK(f != NULL);
-    bare *b = bare_new(VM_MODE_REAL);
+    machine m = machine_open(backend);
     vector *v = malloc(sizeof *v);
     CHECK(v != NULL);
     for (; getline(&line, &size, f) > 0; cases++) {
@@ -266,20 +320,20 @@ TEST_LIMIT(all, 120)
             skipped[rule]++;
             continue;
         }
-        load(b, &v->before, v->exception);
-        x86_stop stop = bare_run(b, 8);
-        const char *diff = compare(b, v, why, sizeof why);
-        if (stop != X86_STOP_HALT && !diff)
+        load(&m, &v->before, v->exception);
+        vm_exit e = run(&m);
+        const char *diff = compare(&m, v, why, sizeof why);
+        if (e.reason != VM_EXIT_HALT && !diff)
             diff = "did not reach the HLT";
         if (diff && failed++ < 40)
-            printf("# case %u, %s %s: %s (stop %d, exception %d)\n", cases + 1, v->op, v->name, diff, stop, v->exception);
-        clean(b, &v->before);
-        clean(b, &v->after);
+            printf("# case %u, %s %s: %s (exit %d, exception %d)\n", cases + 1, v->op, v->name, diff, (int)e.reason, v->exception);
+        clean(&m, &v->before);
+        clean(&m, &v->after);
     }
     free(line);
     CHECK_EQ(pclose(f), 0);
     free(v);
-    bare_free(b);
+    vm_destroy(m.m);
     free(masks);
     CHECK_EQ(cases, CASES);
     for (int i = 0; i < EXCLUSIONS; i++)
@@ -288,3 +342,6 @@ TEST_LIMIT(all, 120)
     if (failed)
         FAIL("%u of %u cases differ", failed, cases);
 }
+
+static void each(const void *arg) { replay(*(const vm_backend *)arg); }
+SETUP(every_backend) { add_for_backends("all", each, 120); }
