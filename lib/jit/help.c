@@ -295,13 +295,15 @@ static uint8_t *find_device(jit *j, x86_cpu *cpu, uint64_t la, uint32_t at)
     return (uint8_t *)j->bounce;
 }
 
-/* Does the MMU strategy know the page? Then nobody sees that it was asked, and the guest's registers stay where they are. */
+/* Does the MMU strategy know the page? Then nobody sees that it was asked, and the guest's registers stay where they are. Not
+ * if somebody wants the run loop: leaving after this access needs to know where it is. */
 static __attribute__((noinline)) uint8_t *find_known(jit *j, x86_cpu *cpu, const jit_site *s, uint64_t la)
 {
     bool is_write = s->access & X86_WRITE;
     unsigned n = s->leader_size ? s->span : s->size;
     uint64_t offset;
-    if ((cpu->careful | cpu->watch) || s->in_window || (s->align > 1 && (la & (s->align - 1u))) || (la & 0xfff) + n > 4096 ||
+    if ((cpu->careful | cpu->watch) || cpu->jit_scratch[JIT_SLOT_LEAVE] || s->in_window ||
+        (s->align > 1 && (la & (s->align - 1u))) || (la & 0xfff) + n > 4096 ||
         !is_in_range(cpu, s, la, &offset) || !vm_mmu_refill(cpu, la, is_write ? X86_WRITE : X86_READ))
         return NULL;
     j->bounce_active = false;
