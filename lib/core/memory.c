@@ -646,21 +646,6 @@ bool vm_page_is_trapped(vm_machine *m, uint64_t gpa)
     return range && is_ram(range->region) && (range->region->page_flags[(gpa - range->gpa) / PAGE] & VM_PAGE_TABLE);
 }
 
-/* SMP: take the page's write tags from the other vCPUs. True if a store to the page may still be under way: one of them
- * executes, and may hold the page's host address for the rest of its block, with or without a tag by now. */
-static bool take_write_tags(vm_machine *m, vm_vcpu *self, uint64_t gpa)
-{
-    bool may_store = false;
-    for (unsigned i = 0; i < m->vcpu_count; i++) {
-        vm_vcpu *cpu = m->vcpus[i];
-        if (!cpu || cpu == self)
-            continue;
-        vm_mmu_protect_page(cpu, gpa);
-        may_store |= (atomic_load(&cpu->state) & ~VM_WAITED) == VM_GUEST;
-    }
-    return may_store;
-}
-
 void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
 {
     vm_machine *m = cpu->machine;
@@ -672,10 +657,15 @@ void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
         return;
     set_flags(flags, VM_PAGE_CODE, WRITE_LIMIT);
     vm_mmu_protect_page(cpu, gpa);
-    if (m->vcpu_count > 1 && take_write_tags(m, cpu, gpa)) {
-        vm_pause(m);                   /* once every vCPU has stopped, stores through the old tags are done */
-        vm_resume(m);
-    }
+    if (m->vcpu_count == 1)
+        return;
+    /* Once every vCPU has stopped, stores through the old tags are done; and translated code that has just compared its address with
+     * a tag, which it takes off again to have the address back, has done that. */
+    vm_pause(m);
+    for (unsigned i = 0; i < m->vcpu_count; i++)
+        if (m->vcpus[i] && m->vcpus[i] != cpu)
+            vm_mmu_protect_page(m->vcpus[i], gpa);
+    vm_resume(m);
 }
 
 /* ---- access from outside ---- */
