@@ -308,8 +308,8 @@ static void pcid_case(vm_backend backend, const char *mmu, unsigned i)
         perform(m, pcid_cases[i].op[k], pcid_cases[i].a[k], pcid_cases[i].b[k]);
     perform(m, LOAD_CR3, ONE | KEEP, 0);
     char seen_now = look(m);
-#ifdef VM_TINY_TLB
-    bool may_be_new = true;                              /* no TLB has to keep anything */
+#if defined VM_TINY_TLB || defined VM_TINY_CACHE
+    bool may_be_new = true;                              /* nothing has to be kept */
 #else
     bool may_be_new = !strcmp(mmu, "shadow");            /* compares at each load of CR3 */
 #endif
