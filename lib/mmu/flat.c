@@ -1,5 +1,6 @@
-/* flat.c - strategy "flat": linear addresses are physical ones, with no walk and no fault. For machines whose guests
- * do not use paging; once a guest switches paging on, its tables are walked as under "tlb", so results never differ. */
+/* flat.c - strategy "flat": linear addresses are physical ones, with no walk. For machines whose guests do not use paging;
+ * once a guest switches paging on, its tables are walked as under "tlb", and what lies beyond the physical addresses faults as
+ * it does there, so results never differ. */
 #include "mmu/mmu.h"
 
 bool vm_mmu_is_flat(const vm_vcpu *cpu)
@@ -10,7 +11,7 @@ bool vm_mmu_is_flat(const vm_vcpu *cpu)
 static int flat_translate(void *state, vm_vcpu *cpu, uint64_t gva, vm_prot access, struct vm_mmu_result *out)
 {
     (void)state;
-    if (!vm_mmu_is_flat(cpu))
+    if (!vm_mmu_is_flat(cpu) || (gva & ~cpu->x86.phys_mask))
         return vm_mmu_walk(cpu, gva, access, out);
     out->gpa = gva;
     out->page_bytes = 4096;

@@ -141,6 +141,49 @@ EACH_BACKEND(own_strategy)
     CHECK(seen.invalidated >= 1);
 }
 
+/* ---- FLAT64: what lies beyond the guest-physical space ---- */
+
+/* At 0x1000 a read of [RSI], a write, or a jump there: the same page fault under every strategy. */
+EACH_BACKEND(beyond_physical)
+{
+    if (backend == VM_BACKEND_KVM)
+        test_skip("the host's hardware translates");
+    static const char *const names[] = { "tlb", "flat", "shadow", "ept" };
+    static const struct { const char *code; uint32_t error; } rows[] = { { "\x48\x8b\x06", 0 }, { "\x48\x89\x06", 2 }, { "\xff\xe6", 0 } };
+    uint64_t bits = 0, data = 0;
+    OK(vm_query(backend, "phys-bits", &bits));
+    const uint64_t addresses[] = { UINT64_C(1) << bits, (UINT64_C(1) << 47) - 8, UINT64_C(0xffff800000002000), UINT64_MAX - 7 };
+    for (unsigned i = 0; i < 4 * 4 * 3; i++) {
+        vm_options o = VM_OPTIONS_INIT;
+        vm_run_options ro = VM_RUN_OPTIONS_INIT;
+        vm_exit e = VM_EXIT_INIT;
+        vm_regs r = VM_REGS_INIT;
+        vm_machine *m = NULL;
+        const uint64_t address = addresses[i / 3 % 4];
+        o.backend = backend;
+        o.mmu = names[i / 12];
+        OK(vm_create(&o, &m));
+        OK(vm_map_ram(m, 0, 0x4000, VM_PROT_RWX, NULL));                   /* where cut addresses would lead */
+        OK(vm_map_ram(m, (UINT64_C(1) << bits) - 0x1000, 0x1000, VM_PROT_RWX, NULL));
+        OK(vm_write(m, 0x1000, rows[i % 3].code, strlen(rows[i % 3].code)));
+        OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
+        r.rip = 0x1000;
+        r.rsi = address;
+        r.rflags = 2;
+        r.rax = UINT64_MAX;
+        OK(vm_vcpu_set_regs(vm_vcpu_get(m, 0), &r));
+        ro.exception_exits = 1u << 14;
+        OK(vm_vcpu_run(vm_vcpu_get(m, 0), &ro, &e));
+        CHECK_EQ(e.reason, VM_EXIT_EXCEPTION);
+        CHECK_EQ(e.exception.vector, 14);
+        CHECK_EQ(e.exception.error & ~16u, rows[i % 3].error);
+        CHECK_EQ(e.exception.address, address);
+        OK(vm_read(m, address & 0x3fff, &data, 8));
+        CHECK_EQ(data, 0);
+        vm_destroy(m);
+    }
+}
+
 /* ---- a strategy that says what cannot be ---- */
 
 /* Its answers: addresses with bits that no processor has, sizes that are no page's, rights that are none, and writes to be told of without
