@@ -218,6 +218,9 @@ typedef struct vm_backend_ops {
     /* Instructions retired before the one under way, on the vCPU's own thread. NULL: x86.retired is always exact when
      * anything outside of the backend can see it. */
     uint64_t (*retired)(const vm_vcpu *cpu);
+    /* Instructions between looks at the host's clock in a run with a deadline. 0: the backend says when (x86_spend()), or
+     * keeps the deadline itself. */
+    int64_t look;
     bool takes_interrupts;
     bool keeps_state;                  /* elsewhere: get_state and set_state are to be called. Without it only while hook_site */
     /* World stopped: a doorbell or a zone of collected writes comes or goes (doorbell.h). NULL: the bus does it. */

@@ -56,7 +56,7 @@ int vm_cpu_state_take(vm_vcpu *cpu, vm_cpu_state *s)
     s->no_trap = x->no_trap;
     s->ext = x->ext;
     s->dr_hit = x->dr_hit;
-    s->visits = x->visits;
+    s->spent = x->spent;
     s->is_parked = cpu->is_parked;
     s->sipi_vector = cpu->sipi_vector;
     s->init_pending = cpu->init_pending;
@@ -91,7 +91,7 @@ static void put_bytes(vm_vcpu *cpu, const vm_cpu_state *s)
     x->no_trap = s->no_trap;
     x->ext = s->ext;
     x->dr_hit = s->dr_hit;
-    x->visits = s->visits;
+    x->spent = s->spent;
     cpu->is_parked = s->is_parked;
     cpu->sipi_vector = s->sipi_vector;
     cpu->init_pending = s->init_pending;

@@ -27,7 +27,7 @@ typedef struct vm_cpu_state {
     uint64_t retired, random_state;
     /* bytes, each 0 or 1 where the vCPU has a bool */
     uint8_t flat, halted, inhibit, nmi_blocked, nmi_pending;
-    uint8_t keep_rf, no_trap, ext, dr_hit, visits;
+    uint8_t keep_rf, no_trap, ext, dr_hit, spent;
     uint8_t is_parked, sipi_vector, init_pending, sipi_pending, nmis_latched, has_pending, is_shut_down, bare_cr8;
     uint8_t inject_set, inject_has_error, inject_vector, has_event;    /* has_event: the machine's was not reported */
     uint8_t pad[2];

@@ -14,7 +14,6 @@
 
 /* No run is cut up unless something has to be looked at that cannot ring. */
 #define SLICE_FOREVER (INT64_C(1) << 62)
-#define SLICE_DEADLINE INT64_C(50000)  /* a millisecond or so between looks at the host's clock */
 
 typedef vm_round run;
 
@@ -282,12 +281,12 @@ int vm_round_stopped(vm_vcpu *cpu, run *r, x86_stop stop)
 
 uint64_t vm_round_slice(const vm_vcpu *cpu, const run *r, uint64_t slice)
 {
-    (void)cpu;
+    uint64_t look = (uint64_t)cpu->machine->backend->look;
     if (r->skips_until)
         return 1;
     if (slice > r->left)
         slice = r->left;
-    return slice > SLICE_DEADLINE && r->deadline != UINT64_MAX ? SLICE_DEADLINE : slice;
+    return r->deadline != UINT64_MAX && look && slice > look ? look : slice;
 }
 
 /* How many instructions the backend may execute before this loop has to look again. */

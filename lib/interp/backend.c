@@ -49,5 +49,6 @@ const vm_backend_ops vm_backend_interp = {
     .tlb_flushed = interp_tlb_flushed,
     .retired = retired,
     .look_again = look_again,
+    .look = 2000,
     .serves_hooks = true,
 };

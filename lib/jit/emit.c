@@ -553,7 +553,8 @@ static uint32_t new_site_of(emitter *e, unsigned i, const jit_op *check, bool is
 {
     jit *j = e->j;
     const x86_insn *in = &e->u->insn[i];
-    bool is_whole = !check || bytes != sizeof(jit_site) || (is_single && check->access == (X86_READ | X86_WRITE));
+    bool is_whole = !check || bytes != sizeof(jit_site) || (is_single && check->access == (X86_READ | X86_WRITE)) ||
+                    jit_insn_is_x87(in);
     uint32_t insn = is_whole ? keep_insn(e, i) : 0;
     jit_site *s = jit_take(j, bytes);
     uint32_t at = (uint32_t)((uint8_t *)s - j->arena);

@@ -88,10 +88,9 @@ void jit_count_retired(jit *j, x86_cpu *cpu, unsigned index)
     j->r15_start = r15;
 }
 
-/* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
-void jit_load_x87_pointers(jit *j, x86_cpu *cpu)
+/* Tell the image which x87 instructions emitted code has noted last. */
+static void tell_x87_pointers(jit *j, x86_cpu *cpu)
 {
-    memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
     uint32_t last = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST],
              last_mem = (uint32_t)cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM];
     cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = 0;
@@ -110,6 +109,14 @@ void jit_load_x87_pointers(jit *j, x86_cpu *cpu)
         X86_FPU_FDS(cpu) = cpu->seg[in->seg].sel;
     }
 }
+
+/* The x87 registers have come from the host, its instruction pointers with them: put the guest's in their place. */
+void jit_load_x87_pointers(jit *j, x86_cpu *cpu)
+{
+    memcpy(&cpu->fpu.image[6], j->x87_pointers, sizeof j->x87_pointers);
+    tell_x87_pointers(j, cpu);
+}
+
 void jit_keep_x87_pointers(jit *j, const x86_cpu *cpu)
 {
     memcpy(j->x87_pointers, &cpu->fpu.image[6], sizeof j->x87_pointers);
@@ -195,6 +202,7 @@ static bool execute(jit *j, x86_cpu *cpu, const jit_site *s)
     const x86_insn *in = jit_site_insn(j, s);
     uint64_t next = cpu->next_rip;
     cpu->stat[X86_STAT_FALLBACKS]++;
+    x86_spend(cpu, 1);
     for (;;) {
         cpu->io_pos = 0;
         in->exec(cpu, in);
@@ -265,6 +273,7 @@ static void ask_device(jit *j, x86_cpu *cpu, jit_site *s, uint32_t at)
     uint64_t *value = j->bounce;
     unsigned n = s->size;
     int status;
+    x86_spend(cpu, 1);
     jit_place_rip(cpu, s);
     cpu->hook_site = at;
     if (s->access == X86_WRITE) /* read as it was stored, which is faster */
@@ -316,6 +325,7 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at)
     uint8_t *host = find_device(j, cpu, la, at);
     if (!host && vm_mmu_can_refill(j->vcpu)) host = find_known(j, cpu, (jit_site *)(j->arena + at), la);
     if (host) return host;
+    x86_spend(cpu, 1);
     jit_site *s = jit_begin_helper(cpu, at);
     if (s->leader_size) {
         uint8_t *span = find_span(j, cpu, s, la);
@@ -349,6 +359,15 @@ uint8_t *jit_help_begin(x86_cpu *cpu, uint64_t la, uint32_t at)
     return p;
 }
 
+/* The block is left behind site `at`, before the note that emitted code makes there of an x87 instruction. */
+static void note_x87(jit *j, x86_cpu *cpu, const jit_site *s, uint32_t at)
+{
+    if (!(s->block->key & JIT_KEY_X87) || !s->insn || !jit_insn_is_x87(jit_site_insn(j, s))) return;
+    cpu->jit_scratch[JIT_SLOT_X87_LAST] = cpu->jit_scratch[JIT_SLOT_X87_LAST_MEM] = at;
+    cpu->jit_scratch[JIT_SLOT_X87_LA] = cpu->jit_scratch[JIT_SLOT_X87_NEXT_LA];
+    tell_x87_pointers(j, cpu);
+}
+
 /* The store of a PUSH or CALL has killed its own block: what else the instruction does, for its bytes may have gone. */
 static uint64_t finish_push(x86_cpu *cpu, const jit_site *s)
 {
@@ -374,7 +393,10 @@ uint64_t jit_help_commit(x86_cpu *cpu, uint32_t at)
     jit_site *s = jit_begin_helper(cpu, at);
     x86_write_linear(cpu, j->bounce_la, j->bounce, s->size);
     uint64_t rip = s->is_single ? cpu->next_rip : finish_push(cpu, s);
-    if (s->block->is_dead) jit_hook_after(cpu, s, true);
+    if (s->block->is_dead) {
+        note_x87(j, cpu, s, at);
+        jit_hook_after(cpu, s, true);
+    }
     jit_end_helper(j, cpu, s);
     if (!s->block->is_dead) return 0;
     return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, rip);
@@ -433,6 +455,7 @@ uint64_t jit_help_after(x86_cpu *cpu, uint32_t at)
     jit *j = cpu->jit;
     uint64_t next = cpu->next_rip; /* as the callback left it */
     jit_site *s = jit_begin_helper(cpu, at);
+    note_x87(j, cpu, s, at);
     jit_hook_after(cpu, s, true);
     jit_end_helper(j, cpu, s);
     return leave_block(cpu, s, s->index + 1u, JIT_LEAVE_LOOKUP, next);

@@ -44,6 +44,7 @@
 #include "mmu/mmu.h"
 
 #define SLICE      16384
+#define TRANSLATION_US 20 /* what a block takes, roughly */
 #define ARENA_START 16 /* no site is at offset 0 */
 #define EXACT_TAIL 2400 /* more than a page of one-byte blocks with live flags can overshoot */
 #define MIN_CODE   (64u << 10)
@@ -571,6 +572,7 @@ static jit_block *find_block(jit *j, uint32_t key)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
     if ((j->is_left = is_hot(j, gpa) || !is_worth(j, cpu->rip))) return NULL;
+    x86_spend(cpu, TRANSLATION_US);
     jit_block *b = translate(j, gpa, key);
     return b || (gpa & 0xfff) <= 4096 - 15 ? b : translate_crossing(j, gpa, key);
 }
@@ -795,6 +797,7 @@ static x86_stop run_loop(jit *j)
             code = lookup(j, cpu, key);
         }
         j->link = NULL;
+        const uint64_t retired = cpu->retired;
         if (!code) {
             x86_stop stop = interpret_here(j, cpu);
             if (stop) return stop;
@@ -830,6 +833,7 @@ static x86_stop run_loop(jit *j)
             }
         }
         if (at_until(cpu) && !j->step_one) return X86_STOP_UNTIL;
+        x86_spend(cpu, 1 + (unsigned)(cpu->retired - retired) / (code ? 64 : 8));
     }
 }
 
@@ -840,6 +844,7 @@ static x86_stop caught(jit *j, x86_cpu *cpu)
 {
     if (j->in_code) jit_hook_half_way(cpu);
     j->in_code = false;
+    x86_spend(cpu, 1);
     if (j->has_rounds) jit_cover_rounds(j, cpu);
     cpu->hook_site = 0;
     const bool has_left = cpu->stop == X86_STOP_HALT || cpu->stop == X86_STOP_HYPERCALL; /* rip is after it already */

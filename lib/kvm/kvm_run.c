@@ -700,6 +700,7 @@ const vm_backend_ops vm_backend_kvm = {
     .takes_interrupts = true,
     .keeps_state = true,
     .serves_breaks = true,
+    .look = 2000,
     .hooks_changed = kvm_hooks_changed,
     .doorbell = kvm_doorbell,
     .coalesce = kvm_coalesce,

@@ -382,7 +382,7 @@ struct x86_cpu {
     const uint8_t *io_code;            /* the 15 bytes at rip then, where the backend has them; until the exit is recorded */
     x86_io_access io_log[X86_IO_LOG];
     bool has_deadline;                 /* the run loop wants to look at the clock now and then, even if nothing retires */
-    uint8_t visits;                    /* to unfinished repeats */
+    uint8_t spent;                     /* microseconds since the last such look, as x86_spend() was told */
     bool is_midway;                    /* a repeat was left unfinished since somebody cleared this */
     uint64_t fault_retired;            /* 1 + `retired` when an exception was last delivered */
     unsigned io_count, io_pos;         /* entries logged; entries taken by this attempt */
@@ -443,6 +443,14 @@ static inline void x86_irq_window(x86_cpu *cpu)
 {
     if (cpu->irq_waiting && ((cpu->rflags & X86_FL_IF) || (cpu->nmi_pending && !cpu->nmi_blocked)))
         __atomic_fetch_or((uint32_t *)&cpu->attention, X86_ATT_IRQ, __ATOMIC_RELAXED);
+}
+/* Instructions are counted between looks at the clock; what takes longer than they do, some `us` microseconds, adds to it. */
+static inline void x86_spend(x86_cpu *cpu, unsigned us)
+{
+    unsigned spent = cpu->spent + us;
+    cpu->spent = (uint8_t)spent;
+    if (spent > UINT8_MAX && cpu->has_deadline)
+        __atomic_fetch_or((uint32_t *)&cpu->attention, X86_ATT_REQUEST, __ATOMIC_RELAXED);
 }
 /* Around one instruction while cpu->careful: instruction breakpoints before (may raise), TF and data breakpoints after
  * (may raise #DB as a trap). Called by the interpreter with fault_jmp set. */

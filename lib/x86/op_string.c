@@ -10,7 +10,7 @@
 #include "x86/cover.h"
 #include "x86/ops.h"
 
-enum { VISIT = 4096 };          /* iterations, or units of 64 bytes moved in bulk, a visit */
+enum { VISIT = 2048, VISIT_US = 256 };   /* iterations, or units of 64 bytes moved in bulk, a visit; how long that may take */
 
 typedef struct string_state {
     unsigned n;                 /* element size */
@@ -79,8 +79,7 @@ static void run_string(x86_cpu *cpu, const x86_insn *in, unsigned n, step_fn ste
             cpu->rflags |= X86_FL_RF;      /* a breakpoint on it is not met again (SDM vol. 3, 17.3.1.1) */
             cpu->keep_rf = true;
         }
-        if (cpu->has_deadline && ++cpu->visits % 8 == 0)
-            atomic_fetch_or(&cpu->attention, X86_ATT_REQUEST);
+        x86_spend(cpu, VISIT_US);
     }
 }
 
