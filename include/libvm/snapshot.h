@@ -65,7 +65,8 @@ typedef enum vm_snapshot_flags {
 VM_API int vm_snapshot_save(vm_snapshot *s, int fd);
 
 /* Writes a snapshot to a file: under a temporary name beside it, which takes the place of `path` when all of it is on
- * the disk. On failure `path` is what it was and nothing else is left behind. `flags` of vm_snapshot_flags. */
+ * the disk. On failure `path` is what it was and nothing else is left behind. `flags` of vm_snapshot_flags.
+ * VM_E_INVALID besides: `path` is there and no regular file. */
 VM_API int vm_snapshot_save_file(vm_snapshot *s, const char *path, unsigned flags);
 
 /* Reads a snapshot from the file behind `fd` (from the file's beginning, whatever the position), for machine m. The

@@ -384,6 +384,9 @@ static int open_temporary(const char *path, char *name, size_t room)
 int vm_snap_save_file(vm_snapshot *s, const char *path, unsigned flags)
 {
     size_t room = strlen(path) + 48;
+    struct stat there;
+    if (stat(path, &there) == 0 && !S_ISREG(there.st_mode))
+        return vm_fail(VM_E_INVALID, "snapshot: %s is no regular file, and would be replaced by one", path);
     char *name = malloc(room);
     if (!name)
         return vm_fail(VM_E_NOMEM, "no memory for a file's name");

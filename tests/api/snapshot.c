@@ -702,6 +702,8 @@ EACH_BACKEND(misuse)
     REFUSED(vm_snapshot_save(s, -1), VM_E_HOST);
     REFUSED(vm_snapshot_save_file(s, "/nonexistent/dir/x", 0), VM_E_HOST);
     REFUSED(vm_snapshot_save_file(s, "x", 64), VM_E_INVALID);
+    REFUSED(vm_snapshot_save_file(s, "/dev/null", 0), VM_E_INVALID);       /* which stays what it is */
+    REFUSED(vm_snapshot_save_file(s, "/", 0), VM_E_INVALID);
     REFUSED(vm_snapshot_load(m, -1, &(vm_snapshot *){ NULL }), VM_E_HOST);
     REFUSED(vm_snapshot_load_file(m, "/nonexistent/x", 0, &(vm_snapshot *){ NULL }), VM_E_NOTFOUND);
     REFUSED(vm_snapshot_load_file(m, "/", 0, &(vm_snapshot *){ NULL }), VM_E_FORMAT);
