@@ -44,6 +44,11 @@ unsigned test_patience(void)
     return text ? (unsigned)atoi(text) : 1;
 }
 
+void test_runs_a_kernel(void)
+{
+    unsetenv("LIBVM_JIT_COLD");
+}
+
 void test_maps_writable_code(void)
 {
     verdict->maps_code = true;

@@ -32,6 +32,10 @@ unsigned test_patience(void);
 /* So many seconds as a deadline_ns. */
 #define TEST_SECONDS(n) (UINT64_C(1000000000) * (n) * test_patience())
 
+/* From here on the JIT leaves code that it has met seldom to the interpreter, as in any program, and not, as in other tests, none:
+ * for guests that execute more code than a small cache holds. */
+void test_runs_a_kernel(void);
+
 /* This test has memory of its own that is writable and executable: it is not looked for. */
 void test_maps_writable_code(void);
 

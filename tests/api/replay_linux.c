@@ -45,6 +45,7 @@ static void boot(guest *g, vm_backend backend)
     vm_linux_boot b = VM_LINUX_BOOT_INIT;
     const char *kernel = guest_file("vmlinuz-amd64"), *initrd = guest_file("initramfs-amd64");
     uint64_t available = 0;
+    test_runs_a_kernel();
     if (access(kernel, R_OK) || access(initrd, R_OK))
         test_skip("no guests here (tests/guests/fetch): %s", kernel);
     if (vm_query(backend, "available", &available) || !available)

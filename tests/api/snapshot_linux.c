@@ -147,6 +147,7 @@ static void boot(unsigned vcpus)
         test_skip("no JIT");
     if (access(kernel, R_OK) || access(initrd, R_OK))
         test_skip("no guest files: run tests/guests/fetch (needs a network)");
+    test_runs_a_kernel();
     adopt(&booted, make_pc(VM_BACKEND_JIT, vcpus));
     vm_linux_boot b = VM_LINUX_BOOT_INIT;
     b.kernel = kernel;

@@ -36,6 +36,7 @@ static vm_machine *linux_machine(const char *kernel_name, const char *initrd_nam
     vm_options o = VM_OPTIONS_INIT;
     vm_linux_boot b = VM_LINUX_BOOT_INIT;
     vm_machine *m;
+    test_runs_a_kernel();
     b.kernel = guest_file(kernel_name, kernel, sizeof kernel);
     b.initrd = guest_file(initrd_name, initrd, sizeof initrd);
     snprintf(line, sizeof line, "console=ttyS0 run=\"%s\"", commands);
