@@ -189,7 +189,7 @@ typedef struct vm_backend_ops {
     const char *name;
     int  (*query)(const char *capability, uint64_t *value);
     int  (*machine_create)(vm_machine *m);
-    void (*machine_destroy)(vm_machine *m);
+    void (*machine_destroy)(vm_machine *m); /* also of one whose machine_create() failed */
     int  (*vcpu_create)(vm_vcpu *cpu);
     void (*vcpu_destroy)(vm_vcpu *cpu);
     x86_stop (*run)(vm_vcpu *cpu);
@@ -278,7 +278,7 @@ struct vm_machine {
     bool tsc_is_host;                  /* the guest's TSC is the host's, at tsc_hz (PC that runs or may run on KVM) */
     uint64_t tsc_hz;                   /* VM_TSC_HZ otherwise */
     uint64_t tsc_offset;               /* tsc_is_host: added to the host's */
-    bool has_backend, has_pc;          /* created far enough to be destroyed */
+    bool has_pc;                       /* created far enough to be destroyed */
     _Atomic uint64_t stat_irqs, stat_msis, stat_exits;
     struct vm_events *events;          /* doorbells and their like; NULL: none ever */
     _Atomic bool has_gdb;              /* a GDB stub exists */

@@ -163,10 +163,8 @@ static int build(vm_machine *m, const vm_options *options)
     int status = copy_options(m, options);
     if (status == VM_OK)
         status = vm_clock_create(m);
-    if (status == VM_OK && m->backend->machine_create) {
+    if (status == VM_OK && m->backend->machine_create)
         status = m->backend->machine_create(m);
-        m->has_backend = status == VM_OK;
-    }
     if (status == VM_OK)
         status = create_vcpus(m, options->vcpus ? options->vcpus : 1);
     if (status == VM_OK)
@@ -227,7 +225,7 @@ void vm_machine_destroy(vm_machine *m)
         vm_pc_destroy(m);
     for (unsigned i = 0; i < m->vcpu_count; i++)
         vm_vcpu_free(m->vcpus[i]);
-    if (m->has_backend && m->backend->machine_destroy)
+    if (m->backend && m->backend->machine_destroy)
         m->backend->machine_destroy(m);
     vm_events_free(m);
     vm_clock_destroy(m);

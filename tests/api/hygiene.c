@@ -60,13 +60,14 @@ static vm_hook_result on_block(void *user, vm_vcpu *cpu, const vm_hook_event *ev
 /* again: inc byte [rip + code that is ahead]; out 0x80, al; dec ecx; jnz again; hlt: code that changes itself and makes exits */
 static const uint8_t code[] = { 0xfe, 0x05, 0x00, 0x01, 0x00, 0x00, 0xe6, 0x80, 0xe8, 0xf3, 0x00, 0x00, 0x00, 0xff, 0xc9, 0x75, 0xef, 0xf4 };
 
-static vm_machine *make(vm_backend backend, const vm_io_ops *ops, void *user)
+static vm_machine *make(vm_backend backend, const char *model, const vm_io_ops *ops, void *user)
 {
     static const uint8_t called[] = { 0xb0, 0x00, 0xc3 };                /* mov al, n; ret */
     vm_options options = VM_OPTIONS_INIT;
     vm_machine *m;
     vm_regs regs = VM_REGS_INIT;
     options.backend = backend;
+    options.cpu_model = model;
     OK(vm_create(&options, &m));
     OK(vm_map_ram(m, 0x1000, 0x4000, VM_PROT_RWX, NULL));
     OK(vm_map_pio(m, 0x80, 1, ops, user, NULL));
@@ -109,7 +110,7 @@ EACH_BACKEND(no_memory_is_writable_and_executable)
     look(&l);
     ops.write = on_write;
     ops.clone = on_clone;
-    vm_machine *m = make(backend, &ops, &l);
+    vm_machine *m = make(backend, NULL, &ops, &l);
     look(&l);
     run_again(m, 200, &l);
     OK(vm_snapshot_take(m, &s[0]));
@@ -186,7 +187,7 @@ static void on_cycles(const void *arg)
     ops.write = nothing;
     const int descriptor = free_descriptor();
     for (unsigned i = 0; i < cycles; i++) {
-        vm_machine *m = make(*(const vm_backend *)arg, &ops, NULL);
+        vm_machine *m = make(*(const vm_backend *)arg, NULL, &ops, NULL);
         OK(vm_vcpu_run(vm_vcpu_get(m, 0), NULL, NULL));
         vm_destroy(m);
         if (i == cycles / 5)
@@ -201,6 +202,27 @@ static void on_cycles(const void *arg)
 SETUP(cycles)
 {
     add_for_backends("many_machines_leave_nothing", on_cycles, 3600);
+}
+
+/* A machine ends as what it has become, not as what it was made. */
+EACH_BACKEND(moved_machines_leave_no_descriptor)
+{
+    static const vm_backend from[] = { VM_BACKEND_INTERP, VM_BACKEND_JIT, VM_BACKEND_KVM };
+    vm_io_ops ops = VM_IO_OPS_INIT;
+    looks l = { 0 };
+    ops.write = nothing;
+    for (unsigned i = 0; i < sizeof from / sizeof *from; i++) {
+        uint64_t is_there = 0;
+        if (vm_query(from[i], "available", &is_there) || !is_there)
+            continue;
+        const int descriptor = free_descriptor();
+        vm_machine *m = make(from[i], backend == VM_BACKEND_KVM ? "kvm" : NULL, &ops, &l);
+        run_again(m, 2, &l);
+        OK(vm_backend_select(m, backend));
+        run_again(m, 2, &l);
+        vm_destroy(m);
+        CHECK_EQ(free_descriptor(), descriptor);
+    }
 }
 
 /* ---- what a guest can make the host use ---- */
