@@ -9,7 +9,7 @@ vmrun="$builddir/examples/vmrun${TEST_MMU:+ --mmu $TEST_MMU}"
 guests=${LIBVM_GUESTS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/libvm/guests}
 patience=${TEST_PATIENCE:-1}
 limit=$((${GUEST_TIMEOUT:-300} * patience))
-# TEST_GUESTS: a shell pattern for the names of guests, without the backend.
+# TEST_GUESTS: a shell pattern for the names of guests, without the backend. TEST_APPEND: what else is on Linux's command line.
 wanted() { case $1 in ${TEST_GUESTS:-*}) ;; *) return 1 ;; esac; }
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -50,8 +50,9 @@ linux() {
         echo "skip $name: no guest files: run tests/guests/fetch (needs a network)"
         return
     fi
-    timeout -k 5 $((limit + 20)) $vmrun --backend "$backend" --timeout "$limit" --memory 512M --cpus "$cpus" --kernel "$kernel" \
-        --initrd "$guests/initramfs-$arch" --append "console=ttyS0 run=\"$commands\"" "$@" >"$work/out" 2>&1 </dev/null
+    timeout -k 5 $((limit + 20)) $vmrun --backend "$backend" --timeout "$limit" --memory 512M --cpus "$cpus" \
+        --kernel "$kernel" --initrd "$guests/initramfs-$arch" \
+        --append "console=ttyS0${TEST_APPEND:+ $TEST_APPEND} run=\"$commands\"" "$@" >"$work/out" 2>&1 </dev/null
     status=$?
     sum=$(md5sum <"$guests/busybox-$arch" | cut -c 1-32)
     expect "$name" "$work/out" 'init: reached' 'sum=5050' "$sum  /bin/busybox" fork8 'forks=done' 'pipe=271' '3.14286 7.48547' \
