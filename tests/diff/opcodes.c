@@ -17,7 +17,8 @@
 
 enum { LENGTH = 128, START = 0x100 };
 
-typedef struct encoding { unsigned char bytes[16]; unsigned length, bits; } encoding;
+/* Up to 16 bytes, and two zeros: what follows prefixes may be looked at. */
+typedef struct encoding { unsigned char bytes[18]; unsigned length, bits; } encoding;
 
 /* ---- the list ---- */
 
