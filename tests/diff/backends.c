@@ -464,7 +464,7 @@ static void aim(sequence *s)
             ZydisEncoderOperand *op = &s->insns[i].request.operands[k];
             bool is_narrow = ZydisRegisterGetClass(op->mem.base) == ZYDIS_REGCLASS_GPR16;
             if (op->type != ZYDIS_OPERAND_TYPE_MEMORY || (!is_narrow && op->mem.index != ZYDIS_REGISTER_NONE) ||
-                op->mem.base == ZYDIS_REGISTER_NONE || op->mem.base == ZYDIS_REGISTER_RIP)
+                op->mem.base == ZYDIS_REGISTER_NONE || ZydisRegisterGetClass(op->mem.base) == ZYDIS_REGCLASS_IP)
                 continue;
             uint64_t base = s->c.in.gpr[ZydisRegisterGetId(op->mem.base)];
             uint64_t index = op->mem.index ? s->c.in.gpr[ZydisRegisterGetId(op->mem.index)] : 0;
