@@ -22,6 +22,7 @@
 #include "core/replay.h"
 #include "core/track.h"
 #include "mmu/mmu.h"
+#include "x86/access.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -713,9 +714,9 @@ static int copy_locked(vm_machine *m, vm_vcpu *self, uint64_t gpa, uint8_t *buff
         n = bytes;
         uint8_t *p = ram_ptr(m, gpa, &n, &r);
         if (!is_write) {
-            memcpy(buffer, p, n);
+            x86_move_host(buffer, p, n);
         } else {
-            memcpy(p, buffer, n);
+            x86_move_host(p, buffer, n);
             vm_page_written(m, self, r, gpa - r->gpa, n);
         }
     }
