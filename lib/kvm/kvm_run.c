@@ -592,7 +592,8 @@ static x86_stop run_guest(kvm_vcpu *kv)
         sync_cr8(kv);
         kvm_collected(kv);
         if (rc < 0) {
-            if (kv->is_kicked || kv->is_timer_armed) drain_kicks(kv);
+            /* Nobody asked for it: a signal, perhaps of a kick whose flag was seen, and taken back, before it was sent. */
+            if (kv->is_kicked || kv->is_timer_armed || !kv->run->immediate_exit) drain_kicks(kv);
             kv->is_late = is_late(kv);
             continue;
         }

@@ -503,6 +503,29 @@ TEST(somebody_elses_signals_arrive)
     vm_destroy(g.m);
 }
 
+/* A kick's signal that comes when the run it was meant for is over, and what told of it forgotten. */
+TEST_LIMIT(late_signal_does_not_stop_the_guest, 20)
+{
+    need_kvm();
+    guest g = OPEN(VM_BACKEND_KVM, VM_MODE_FLAT64, 0xf4, 0xf4);
+    vm_exit e = VM_EXIT_INIT;
+    vm_run_options o = VM_RUN_OPTIONS_INIT;
+    o.has_signal_blocked = true;
+    sigset_t s;
+    sigemptyset(&s);
+    sigaddset(&s, SIGURG);
+    pthread_sigmask(SIG_BLOCK, &s, NULL);
+    o.deadline_ns = 10000000000; /* signals reach KVM_RUN from now on */
+    OK(vm_vcpu_run(g.cpu, &o, &e));
+    CHECK_EQ(e.rip, CODE + 1);
+    o.deadline_ns = 0;
+    pthread_kill(pthread_self(), SIGURG);
+    OK(vm_vcpu_run(g.cpu, &o, &e));
+    CHECK_EQ(e.reason, VM_EXIT_HALT);
+    CHECK_EQ(e.rip, CODE + 2);
+    vm_destroy(g.m);
+}
+
 TEST(kick_is_sticky)
 {
     need_kvm();
