@@ -6,6 +6,7 @@
 #include "gdb/gdb.h"
 
 #include <string.h>
+#include <sys/eventfd.h>
 
 typedef struct command { const char *prefix; void (*run)(gdb *g, const char *rest, size_t count); } command;
 #define BAD "E01"
@@ -461,7 +462,8 @@ static gdb_cpu *left_to_tell(gdb *g)
         for (unsigned i = 0; i < g->point_count; i++)
             is_there |= is_same_place(&g->points[i], &p);
         bool is_break = c->exit.reason == VM_EXIT_BREAKPOINT && !c->exit.debug.is_watchpoint;
-        if (c->event != GDB_EVENT_STOP || (gdb_pc(c->cpu) == c->rip && (!is_break || is_there)))
+        bool is_movable = c->event == GDB_EVENT_STOP || c->event == GDB_EVENT_END;
+        if (!is_movable || (gdb_pc(c->cpu) == c->rip && (!is_break || is_there)))
             return c;
         c->event = GDB_EVENT_NONE;
     }
@@ -473,10 +475,13 @@ void gdb_resume(gdb *g)
     gdb_cpu *c = left_to_tell(g);
     if (c && c->event == GDB_EVENT_STOP) {
         gdb_report(g, c);
-        return;
+    } else if (c) {                    /* an end or a reset while a debugger came: the serving thread's to deal with */
+        g->is_running = true;
+        (void)eventfd_write(g->wake, 1);
+    } else {
+        gdb_history_begin(g);
+        gdb_go(g);
     }
-    gdb_history_begin(g);
-    gdb_go(g);
 }
 
 static void order_all(gdb *g, gdb_order order)

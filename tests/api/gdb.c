@@ -55,7 +55,7 @@ static int dial(rig *r)
     return fd;
 }
 
-static rig *open_rig(vm_backend backend, const void *code, size_t bytes, unsigned vcpus, vm_gdb_options *o)
+static rig *start_rig(vm_backend backend, const void *code, size_t bytes, unsigned vcpus, vm_gdb_options *o)
 {
     rig *r = calloc(1, sizeof *r);
     vm_options mo = VM_OPTIONS_INIT;
@@ -73,6 +73,13 @@ static rig *open_rig(vm_backend backend, const void *code, size_t bytes, unsigne
     r->cpu = vm_vcpu_get(r->m, 0);
     OK(vm_gdbstub(r->m, "127.0.0.1:0", o, &r->g));
     CHECK(pthread_create(&r->thread, NULL, serve, r) == 0);
+    r->fd = -1;
+    return r;
+}
+
+static rig *open_rig(vm_backend backend, const void *code, size_t bytes, unsigned vcpus, vm_gdb_options *o)
+{
+    rig *r = start_rig(backend, code, bytes, vcpus, o);
     r->fd = dial(r);
     return r;
 }
@@ -562,6 +569,49 @@ EACH_BACKEND(runs_alone_until_somebody_comes)
     close(r->fd);                                      /* too late or not, and gone again */
     r->fd = -1;
     close_rig(r, VM_EXIT_HALT);
+}
+
+/* out 80h, al; hlt. The program says, some time later, that the first is the end. */
+static const uint8_t saying[] = { 0xe6, 0x80, 0xf4 };
+
+static vm_gdb_action think_about_it(void *user, vm_vcpu *cpu, vm_exit *exit)
+{
+    (void)cpu;
+    *(_Atomic bool *)user = true;
+    usleep(100000);                                    /* less, and the test sees less; no other harm */
+    return exit->reason == VM_EXIT_IO ? VM_GDB_END : VM_GDB_DEFAULT;
+}
+
+static rig *open_thinking(vm_backend backend)
+{
+    static _Atomic bool thinks;
+    vm_gdb_options o = VM_GDB_OPTIONS_INIT;
+    o.runs_alone = true;
+    o.on_exit = think_about_it;
+    o.user = (void *)&thinks;
+    rig *r = start_rig(backend, saying, sizeof saying, 1, &o);
+    while (!thinks)
+        usleep(100);
+    r->fd = dial(r);
+    return r;
+}
+
+/* The debugger comes when the guest has ended, but nobody knows yet, and goes. */
+EACH_BACKEND(end_is_kept_for_later)
+{
+    rig *r = open_thinking(backend);
+    close(r->fd);
+    r->fd = -1;
+    close_rig(r, VM_EXIT_IO);
+}
+
+/* As above, but the debugger looks, and goes on: it is told. */
+EACH_BACKEND(end_is_told_later)
+{
+    rig *r = open_thinking(backend);
+    CHECK_EQ(reg(r, RAX), 0);
+    expect(r, "c", "W00");
+    close_rig(r, VM_EXIT_IO);
 }
 
 /* Signals: a debugger that is gone must not kill the program, and the library's threads take none. */
