@@ -2,6 +2,8 @@
  *
  * A machine's map is a set of regions that do not overlap (RAM kinds and MMIO share one space; ports are another).
  * RAM kinds are made of whole 4 KiB pages at page-aligned addresses; MMIO and port ranges have byte granularity.
+ * The same memory may be mapped at several addresses (vm_map_host() of what is mapped already, a file shared twice): code that is
+ * written to through one of them changes at all. The dirty log and snapshots note the address that was used.
  * Edits are legal at any time, from callbacks too; each stops the machine's vCPUs for a moment at an instruction
  * boundary, and has taken effect when the call returns.
  *

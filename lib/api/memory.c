@@ -108,19 +108,18 @@ VM_API int vm_map_host(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot
     return vm_region_add(m, &proto, out);
 }
 
-static int check_file(int fd, uint64_t offset, uint64_t bytes)
+static int check_file(int fd, uint64_t offset, uint64_t bytes, struct stat *st)
 {
-    struct stat st;
     if (offset % PAGE || offset > INT64_MAX || bytes > INT64_MAX - offset)
         return vm_fail(VM_E_INVALID, "vm_map_file: offset 0x%llx is not page-aligned or too large", (ull)offset);
-    if (fstat(fd, &st) != 0)
+    if (fstat(fd, st) != 0)
         return vm_fail_errno(VM_E_HOST, "vm_map_file: fstat");
-    if (!S_ISREG(st.st_mode))
+    if (!S_ISREG(st->st_mode))
         return VM_OK;                  /* a device, shared memory: mmap will tell */
-    if (((uint64_t)st.st_size + PAGE - 1) / PAGE * PAGE < offset + bytes)
+    if (((uint64_t)st->st_size + PAGE - 1) / PAGE * PAGE < offset + bytes)
         return vm_fail(VM_E_INVALID, "vm_map_file: 0x%llx + 0x%llx is beyond the file's 0x%llx bytes", (ull)offset,
                        (ull)bytes,
-                       (ull)st.st_size);
+                       (ull)st->st_size);
     return VM_OK;
 }
 
@@ -131,7 +130,8 @@ VM_API int vm_map_file(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot
     if (out)
         *out = NULL;
     VM_CHECK(check_ram(m, "vm_map_file", gpa, bytes, prot));
-    VM_CHECK(check_file(fd, offset, bytes));
+    struct stat st;
+    VM_CHECK(check_file(fd, offset, bytes, &st));
     int flags = private_copy ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED;
     bool is_read_only = false;
     void *host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
@@ -143,6 +143,11 @@ VM_API int vm_map_file(vm_machine *m, uint64_t gpa, uint64_t bytes, vm_prot prot
         return vm_fail_errno(VM_E_HOST, "vm_map_file: mmap");
     vm_region proto = { .kind = VM_REGION_FILE, .gpa = gpa, .bytes = bytes, .host = host, .prot = prot,
                         .is_read_only = is_read_only };
+    if (!private_copy) {
+        proto.file.device = st.st_dev;
+        proto.file.inode = st.st_ino;
+        proto.file.at = offset;
+    }
     return add_mapping(m, &proto, out);
 }
 

@@ -77,6 +77,8 @@ struct vm_region {
     bool is_read_only;                 /* the host mapping: nobody may write, not even vm_write() */
     bool is_enabled;                   /* in the view (vm_region_move can take it out) */
     bool is_shared_file;               /* writes go to vm_options.ram_file */
+    struct { uint64_t device, inode, at; } file;       /* what a shared mapping of a file shows; inode 0: it is none */
+    bool has_twins;                    /* its memory is, or was, at other addresses of the map, too (memory.c) */
     bool is_merged;                    /* parts of `host` are mapped from a file of shared pages (backing.c) */
     bool is_dying;                     /* unmapped while one of its callbacks was running */
     unsigned busy;                     /* callbacks running; under device_lock */
@@ -99,9 +101,9 @@ void *vm_memory_ptr(vm_machine *m, uint64_t gpa, size_t *bytes);
 /* What devices use for DMA: whole transfer or false; marks dirty, invalidates code. Never recurses into MMIO. */
 bool vm_dma_read(vm_machine *m, uint64_t gpa, void *buf, size_t bytes);
 bool vm_dma_write(vm_machine *m, uint64_t gpa, const void *buf, size_t bytes);
-/* Bytes at gpa changed behind the CPUs' backs: dirty, and every vCPU drops translations of them before its next
- * instruction (the calling vCPU at once). */
-void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes);
+/* Bytes of a region of RAM changed behind the CPUs' backs, and held code: every vCPU drops translations of them, at all addresses where
+ * the memory is mapped, before its next instruction (the calling vCPU at once). */
+void vm_page_code_changed(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes);
 
 /* ---- vCPU ---- */
 /* An address space whose translations may be kept while the guest is in another; as long as the version is the same. */

@@ -10,6 +10,8 @@
  *   VM_PAGE_CLEAN  the dirty log is on and has not seen a write.
  *   VM_PAGE_TABLE  the MMU strategy keeps something that was made from the page's content and wants to hear of writes.
  *   VM_PAGE_KEPT   the page is as the current snapshot has it (track.h).
+ * Host memory that is mapped at several addresses (vm_map_host() twice, a file shared twice) has the first flag in all places or
+ * in none, and a write to one is announced for all.
  * The flags' upper bits count writes to a code page; after some the code is dropped everywhere and the flag with it,
  * so that a page that merely once held code, or holds data beside code, does not stay slow.
  *
@@ -201,6 +203,69 @@ static bool is_at_rest(vm_machine *m)
     return true;
 }
 
+/* ---- the same memory at several addresses ---- */
+
+static void set_flags(_Atomic uint8_t *f, uint8_t set, uint8_t clear)
+{
+    uint8_t old = atomic_load_explicit(f, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak(f, &old, (uint8_t)((old & ~clear) | set)))
+        ;
+}
+
+static bool is_shared(const vm_region *r)
+{
+    return r->kind == VM_REGION_HOST || r->file.inode;
+}
+
+static bool same_file(const vm_region *a, const vm_region *b)
+{
+    return a->file.inode && a->file.inode == b->file.inode && a->file.device == b->file.device;
+}
+
+static bool overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes)
+{
+    return a < b + b_bytes && b < a + a_bytes;
+}
+
+static bool are_twins(const vm_region *a, const vm_region *b)
+{
+    return overlap((uintptr_t)a->host, a->bytes, (uintptr_t)b->host, b->bytes) ||
+           (same_file(a, b) && overlap(a->file.at, a->bytes, b->file.at, b->bytes));
+}
+
+/* The next region after `last` (NULL: the first) that shows page `page` of r, and as which of its own. */
+static vm_region *next_twin(const vm_region *r, uint64_t page, const vm_region *last, uint64_t *own)
+{
+    vm_region *q = !r->has_twins ? NULL : last ? last->next : r->machine->regions;
+    for (; q; q = q->next) {
+        if (q == r || !is_ram(q))
+            continue;
+        uint64_t at = (uintptr_t)r->host + page * PAGE - (uintptr_t)q->host;
+        if (at >= q->bytes && same_file(r, q))
+            at = r->file.at + page * PAGE - q->file.at;
+        *own = at / PAGE;
+        if (at < q->bytes)
+            return q;
+    }
+    return NULL;
+}
+
+static void find_twins(vm_region *r)
+{
+    uint64_t own;
+    if (!is_shared(r) && !r->has_twins)
+        return;
+    for (vm_region *q = r->machine->regions; q; q = q->next)
+        if (q != r && is_ram(q) && are_twins(q, r))
+            q->has_twins = r->has_twins = true;
+    for (uint64_t page = 0; r->has_twins && page < r->bytes / PAGE; page++)
+        for (vm_region *q = NULL; (q = next_twin(r, page, q, &own)) != NULL;)
+            if ((q->page_flags[own] | r->page_flags[page]) & VM_PAGE_CODE) {
+                set_flags(&q->page_flags[own], VM_PAGE_CODE, 0);
+                set_flags(&r->page_flags[page], VM_PAGE_CODE, 0);
+            }
+}
+
 /* ---- adding and removing ---- */
 
 void vm_region_relink(vm_region *r)
@@ -213,8 +278,10 @@ void vm_region_relink(vm_region *r)
         r->next->link = &r->next;
     m->regions = r;
     m->region_count++;
-    if (is_ram(r))
+    if (is_ram(r)) {
         m->ram_total += r->bytes;
+        find_twins(r);
+    }
 }
 
 static int add_checked(vm_region *r)
@@ -524,13 +591,6 @@ void vm_memory_view_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
 
 /* ---- writes that must be seen ---- */
 
-static void set_flags(_Atomic uint8_t *f, uint8_t set, uint8_t clear)
-{
-    uint8_t old = atomic_load_explicit(f, memory_order_relaxed);
-    while (!atomic_compare_exchange_weak(f, &old, (uint8_t)((old & ~clear) | set)))
-        ;
-}
-
 static void drop_all_code(vm_machine *m, uint64_t gpa, uint64_t bytes)
 {
     vm_pause(m);
@@ -541,7 +601,7 @@ static void drop_all_code(vm_machine *m, uint64_t gpa, uint64_t bytes)
     vm_resume(m);
 }
 
-void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes)
+static void code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes)
 {
     if (!by) {
         drop_all_code(m, gpa, bytes);
@@ -556,11 +616,14 @@ void vm_code_changed(vm_machine *m, vm_vcpu *by, uint64_t gpa, uint64_t bytes)
 }
 
 /* Many writes to a page with code: let all of its code go, so that it can be written at full speed again. */
-static void forget_code(vm_machine *m, _Atomic uint8_t *flags, uint64_t gpa)
+static void forget_code(vm_machine *m, const vm_region *r, uint64_t page)
 {
+    uint64_t own = page;
     vm_pause(m);
-    drop_all_code(m, gpa, PAGE);
-    set_flags(flags, 0, VM_PAGE_CODE | WRITE_LIMIT);
+    for (const vm_region *q = r, *last = NULL; q; q = last = next_twin(r, page, last, &own)) {
+        drop_all_code(m, q->gpa + own * PAGE, PAGE);
+        set_flags(&q->page_flags[own], 0, VM_PAGE_CODE | WRITE_LIMIT);
+    }
     vm_resume(m);
 }
 
@@ -572,12 +635,22 @@ static bool any_blocked(vm_machine *m, vm_vcpu *self)
     return false;
 }
 
-static void code_page_written(vm_machine *m, vm_vcpu *by, _Atomic uint8_t *flags, uint64_t gpa, uint64_t bytes)
+void vm_page_code_changed(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes)
 {
+    uint64_t own;
+    code_changed(m, by, r->gpa + offset, bytes);
+    for (vm_region *q = NULL; (q = next_twin(r, offset / PAGE, q, &own)) != NULL;)
+        code_changed(m, by, q->gpa + own * PAGE + offset % PAGE, bytes);
+}
+
+static void code_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t offset, uint64_t bytes)
+{
+    const uint64_t page = offset / PAGE;
+    _Atomic uint8_t *flags = &r->page_flags[page];
     uint8_t now = atomic_load_explicit(flags, memory_order_relaxed);
-    vm_code_changed(m, by, gpa, bytes);
+    vm_page_code_changed(m, by, r, offset, bytes);
     if ((now & WRITE_LIMIT) == WRITE_LIMIT && !any_blocked(m, by))
-        forget_code(m, flags, gpa & X86_PAGE_MASK);
+        forget_code(m, r, page);
     else if ((now & WRITE_LIMIT) != WRITE_LIMIT)
         atomic_fetch_add_explicit(flags, WRITE_COUNT, memory_order_relaxed);
 }
@@ -625,7 +698,7 @@ void vm_page_written(vm_machine *m, vm_vcpu *by, const vm_region *r, uint64_t of
             if (!(now & VM_PAGE_CODE))
                 continue;
             uint64_t end = (page + 1) * PAGE < offset + bytes ? (page + 1) * PAGE : offset + bytes;
-            code_page_written(m, by, flags, r->gpa + first, end - first);
+            code_page_written(m, by, r, first, end - first);
         }
     }
 }
@@ -653,19 +726,25 @@ void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
     const vm_range *range = vm_find(cpu, gpa);
     if (!range || !is_ram(range->region))
         return;
-    _Atomic uint8_t *flags = &range->region->page_flags[(gpa - range->gpa) / PAGE];
-    if (atomic_load_explicit(flags, memory_order_acquire) & VM_PAGE_CODE)
+    const vm_region *r = range->region;
+    const uint64_t page = (gpa - range->gpa) / PAGE;
+    uint64_t own = page;
+    if (atomic_load_explicit(&r->page_flags[page], memory_order_acquire) & VM_PAGE_CODE)
         return;
-    set_flags(flags, VM_PAGE_CODE, WRITE_LIMIT);
-    vm_mmu_protect_page(cpu, gpa);
+    for (const vm_region *q = r, *last = NULL; q; q = last = next_twin(r, page, last, &own)) {
+        set_flags(&q->page_flags[own], VM_PAGE_CODE, WRITE_LIMIT);
+        vm_mmu_protect_page(cpu, q->gpa + own * PAGE);
+    }
     if (m->vcpu_count == 1)
         return;
     /* Once every vCPU has stopped, stores through the old tags are done; and translated code that has just compared its address with
      * a tag, which it takes off again to have the address back, has done that. */
     vm_pause(m);
-    for (unsigned i = 0; i < m->vcpu_count; i++)
-        if (m->vcpus[i] && m->vcpus[i] != cpu)
-            vm_mmu_protect_page(m->vcpus[i], gpa);
+    own = page;
+    for (const vm_region *q = r, *last = NULL; q; q = last = next_twin(r, page, last, &own))
+        for (unsigned i = 0; i < m->vcpu_count; i++)
+            if (m->vcpus[i] && m->vcpus[i] != cpu)
+                vm_mmu_protect_page(m->vcpus[i], q->gpa + own * PAGE);
     vm_resume(m);
 }
 
@@ -782,6 +861,8 @@ int vm_memory_changed(vm_machine *m, uint64_t gpa, uint64_t bytes)
                 note_write(m, NULL, r, page);
             if (r->page_flags[page] & VM_PAGE_TABLE)
                 vm_mmu_table_written(m, vm_vcpu_self(m), r->gpa + page * PAGE);
+            if (r->has_twins && (r->page_flags[page] & VM_PAGE_CODE))
+                vm_page_code_changed(m, NULL, r, page * PAGE, PAGE);
         }
     }
     drop_all_code(m, gpa, bytes);

@@ -754,13 +754,13 @@ int vm_snap_take(vm_machine *m, vm_snapshot **out)
 /* Bytes from..to of a page with code or page tables change: tell who made something of them. */
 static void announce(vm_region *r, uint64_t page, uint64_t from, uint64_t to, unsigned flags)
 {
-    uint64_t gpa = r->gpa + page * PAGE + from;
+    uint64_t offset = page * PAGE + from;
     if (!r->is_enabled)
         return;
     if (flags & VM_PAGE_CODE)
-        vm_code_changed(r->machine, NULL, gpa, to - from);
+        vm_page_code_changed(r->machine, NULL, r, offset, to - from);
     if (flags & VM_PAGE_TABLE)
-        vm_mmu_table_written(r->machine, NULL, gpa);
+        vm_mmu_table_written(r->machine, NULL, r->gpa + offset);
 }
 
 /* Only where the contents differ: what was translated from equal bytes stays good. */

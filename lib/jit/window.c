@@ -31,7 +31,7 @@ static void find_write_window(jit *j, const vm_range *r, int64_t delta)
 static bool is_window_region(const vm_range *r)
 {
     const vm_region *g = r->region;
-    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) &&
+    return g->host && g->kind <= VM_REGION_FILE && !g->page_prot && !g->has_twins && (g->prot & VM_PROT_R) && r->gpa < (1u << 30) &&
            r->bytes >= 4096;
 }
 

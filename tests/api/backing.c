@@ -1,4 +1,4 @@
-/* backing.c - the host memory behind RAM: given back, advised about, shared between machines. */
+/* backing.c - the host memory behind RAM: given back, advised about, shared between machines, mapped at several addresses. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -366,4 +366,84 @@ TEST(share_refused)
     OK(vm_share_pages((vm_machine *[]){ m, m }, 2, &saved));         /* within one machine, named twice */
     CHECK_EQ(saved, 8 * PAGE);
     vm_destroy(m);
+}
+
+/* ---- the same memory at several addresses ---- */
+
+enum { FIRST = 0x1000000, SECOND = 0x2000000, THIRD = 0x3000000 };
+
+/* Maps what the function at FIRST is in at another address: host memory, a region's own, or a file's. */
+static vm_region *map_again(vm_machine *m, unsigned kind, uint64_t gpa, void *memory, int fd)
+{
+    vm_region *r = NULL;
+    OK(kind < 2 ? vm_map_host(m, gpa, 2 * PAGE, VM_PROT_RWX, memory, &r)
+                : vm_map_file(m, gpa, 2 * PAGE, VM_PROT_RWX, fd, 0, false, &r));
+    return r;
+}
+
+/* Calls the function in a loop, writes its result anew at SECOND, calls it, and so once more. EAX, EBX, EDX: what it gave. */
+static const char twice[] =
+    "\xbc\x00\x80\x00\x00" "\xb9\xb8\x0b\x00\x00" "\xbe\x00\x00\x00\x01" "\xbf\x00\x00\x00\x02"        /* esp; ecx, 3000; esi, FIRST; edi, SECOND */
+    "\xff\xd6" "\xff\xc9" "\x75\xfa" "\x89\xc3"                                    /* call rsi; dec ecx; jnz; mov ebx, eax */
+    "\xc6\x47\x01\x22" "\xff\xd6" "\x89\xc2"                                       /* mov byte [rdi + 1], 0x22; call; mov edx, eax */
+    "\xc6\x47\x01\x33" "\xff\xd6" "\xf4";
+
+static uint64_t result(vm_machine *m)
+{
+    uint64_t rax = 0;
+    OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RAX, &rax, 8));
+    return rax;
+}
+
+static uint64_t call_first(vm_machine *m)
+{
+    static const char call[] = "\xbc\x00\x80\x00\x00\xbe\x00\x00\x00\x01\xff\xd6\xf4";
+    OK(vm_write(m, 0x3000, call, sizeof call - 1));
+    run_at(m, 0x3000, 0);
+    return result(m);
+}
+
+EACH_BACKEND(code_at_several_addresses)
+{
+    for (unsigned kind = 0; kind < 3; kind++) {
+        vm_region *first = NULL, *second, *low = NULL;
+        vm_snapshot *s = NULL;
+        vm_machine *m = machine(backend, &low);
+        uint64_t seen[2] = { 0 };
+        int fd = memfd_create("code", 0);
+        void *memory = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(fd >= 0 && ftruncate(fd, 2 * PAGE) == 0 && memory != MAP_FAILED);
+        if (kind == 1)
+            OK(vm_map_ram(m, FIRST, 2 * PAGE, VM_PROT_RWX, &first));
+        else
+            first = map_again(m, kind, FIRST, memory, fd);
+        second = map_again(m, kind, SECOND, vm_region_data(first), fd);
+        OK(vm_write(m, FIRST, "\xb8\x11\x00\x00\x00\xc3", 6));         /* mov eax, 0x11; ret */
+        OK(vm_write(m, 0x1000, twice, sizeof twice - 1));
+        for (unsigned i = 0; i < 2; i++) {                               /* the second time what is known of the page is old */
+            OK(vm_write(m, SECOND + 1, "\x11", 1));
+            run_at(m, 0x1000, 0);
+            OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RBX, &seen[0], 8));
+            OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RDX, &seen[1], 8));
+            CHECK_EQ(seen[0], 0x11);
+            CHECK_EQ(seen[1], 0x22);
+            CHECK_EQ(result(m), 0x33);
+        }
+        OK(vm_snapshot_take(m, &s));
+        OK(vm_write(m, SECOND + 1, "\x44", 1));
+        CHECK_EQ(call_first(m), 0x44);
+        OK(vm_snapshot_restore(m, s));
+        CHECK_EQ(call_first(m), 0x33);
+        vm_snapshot_free(s);
+        ((uint8_t *)vm_region_data(second))[1] = 0x55;
+        OK(vm_invalidate(m, SECOND, PAGE));
+        CHECK_EQ(call_first(m), 0x55);
+        OK(vm_unmap(m, second));
+        (void)map_again(m, kind, THIRD, vm_region_data(first), fd);      /* comes when the code is known */
+        OK(vm_write(m, THIRD + 1, "\x66", 1));
+        CHECK_EQ(call_first(m), 0x66);
+        vm_destroy(m);
+        munmap(memory, 2 * PAGE);
+        close(fd);
+    }
 }
