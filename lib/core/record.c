@@ -34,6 +34,18 @@ static bool is_boundary(const vm_vcpu *cpu)
     return x->halted || (!x->is_midway && x->fault_retired != x->retired + 1);
 }
 
+/* Executes; is_midway tells what is so then. Who is called before the first instruction has executed nothing: what was unfinished is. */
+static x86_stop go_on(vm_vcpu *cpu, vm_round *r, int64_t slice)
+{
+    x86_cpu *x = &cpu->x86;
+    const bool was_midway = x->is_midway;
+    const uint64_t retired = x->retired;
+    x->is_midway = false;
+    x86_stop stop = vm_round_execute(cpu, r, slice);
+    x->is_midway |= was_midway && x->retired == retired;
+    return stop;
+}
+
 /* Others want something and the state is none that counting finds again: let an instruction retire. */
 static int step_to_boundary(vm_vcpu *cpu, vm_round *r)
 {
@@ -41,8 +53,7 @@ static int step_to_boundary(vm_vcpu *cpu, vm_round *r)
     int reason = 0;
     for (int i = 0; i < STEPS_TO_BOUNDARY && !reason && !is_boundary(cpu); i++) {
         uint32_t held = atomic_exchange(&x->attention, 0);
-        x->is_midway = false;
-        x86_stop stop = vm_round_execute(cpu, r, 1);
+        x86_stop stop = go_on(cpu, r, 1);
         reason = vm_round_stopped(cpu, r, stop);
         if (stop == X86_STOP_IO)
             vm_record_put(cpu, (vm_log_event){ .type = VM_LOG_EXITED, .is_inside = true });
@@ -135,8 +146,7 @@ static int execute(vm_vcpu *cpu, vm_round *r, uint64_t slice)
     x86_cpu *x = &cpu->x86;
     if (r->is_window && slice > VM_SLICE_WINDOW)
         slice = x->inhibit ? 1 : VM_SLICE_WINDOW;
-    x->is_midway = false;
-    x86_stop stop = vm_round_execute(cpu, r, (int64_t)vm_round_slice(cpu, r, slice));
+    x86_stop stop = go_on(cpu, r, (int64_t)vm_round_slice(cpu, r, slice));
     if (stop == X86_STOP_SLICE)
         x->is_midway = false;          /* counting found it */
     int reason = vm_round_stopped(cpu, r, stop);
