@@ -447,9 +447,11 @@ static inline void x86_irq_window(x86_cpu *cpu)
 /* Instructions are counted between looks at the clock; what takes longer than they do, some `us` microseconds, adds to it. */
 static inline void x86_spend(x86_cpu *cpu, unsigned us)
 {
+    if (!cpu->has_deadline)
+        return;
     unsigned spent = cpu->spent + us;
     cpu->spent = (uint8_t)spent;
-    if (spent > UINT8_MAX && cpu->has_deadline)
+    if (spent > UINT8_MAX)
         __atomic_fetch_or((uint32_t *)&cpu->attention, X86_ATT_REQUEST, __ATOMIC_RELAXED);
 }
 /* Around one instruction while cpu->careful: instruction breakpoints before (may raise), TF and data breakpoints after
