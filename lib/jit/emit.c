@@ -463,6 +463,17 @@ static void emit_ea(emitter *e, const jit_op *o)
     }
 }
 
+/* T0 = what an EA op makes; flags untouched. The stack pointer is settled. */
+static void emit_pointer(emitter *e, const jit_op *o)
+{
+    unsigned size = e->u->key & JIT_KEY_64 ? 8 : 4;
+    switch (o->op) {
+    case IR_EA_SP: e_lea(e->w, size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust); break;
+    case IR_EA_BP: e_lea(e->w, size, T0, RBP, 0xff, 1, o->adjust); break;
+    default: emit_ea(e, o); break;
+    }
+}
+
 /* op reg, operand of the access */
 static void emit_mem(emitter *e, const jit_op *o, unsigned op, unsigned reg)
 {
@@ -776,21 +787,25 @@ static void emit_offset_to_linear(emitter *e, const slow_stub *s)
     e_lea(e->w, e->u->key & JIT_KEY_64 ? 8 : 4, T0, T0, 0xff, 1, (int32_t)e->j->window_gpa[s->check->window - 1]);
 }
 
-/* Outside the window there may still be RAM: try the TLB before C. Ends with T0 and T1 as after a missed lookup. A
- * group outside is given up: its members rely on the window. */
-static void emit_outside(emitter *e, slow_stub *s, bool is_write)
+/* Outside the window there may still be RAM: try the TLB before C. */
+static void emit_outside(emitter *e, const slow_stub *s, bool is_write)
 {
     jit_writer *w = e->w;
     emit_offset_to_linear(e, s);
-    if (s->check->role == JIT_CHECK_LEADER) {
-        emit_tlb_index(e->j);
-        e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
-        return;
-    }
     uint8_t *miss = emit_tlb_lookup(e->u, s->check->size, is_write);
     emit_host_to_offset(e, s);
     e_jmp_to(w, s->hit);
     e_patch(miss, w->p);
+}
+
+/* After a missed lookup: T0 = the linear address, from the registers again. Another vCPU may have taken the tag away meanwhile. A group
+ * outside its window is given up: its members rely on it. */
+static void emit_address_again(emitter *e, const slow_stub *s, bool is_write)
+{
+    const bool is_leader = s->check->role == JIT_CHECK_LEADER;
+    if (s->check->window && !is_leader) emit_outside(e, s, is_write);
+    if (!s->check->window || !is_leader) emit_pointer(e, s->check - 1);
+    if (s->check->window) emit_offset_to_linear(e, s);
 }
 
 /* After a slow access that is the whole instruction: does a callback want the run loop now? */
@@ -825,8 +840,7 @@ static void emit_slow_stub(emitter *e, slow_stub *s)
         s->jump[1] = e_jmp(w);
     }
     e_patch(s->jump[0], w->p);
-    if (s->check->window) emit_outside(e, s, is_write);
-    e_r_gsb(w, 8, 0x33, T0, T1, tag_offset(e->u, is_write));
+    emit_address_again(e, s, is_write);
     if (s->jump[1]) e_patch(s->jump[1], w->p);
     if (s->regen) emit_regen(e, s->recipe);
     if (s->save) emit_save(w);
@@ -1394,18 +1408,8 @@ static void op_native(emitter *e, const jit_op *o)
 
 static void op_ea(emitter *e, const jit_op *o)
 {
-    if (needs_address(e, o)) emit_ea(e, o);
+    if (needs_address(e, o)) emit_pointer(e, o);
     if (jit_insn_is_x87(&e->u->insn[o->insn])) e_gs_store(e->w, 8, T0, JIT_SLOT(JIT_SLOT_X87_NEXT_LA));
-}
-
-static void op_stack_ea(emitter *e, const jit_op *o)
-{
-    unsigned size = e->u->key & JIT_KEY_64 ? 8 : 4;
-    if (!needs_address(e, o)) return;
-    if (o->op == IR_EA_SP)
-        e_lea(e->w, size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust);
-    else
-        e_lea(e->w, size, T0, RBP, 0xff, 1, o->adjust);
 }
 
 /* With the access behind it. */
@@ -1448,8 +1452,8 @@ static const struct {
     [IR_NATIVE] = {op_native},
     [IR_LEA] = {emit_lea},
     [IR_EA] = {op_ea},
-    [IR_EA_SP] = {op_stack_ea},
-    [IR_EA_BP] = {op_stack_ea},
+    [IR_EA_SP] = {op_ea},
+    [IR_EA_BP] = {op_ea},
     [IR_CHECK] = {op_check},
     [IR_ADD_SP] = {op_add_sp},
     [IR_MOVE_TMP] = {emit_move_tmp},
