@@ -5,17 +5,9 @@
 
 static vm_vcpu *machine(vm_backend backend, const vm_io_ops *ops, void *user, const void *code, size_t bytes)
 {
-    vm_options o = VM_OPTIONS_INIT;
-    vm_machine *m = NULL;
-    uint64_t rsp = 0x8000;
-    o.backend = backend;
-    OK(vm_create(&o, &m));
-    OK(vm_map_ram(m, 0, 0x10000, VM_PROT_RWX, NULL));
-    OK(vm_map_pio(m, PORT, 4, ops, user, NULL));
-    OK(vm_write(m, 0, code, bytes));
-    OK(vm_vcpu_set_mode(vm_vcpu_get(m, 0), VM_MODE_FLAT64));
-    OK(vm_vcpu_write_reg(vm_vcpu_get(m, 0), VM_REG_RSP, &rsp, 8));
-    return vm_vcpu_get(m, 0);
+    vm_vcpu *cpu = bare_machine(backend, VM_MODE_FLAT64, code, bytes);
+    OK(vm_map_pio(vm_vcpu_machine(cpu), PORT, 4, ops, user, NULL));
+    return cpu;
 }
 #define MACHINE(ops, user, code) machine(backend, ops, user, code, sizeof code - 1)
 
