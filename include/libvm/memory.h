@@ -100,7 +100,8 @@ typedef enum vm_advice {
 } vm_advice;
 /* Advises the host about whole pages of RAM of any kind. Memory from a hugetlbfs file is mapped with vm_map_file(),
  * a PC's with vm_options.ram_file.
- * VM_E_FAULT part of the range is not RAM; VM_E_HOST the host refused (no such feature, out of memory). */
+ * VM_E_INVALID bits that contradict each other; VM_E_FAULT part of the range is not RAM; VM_E_HOST the host refused (no such
+ * feature, out of memory). */
 VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advice);
 
 /* Finds pages of equal content in the RAM (vm_map_ram() and PCs' own) of `count` machines, once, and lets them share

@@ -263,6 +263,10 @@ VM_API int vm_advise(vm_machine *m, uint64_t gpa, uint64_t bytes, unsigned advic
     VM_CHECK(check_pages(m, "vm_advise", gpa, bytes));
     if (advice & ~VM_ADVICE_ALL)
         return vm_fail(VM_E_INVALID, "vm_advise: unknown bits 0x%x", advice & ~VM_ADVICE_ALL);
+    static const unsigned opposites[] = { VM_ADVICE_HUGE | VM_ADVICE_SMALL, VM_ADVICE_MERGEABLE | VM_ADVICE_UNMERGEABLE };
+    for (unsigned i = 0; i < 2; i++)
+        if ((advice & opposites[i]) == opposites[i])
+            return vm_fail(VM_E_INVALID, "vm_advise: bits 0x%x contradict each other", opposites[i]);
     return vm_memory_advise(m, gpa, bytes, advice);
 }
 

@@ -123,6 +123,8 @@ TEST(advise)
         CHECK(resident[i] & 1);
     CHECK_EQ(smaps_kb((char *)vm_region_data(r) + 4 * MIB, "AnonHugePages:"), 0);
     REFUSED(vm_advise(m, 0, PAGE, 64), VM_E_INVALID);
+    REFUSED(vm_advise(m, 0, PAGE, VM_ADVICE_HUGE | VM_ADVICE_SMALL), VM_E_INVALID);
+    REFUSED(vm_advise(m, 0, PAGE, VM_ADVICE_MERGEABLE | VM_ADVICE_UNMERGEABLE | VM_ADVICE_PREFAULT), VM_E_INVALID);
     REFUSED(vm_advise(m, 0, 9 * MIB, VM_ADVICE_SMALL), VM_E_FAULT);
     REFUSED(vm_advise(NULL, 0, PAGE, 0), VM_E_INVALID);
     vm_destroy(m);
