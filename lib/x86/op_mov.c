@@ -107,8 +107,7 @@ void x86_op_cwd(x86_cpu *cpu, const x86_insn *in)
 
 void x86_op_xlat(x86_cpu *cpu, const x86_insn *in)
 {
-    uint64_t off = cpu->gpr[X86_RBX] + (uint8_t)cpu->gpr[X86_RAX];
-    off = in->asz == 8 ? off : in->asz == 4 ? (uint32_t)off : (uint16_t)off;
+    uint64_t off = x86_wrap_offset(in, cpu->gpr[X86_RBX] + (uint8_t)cpu->gpr[X86_RAX]);
     x86_set_gpr(cpu, X86_RAX, 1, x86_load(cpu, x86_linear_fast(cpu, in->seg, off, 1, X86_READ), 1));
 }
 
