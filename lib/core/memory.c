@@ -737,8 +737,7 @@ void vm_page_has_code(vm_vcpu *cpu, uint64_t gpa)
     }
     if (m->vcpu_count == 1)
         return;
-    /* Once every vCPU has stopped, stores through the old tags are done; and translated code that has just compared its address with
-     * a tag, which it takes off again to have the address back, has done that. */
+    /* Once every vCPU has stopped, stores through the old tags are done. */
     vm_pause(m);
     own = page;
     for (const vm_region *q = r, *last = NULL; q; q = last = next_twin(r, page, last, &own))

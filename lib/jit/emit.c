@@ -1520,7 +1520,6 @@ static void emit_block(emitter *e)
     for (unsigned k = 0; k < e->nleave && goes_well(e, 0); k++) emit_leave_stub(e, &e->leaves[k]);
 }
 
-
 static void place_lists(emitter *e)
 {
     jit_block *b = e->block;

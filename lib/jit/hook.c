@@ -541,7 +541,8 @@ uint64_t jit_help_hook(x86_cpu *cpu, uint32_t at)
     if (h->site.size) complete_event(cpu, h);
     unsigned answer = (unsigned)h->fn(h->user, j->vcpu, &h->event);
     if (answer > X86_HOOK_RETRY) answer = X86_HOOK_GO;
-    bool leaves = answer || cpu->is_redirected || h->site.block->is_dead || j->must_flush || j->window_stale || atomic_load_explicit(&cpu->attention, memory_order_relaxed);
+    bool leaves = answer || cpu->is_redirected || h->site.block->is_dead || j->must_flush || j->window_stale ||
+                  atomic_load_explicit(&cpu->attention, memory_order_relaxed);
     if (leaves) {
         cpu->jit_scratch[JIT_SLOT_R15] -= h->site.index;
         (h->site.size ? decide_access : decide)(j, cpu, h, answer);
