@@ -21,8 +21,9 @@
  * instructions, and the block is made again along them (lift.c). The path is a hint: each step of it is compared.
  *
  * Time. R15 counts instructions down; each edge subtracts its block's count and leaves when it turns negative, so the
- * run loop's `attention` is looked at every SLICE instructions at the latest. A budget that must be exact runs all but
- * its last EXACT_TAIL instructions here and those in the interpreter.
+ * run loop's `attention` is looked at every SLICE instructions at the latest, and sooner where they are slow (loads that
+ * miss caches, transcendentals): each slice is as long as the time of the one before suggests. A budget that must be
+ * exact runs all but its last EXACT_TAIL instructions here and those in the interpreter.
  *
  * State. rip is an immediate in each stub that may call C; flags are exact by emit.c's rules; general and vector
  * registers are spilled around each call. A fault longjmps from a helper straight to jit_run().
@@ -43,7 +44,8 @@
 #include "x86/native.h"
 #include "mmu/mmu.h"
 
-#define SLICE      16384
+#define SLICE      16384 /* the longest */
+#define SLICE_TICKS 80000 /* of the host's TSC: 20 to 40 us */
 #define TRANSLATION_US 20 /* what a block takes, roughly */
 #define ARENA_START 16 /* no site is at offset 0 */
 #define EXACT_TAIL 2400 /* more than a page of one-byte blocks with live flags can overshoot */
@@ -603,6 +605,20 @@ static x86_stop interpret_here(jit *j, x86_cpu *cpu)
     return is_long ? interpret(j, cpu, STRETCH) : is_left ? interpret(j, cpu, j->worth > 1 ? SHORT : STRETCH) : interpret_one(j);
 }
 
+/* A slice has taken so long: the next one should not take more than SLICE_TICKS. They grow slowly again, so that loops in
+ * which slow code comes and goes have short ones; that a host did something else meanwhile costs next to nothing. */
+static void set_slice(jit *j, x86_cpu *cpu, uint64_t ticks)
+{
+    enum { SHORTEST = 128, TICKS_PER_US = 1024 }; /* at least */
+    int64_t slice = j->slice;
+    if (ticks > SLICE_TICKS)
+        slice = (int64_t)((uint64_t)slice * SLICE_TICKS / ticks);
+    else if (ticks < SLICE_TICKS / 4)
+        slice += slice / 16 + 1;
+    j->slice = slice > j->longest ? j->longest : slice < SHORTEST && slice < j->longest ? SHORTEST : slice;
+    x86_spend(cpu, (unsigned)(ticks > 255 * TICKS_PER_US ? 255 : ticks / TICKS_PER_US));
+}
+
 /* Execute translated code from rip on, for at most a slice. Returns how it left. */
 static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code)
 {
@@ -614,6 +630,7 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code)
     jit_store_flags(cpu);
     if (key & JIT_KEY_X87) jit_keep_x87_pointers(j, cpu);
     cpu->hook_site = 0;
+    const uint64_t began = j->is_timed ? __builtin_ia32_rdtsc() : 0;
     j->in_code = true;
     ((void (*)(const void *))(uintptr_t)j->enter[jit_level(key)])(code);
     j->in_code = false;
@@ -622,7 +639,10 @@ static unsigned enter(jit *j, x86_cpu *cpu, uint32_t key, const uint8_t *code)
     if (key & JIT_KEY_X87) jit_load_x87_pointers(j, cpu);
     jit_count_retired(j, cpu, 0);
     jit_load_flags(cpu);
-    return (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
+    const unsigned reason = (unsigned)cpu->jit_scratch[JIT_SLOT_REASON];
+    if (reason == JIT_LEAVE_SLICE && j->is_timed) set_slice(j, cpu, __builtin_ia32_rdtsc() - began);
+    j->is_timed = reason == JIT_LEAVE_SLICE;
+    return reason;
 }
 
 /* Is the page of code at la known to be global? */
@@ -676,7 +696,7 @@ static bool is_loop(const jit_block *b)
 /* Is rip where slices end again and again? */
 static bool is_sampled(jit *j, uint64_t rip)
 {
-    unsigned h = jit_hash_block(rip) & 255, wanted = j->slice < SLICE ? 1 : 4;
+    unsigned h = jit_hash_block(rip) & 255, wanted = j->longest < SLICE ? 1 : 4;
     if (j->samples[h].rip != rip) {
         j->samples[h].rip = rip;
         j->samples[h].count = 0;
@@ -983,7 +1003,7 @@ static int jit_vcpu_create(vm_vcpu *cpu)
     }
     const char *cold = getenv("LIBVM_JIT_COLD"), *slice = getenv("LIBVM_JIT_SLICE");
     j->cold = cold ? atoi(cold) : COLD_INSTRUCTIONS;
-    j->slice = slice && atoi(slice) > 0 ? atoi(slice) : SLICE;
+    j->slice = j->longest = slice && atoi(slice) > 0 ? atoi(slice) : SLICE;
     j->worth = 1;
     j->vcpu = cpu;
     j->unit = (jit_unit *)(j + 1);

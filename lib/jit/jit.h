@@ -241,7 +241,8 @@ typedef struct jit {
     uint64_t stops[JIT_STOPS];
     unsigned stop_count, stop_next; /* addresses that no block contains or is linked to */
     int64_t r15_start;              /* value r15 had when instructions were last counted */
-    int64_t slice;           /* instructions after which the run loop looks round */
+    int64_t slice, longest;         /* instructions after which the run loop looks round, now and at most */
+    bool is_timed;                  /* a slice has ended: set_slice() wants to know how long the next one takes */
     uint64_t bounce_la, bounce_gpa;
     bool bounce_active, bounce_is_device; /* ...known to be at bounce_gpa */
     int64_t cold_done, cold; /* instructions interpreted before there is a code cache, so far and in all */
