@@ -48,7 +48,7 @@ __asm__(".pushsection .rodata\n"
         "   movaps %xmm0, %xmm1; fninit; 1: movaps %xmm0, %xmm2; sqrtps %xmm2, %xmm2; mulps %xmm0, %xmm2; movaps %xmm0, %xmm3\n"
         "   divps %xmm1, %xmm3; sqrtpd %xmm0, %xmm4; divpd %xmm1, %xmm4; jmp 1b\n"
         "loop_divisions: mov $0x7fffffff, %ecx; 1: mov $0x7ffffffe, %edx; div %ecx; jmp 1b\n"
-        "loop_misses: 1: imul $0x41c64e6d, %eax; inc %eax; mov %eax, %ebx; shr $8, %ebx; add (%ebx), %eax; jmp 1b\n"
+        "loop_misses: 1: imul $0x41c64e6d, %eax; inc %eax; mov %eax, %ebx; shr $9, %ebx; add (%ebx), %eax; jmp 1b\n"
         "loop_flushes: 1: clflush 0x8000; mfence; lock incl 0x8000; jmp 1b\n"
         "loop_pauses: 1: pause; pause; pause; pause; jmp 1b\n"
         /* Slow code that comes after some that is fast. */
