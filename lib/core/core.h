@@ -32,6 +32,11 @@
 int vm_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int vm_fail_errno(int status, const char *what);                 /* appends strerror(errno) */
 
+/* ---- tables (memory.c) ---- */
+/* Zeroed memory; a large piece takes nothing before it is touched, where calloc() clears what it has had before. NULL: none. */
+void *vm_zeroed(size_t bytes);
+void vm_zeroed_free(void *memory, size_t bytes);
+
 /* ---- locks (lock.c) ---- */
 typedef struct vm_lock {
     _Atomic int word;                  /* 0 free, 1 held, 2 held and waited for */

@@ -169,6 +169,26 @@ static void range_gone(vm_machine *m, uint64_t gpa, uint64_t bytes)
         }
 }
 
+/* ---- tables ---- */
+
+enum { LARGE = 32 << 10 };
+
+void *vm_zeroed(size_t bytes)
+{
+    if (bytes < LARGE)
+        return calloc(1, bytes);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+void vm_zeroed_free(void *memory, size_t bytes)
+{
+    if (bytes < LARGE)
+        free(memory);
+    else if (memory)
+        munmap(memory, bytes);
+}
+
 /* ---- graves ---- */
 
 static void free_ram(vm_region *r)
@@ -179,7 +199,7 @@ static void free_ram(vm_region *r)
     vm_image_drop(r->backing);
     free(r->base);
     free(r->changed);
-    free((void *)r->page_flags);
+    vm_zeroed_free((void *)r->page_flags, r->bytes / PAGE);
     free(r->page_prot);
     free(r);
 }
@@ -324,7 +344,7 @@ int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
     r->machine = m;
     r->is_enabled = true;
     if (is_ram(r)) {
-        r->page_flags = calloc(r->bytes / PAGE, 1);
+        r->page_flags = vm_zeroed(r->bytes / PAGE);
         if (!r->page_flags) {
             free(r);
             return vm_fail(VM_E_NOMEM, "no memory for the page flags of 0x%llx bytes",
@@ -333,7 +353,8 @@ int vm_region_add(vm_machine *m, const vm_region *proto, vm_region **out)
     }
     int status = add_checked(r);
     if (status != VM_OK) {
-        free((void *)r->page_flags);
+        if (is_ram(r))
+            vm_zeroed_free((void *)r->page_flags, r->bytes / PAGE);
         free(r);
         return status;
     }

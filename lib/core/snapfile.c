@@ -626,7 +626,7 @@ static int make_region(reader *r, const snap_region *g, vm_region **out)
         return vm_fail(VM_E_NOMEM, "no memory for a region");
     *made = (vm_region){ .machine = r->m, .kind = VM_REGION_RAM, .gpa = g->gpa, .bytes = g->bytes, .prot = g->prot,
                          .is_parked = true };
-    made->page_flags = calloc(g->bytes / PAGE, 1);
+    made->page_flags = vm_zeroed(g->bytes / PAGE);
     made->host = mmap(NULL, g->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (made->page_flags && made->host != MAP_FAILED) {
         *out = made;
@@ -634,7 +634,7 @@ static int make_region(reader *r, const snap_region *g, vm_region **out)
     }
     if (made->host != MAP_FAILED)
         munmap(made->host, g->bytes);
-    free((void *)made->page_flags);
+    vm_zeroed_free((void *)made->page_flags, g->bytes / PAGE);
     free(made);
     return vm_fail(VM_E_NOMEM, "no memory for a region of 0x%llx bytes", (ull)g->bytes);
 }

@@ -1,16 +1,19 @@
 /* blocks.c - the decoded-block cache. See blocks.h. */
 #include <stdlib.h>
 #include <string.h>
+#include "core/core.h"
 #include "interp/blocks.h"
+
+#define FORMS_BYTES (X86_FORMS * sizeof(x86_form))
 
 block_cache *block_cache_new(void)
 {
-    block_cache *c = calloc(1, sizeof *c);
+    block_cache *c = vm_zeroed(sizeof *c);
     if (!c)
         return NULL;
     c->scratch = calloc(1, sizeof(block) + BLOCK_INSNS * sizeof(x86_insn));
     if (!c->scratch) {
-        free(c);
+        vm_zeroed_free(c, sizeof *c);
         return NULL;
     }
     c->generation = 1;
@@ -25,7 +28,17 @@ void block_cache_free(block_cache *c)
     for (unsigned i = 0; i < BLOCK_CHUNKS; i++)
         free(c->chunk[i]);
     free(c->scratch);
-    free(c);
+    if (c->forms)
+        vm_zeroed_free(c->forms, FORMS_BYTES);
+    vm_zeroed_free(c, sizeof *c);
+}
+
+int block_decode(block_cache *c, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in)
+{
+    enum { SNIPPET = 16 << 10 };       /* a machine that runs no more is made faster without the table */
+    if (!c->forms && (c->chunk_at || c->chunk_used > SNIPPET))
+        c->forms = vm_zeroed(FORMS_BYTES);
+    return c->forms ? x86_decode_again(c->forms, bytes, avail, code_size, in) : x86_decode(bytes, avail, code_size, in);
 }
 
 void block_cache_clear(block_cache *c)

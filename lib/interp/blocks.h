@@ -38,13 +38,13 @@ typedef struct block_cache {
     uint64_t running_rip;
     int64_t enough;                      /* the run may end behind a block with so much left of the budget */
     bool has_begun;                      /* this run has retired an instruction or delivered a fault: `until` counts */
-    block_jump jumps[BLOCK_JUMPS];
-    block *hash[BLOCK_HASH];
-    block *pages[BLOCK_PAGES];
-    uint8_t *chunk[BLOCK_CHUNKS];
     unsigned chunk_at, chunk_used;
-    x86_form forms[X86_FORMS];
+    x86_form *forms;                     /* NULL before there are many blocks */
     block *scratch;                      /* one block of BLOCK_INSNS, being built; also for code that cannot be cached */
+    uint8_t *chunk[BLOCK_CHUNKS];
+    block *pages[BLOCK_PAGES];           /* from here on tables of which little is touched at first */
+    block *hash[BLOCK_HASH];
+    block_jump jumps[BLOCK_JUMPS];
 } block_cache;
 
 block_cache *block_cache_new(void);
@@ -54,5 +54,7 @@ void block_cache_drop(block_cache *c, uint64_t gpa, uint64_t bytes);           /
 block *block_find(const block_cache *c, uint64_t gpa, unsigned mode);
 /* Copies c->scratch into the arena and registers it; NULL: no memory (use scratch as it is). */
 block *block_add(block_cache *c);
+/* As x86_decode(). */
+int block_decode(block_cache *c, const uint8_t *bytes, unsigned avail, unsigned code_size, x86_insn *in);
 
 #endif

@@ -107,7 +107,7 @@ static bool decode_block(x86_cpu *cpu, block_cache *c, const uint8_t *page, uint
     while (b->count < BLOCK_INSNS) {
         x86_insn *in = &b->insn[b->count];
         unsigned room = 4096 - at;
-        if (!room || x86_decode_again(c->forms, page + at, room < 15 ? room : 15, b->mode, in) < 0)
+        if (!room || block_decode(c, page + at, room < 15 ? room : 15, b->mode, in) < 0)
             break;
         x86_offer(cpu, in);
         at += in->length;

@@ -230,7 +230,7 @@ int vm_pc_install_tables(vm_machine *m)
     size_t room = 0x100000 - VM_PC_TABLES;
     if (TABLES_AT + pc->tables.bytes > MP_AT)
         return vm_fail(VM_E_NOMEM, "ACPI tables of %zu bytes do not fit below 1 MiB", pc->tables.bytes);
-    uint8_t *area = calloc(1, room);
+    uint8_t *area = vm_zeroed(room);
     if (!area)
         return vm_fail(VM_E_NOMEM, "ACPI tables: out of memory");
     uint64_t base = VM_PC_TABLES + TABLES_AT;
@@ -240,7 +240,7 @@ int vm_pc_install_tables(vm_machine *m)
     int status = vm_memory_copy(m, VM_PC_TABLES, area, TABLES_AT + pc->tables.bytes, true);
     if (!status)
         status = vm_memory_copy(m, VM_PC_TABLES + MP_AT, area + MP_AT, mp, true);
-    free(area);
+    vm_zeroed_free(area, room);
     return status ? status : install_smbios(pc);
 }
 
