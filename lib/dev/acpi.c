@@ -133,6 +133,12 @@ void vm_acpi_power_button(vm_acpi *a)
     update(a);
 }
 
+void vm_acpi_rtc(vm_acpi *a)
+{
+    a->s.status |= STS_RTC;
+    update(a);
+}
+
 static void acpi_reset(void *user)
 {
     vm_acpi *a = user;

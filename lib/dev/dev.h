@@ -145,6 +145,7 @@ int vm_hpet_new(vm_machine *m, uint64_t gpa, const vm_line pins[32], void (*lega
 #define VM_ACPI_GPE_BASE 0xafe0
 int vm_acpi_new(vm_machine *m, vm_line sci, vm_acpi **out);
 void vm_acpi_power_button(vm_acpi *a);
+void vm_acpi_rtc(vm_acpi *a);              /* the RTC asserts its interrupt, wherever that goes */
 
 /* ---- fwcfg.c ---- */
 enum { VM_FWCFG_SIGNATURE = 0x00, VM_FWCFG_ID = 0x01, VM_FWCFG_UUID = 0x02, VM_FWCFG_RAM_SIZE = 0x03, VM_FWCFG_NOGRAPHIC = 0x04,

@@ -2,7 +2,8 @@
  *
  * Wires. An ISA IRQ or PCI line may have several sources; `asserted` holds one bit a source, and the line is their OR. ISA
  * IRQ n goes to PIC input n and I/O APIC pin n (IRQ 0: pin 2); lines 16-23 to the I/O APIC alone. With the HPET in legacy
- * replacement mode, the PIT and the RTC are cut off from IRQ 0 and 8.
+ * replacement mode, the PIT and the RTC are cut off from IRQ 0 and 8. The RTC is heard by ACPI all the same (RTC_STS, ACPI 6,
+ * 4.8.3.1): systems that gave IRQ 8 to the HPET take its alarms from there.
  *
  * Devices belong to their regions (vm_io_ops.destroy); this structure holds pointers to them and is freed after them.
  */
@@ -64,6 +65,8 @@ static void wire_set(void *target, unsigned pin, bool level)
     unsigned line = pin & 0xff, source = pin >> 8;
     if (pc->is_frozen)
         return;
+    if (source == SRC_RTC && level && pc->acpi)
+        vm_acpi_rtc(pc->acpi);
     bool is_cut = pc->s.hpet_legacy && ((source == SRC_PIT && line == 0) || (source == SRC_RTC && line == 8));
     uint32_t before = pc->s.asserted[line], bit = 1u << source;
     uint32_t after = level && !is_cut ? before | bit : before & ~bit;

@@ -331,6 +331,39 @@ TEST(pc_hpet_legacy_cuts_the_pit)
     rig_free(&r);
 }
 
+/* With IRQ 8 given to the HPET, the RTC's alarms reach the guest as an ACPI event. */
+TEST(pc_rtc_event)
+{
+    rig r;
+    struct timespec t = { .tv_nsec = 5000000 };
+    pc_new(&r, 1, 16 << 20);
+    start_pic(&r);
+    for (unsigned i = 0; i < 5; i++)
+        outb(&r, i ? 0xa1 : 0xa0, (const uint8_t[]){ 0x11, 0x28, 0x02, 0x01, 0x00 }[i]);
+    poke8(&r, VM_PC_HPET + 0x10, 2);
+    outb(&r, 0xb2, 0xf1);                        /* ACPI mode */
+    outw(&r, 0x602, 1 << 10);
+    outw(&r, 0x600, 1 << 10);
+    CHECK_EQ(pending(&r), -1);
+    for (unsigned reg = 1; reg <= 5; reg += 2) {
+        outb(&r, 0x70, (uint8_t)reg);
+        outb(&r, 0x71, 0xff);                    /* every second */
+    }
+    outb(&r, 0x70, 11);
+    outb(&r, 0x71, 0x22);                        /* alarm interrupt, 24 hours */
+    for (unsigned i = 0; i < 1000 && pending(&r) < 0; i++) {
+        nanosleep(&t, NULL);
+        vm_clock_fire(r.m);
+    }
+    CHECK_EQ(pending(&r), 0x29);                 /* the SCI, not IRQ 8 */
+    CHECK_EQ(inw(&r, 0x600) & 1 << 10, 1 << 10);
+    outb(&r, 0x70, 12);
+    CHECK_EQ(inb(&r, 0x71) & 0xa0, 0xa0);
+    outw(&r, 0x600, 1 << 10);
+    CHECK_EQ(inw(&r, 0x600) & 1 << 10, 0);
+    rig_free(&r);
+}
+
 /* ---- saved state ---- */
 static uint8_t *save(rig *r, size_t *bytes)
 {
