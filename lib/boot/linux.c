@@ -268,7 +268,8 @@ static int load(linux_image *k, vm_placer *placer, const vm_modules *initrd, con
     if (bits == 32 && !is_high) return vm_fail(VM_E_UNSUPPORTED, "%s: a zImage has no usable 32-bit entry", k->image->path);
     int status = check_cmdline(k, cmdline);
     if (status != VM_OK) return status;
-    if (bits == 0) bits = !is_high || !k->code32 ? 16 : has_64 ? 64 : 32;      /* code32_start 0: what only looks like Linux */
+    /* The 32-bit protocol came with 2.07; older images, or with code32_start 0, may only look like Linux (boot managers do). */
+    if (bits == 0) bits = !is_high || !k->code32 || k->version < 0x207 ? 16 : has_64 ? 64 : 32;
     return bits == 16 ? load_real(k, placer, initrd, cmdline) : load_flat(k, placer, initrd, cmdline, bits == 64);
 }
 

@@ -1,6 +1,6 @@
 /* services.S - a handful of BIOS services for guests that are started without firmware: memory size and map (INT 12h,
- * 15h), teletype output to the first serial port and the debug console (INT 10h), keyboard input from that port (INT 16h),
- * "no disk" (INT 13h). Runs at offset 0 of any segment; bios.c copies it, fills in the data at its end and points the
+ * 15h) and copying to and from all of it (INT 15h), teletype output to the first serial port and the debug console (INT 10h), keyboard input from that port (INT 16h),
+ * "no disk" (INT 13h). Runs at offset 0 of segment 0xFF00; bios.c copies it, fills in the data at its end and points the
  * interrupt vectors at it, by the table of offsets in front. */
     .section .rodata.vm_boot_services, "a", @progbits
     .globl vm_boot_services_begin, vm_boot_services_end
@@ -11,6 +11,7 @@
     .code16
 vm_boot_services_begin:
     .set base, vm_boot_services_begin
+    .set gpa, 0xff000                   /* SERVICES_GPA */
     .word other - base, int10 - base, int11 - base, int12 - base, int13 - base, int15 - base, int16 - base, int1a - base
     .word data - base, 0, 0, 0, 0, 0, 0, 0
 
@@ -77,6 +78,8 @@ int15:
     je two_sizes
     cmp $0x88, %ah
     je one_size
+    cmp $0x87, %ah
+    je block_move
     mov $0x86, %ah
     jmp refuse
 one_size:
@@ -88,6 +91,51 @@ two_sizes:
     mov %ax, %cx
     mov %bx, %dx
     jmp succeed
+
+/* Copies CX words from what descriptor 2 of the table at ES:SI describes to what descriptor 3 does. Only their bases count:
+ * the copy is made through a flat segment in protected mode, whose CS stands for the same code. */
+block_move:
+    pushal
+    push %ds
+    push %es
+    movzwl %cx, %ecx
+    mov %es:0x12(%si), %eax
+    shl $8, %eax
+    mov %es:0x17(%si), %al
+    ror $8, %eax                        /* base bits 31:24 lie apart from 23:0 */
+    mov %es:0x1a(%si), %edi
+    shl $8, %edi
+    movzbl %es:0x1f(%si), %ebx
+    or %ebx, %edi
+    ror $8, %edi
+    mov %eax, %esi
+    sub $8, %sp
+    mov %sp, %bp
+    sgdtl (%bp)
+    lgdtl %cs:(gdt_register - base)
+    mov %cr0, %eax
+    or $1, %al
+    mov %eax, %cr0
+    ljmp $0x08, $(1f - base)
+1:  mov $0x10, %bx
+    mov %bx, %ds
+    mov %bx, %es
+    cld
+    addr32 rep movsw
+    mov $0x18, %bx                      /* a segment as real mode has them */
+    mov %bx, %ds
+    mov %bx, %es
+    and $~1, %al
+    mov %eax, %cr0
+    ljmp $(gpa >> 4), $(1f - base)
+1:  lgdtl (%bp)
+    add $8, %sp
+    pop %es
+    pop %ds
+    popal
+    xor %ah, %ah
+    jmp succeed
+
 map_entry:
     cmp $0x534d4150, %edx
     jne no_entry
@@ -147,6 +195,13 @@ int1a:
     xor %dx, %dx
     xor %al, %al
     jmp succeed
+
+    .balign 8
+gdt:
+    .quad 0, 0x00009b000000ffff | gpa << 16, 0x00cf93000000ffff, 0x000093000000ffff
+gdt_register:
+    .word gdt_register - gdt - 1
+    .long gpa + gdt - base
 
     .balign 4
 data:

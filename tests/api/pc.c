@@ -13,6 +13,7 @@
 PROGRAM(ticking,
         "mov $0x34, %al\n out %al, $0x43\n mov $0xa9, %al\n out %al, $0x40\n mov $4, %al\n out %al, $0x40\n1: jmp 1b");
 PROGRAM(sleep_for_ever, "sti\n1: hlt\n jmp 1b");
+PROGRAM(say_and_sleep, "incw 0x7000\n sti\n1: hlt\n jmp 1b");
 PROGRAM(dead_end, "cli\n1: hlt\n jmp 1b");
 PROGRAM(exit_with_42, "mov $42, %al\n out %al, $0xf4\n1: jmp 1b");
 PROGRAM(triple_fault, "lidt 0x7f00\n ud2");
@@ -219,10 +220,11 @@ EACH_BACKEND(interrupt_lines_wake_a_halted_vcpu)
 
 EACH_BACKEND(reset_while_running_is_refused)
 {
-    vm_machine *m = PC(1, sleep_for_ever);
+    vm_machine *m = PC(1, say_and_sleep);
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, run_one, vm_vcpu_get(m, 0)) == 0);
-    usleep(20000);
+    for (unsigned i = 0; i < 20000 && !peek16(m, 0x7000); i++)
+        usleep(1000);
     REFUSED(vm_reset(m), VM_E_BUSY);
     vm_vcpu_kick(vm_vcpu_get(m, 0));
     pthread_join(thread, NULL);
@@ -248,5 +250,46 @@ EACH_BACKEND(interrupt_raised_by_an_instruction_comes_next)
     CHECK_EQ(run_for(m, 0, 20000000000).reason, VM_EXIT_HALT);
     OK(vm_vcpu_read_reg(vm_vcpu_get(m, 0), VM_REG_RBX, &rbx, 8));
     CHECK_EQ(rbx & 0xffff, 1);
+    vm_destroy(m);
+}
+
+/* Set-up code of a boot manager that looks like an old Linux kernel (boot protocol 2.03): INT 15h, AH = 87h copies 16 bytes
+ * from 1 MiB, where the rest of the file is, to 24 MiB and from there below 1 MiB; their first is what it ends with. */
+PROGRAM(old_setup,
+        "sti\n cld\n call 1f\n1: pop %si\n push %cs\n pop %es\n add $2f - 1b, %si\n"
+        "movb $0x10, %es:0x14(%si)\n movb $0x93, %es:0x15(%si)\n movb $0x1, %es:0x1f(%si)\n movb $0x80, %es:0x1c(%si)\n"
+        "call 3f\n"
+        "movb $0x80, %es:0x14(%si)\n movb $0x01, %es:0x17(%si)\n movb $0, %es:0x1f(%si)\n movb $0x02, %es:0x1c(%si)\n"
+        "call 3f\n"
+        "mov $0x2000, %ax\n mov %ax, %ds\n mov 0, %al\n out %al, $0xf4\n5: jmp 5b\n"
+        "3: mov $0x8700, %ax\n mov $8, %cx\n mov $0xabcd1234, %ebp\n stc\n int $0x15\n jc 4f\n test %ah, %ah\n jnz 4f\n"
+        "cmp $8, %cx\n jne 4f\n cmp $0xabcd1234, %ebp\n jne 4f\n push %cs\n pop %ax\n mov %es, %dx\n cmp %dx, %ax\n jne 4f\n"
+        "pushf\n pop %ax\n test $2, %ah\n jz 4f\n ret\n"
+        "4: mov $1, %al\n out %al, $0xf4\n6: jmp 6b\n"
+        "2: .fill 16, 1, 0\n .word 0xffff, 0, 0x9300, 0\n .word 0xffff, 0, 0x9300, 0\n .fill 16, 1, 0");
+
+EACH_BACKEND(old_boot_protocols_start_in_real_mode)
+{
+    uint8_t image[5 * 512 + 32] = { [0x1f1] = 4, [0x1fe] = 0x55, 0xaa, 0xeb, 0x66, 'H', 'd', 'r', 'S', 0x03, 0x02, [0x211] = 1,
+                                    [0x216] = 0x10, [5 * 512] = 42 };
+    char name[] = "/tmp/libvm-setup-XXXXXX";
+    vm_options o = VM_OPTIONS_INIT;
+    vm_boot_options b = VM_BOOT_OPTIONS_INIT;
+    vm_machine *m = NULL;
+    int fd = mkstemp(name);
+    o.backend = backend;
+    o.platform = VM_PLATFORM_PC;
+    o.ram_bytes = 32 << 20;
+    b.kernel = name;
+    memcpy(image + 0x268, old_setup, (size_t)(old_setup_end - old_setup));
+    CHECK(write(fd, image, sizeof image) == sizeof image);
+    close(fd);
+    OK(vm_create(&o, &m));
+    int status = vm_boot_image(m, &b);
+    unlink(name);
+    OK(status);
+    vm_exit e = run_for(m, 0, 20000000000);
+    CHECK_EQ(e.reason, VM_EXIT_GUEST_EXIT);
+    CHECK_EQ(e.guest_exit.code, 42);
     vm_destroy(m);
 }
