@@ -53,6 +53,8 @@ uint64_t vm_clock_now(vm_machine *m)
     return vm_vcpu_retired_now(m->vcpus[0]) + __atomic_load_n(&c->advanced, __ATOMIC_RELAXED);
 }
 
+bool vm_clock_is_real(const vm_machine *m) { return !m->clock->is_virtual; }
+
 uint64_t vm_clock_tsc(vm_machine *m)
 {
     const struct vm_clock *c = m->clock;

@@ -345,6 +345,7 @@ typedef struct vm_replay_place {
  * Timers fire from the run loop of vCPU 0 or from the clock's thread, always under device_lock. */
 typedef struct vm_timer vm_timer;
 uint64_t vm_clock_now(vm_machine *m);
+bool vm_clock_is_real(const vm_machine *m);                        /* the host's time: it goes on while no vCPU runs */
 uint64_t vm_clock_tsc(vm_machine *m);                              /* guest TSC at VM_TSC_HZ */
 void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc);      /* guest time jumps; timers are the devices' affair */
 #define VM_TSC_HZ UINT64_C(1000000000)

@@ -32,6 +32,7 @@ struct vm_pit {
     vm_machine *machine;
     vm_line irq;
     vm_timer *timer;
+    struct { uint64_t at; unsigned steady; bool out; } look;       /* the last one at OUT of channel 2; not saved */
     struct { uint32_t version; pit_channel ch[3]; uint8_t port61; vm_ticker ticker; uint64_t single_ns; } s;
 };
 
@@ -336,13 +337,31 @@ static void pit_put(void *dev, unsigned reg, uint8_t value)
         write_control(dev, value);
 }
 
+/* OUT of channel 2 for a guest that looks. One that measures its TSC reads it between two looks, and takes the last reading
+ * before OUT rose for the end: when the host has taken the processor away between that reading and the look, its measure
+ * comes out far too short, and nothing shows it. So in a loop of looks, a rise during a break shows at the next look: the
+ * guest reads its clock once more, and sees the break.
+ */
+static bool look_at_out(vm_pit *p)
+{
+    enum { BREAK_NS = 50000, IS_LOOP = 64 };
+    uint64_t now = vm_clock_now(p->machine);
+    bool is_break = now - p->look.at > BREAK_NS, out = channel_out(&p->s.ch[2], vm_ticks_from_ns(now, PIT_HZ));
+    if (out && !p->look.out && is_break && p->look.steady >= IS_LOOP && vm_clock_is_real(p->machine))
+        out = false;
+    p->look.at = now;
+    p->look.steady = is_break ? 0 : p->look.steady + 1;
+    p->look.out = out;
+    return out;
+}
+
 /* Port 0x61: bit 0 gate of channel 2, bit 1 speaker, bit 4 toggles with every refresh (15 us), bit 5 OUT of channel 2. */
 static uint8_t port61_get(void *dev, unsigned reg)
 {
     vm_pit *p = dev;
     (void)reg;
     uint8_t refresh = (uint8_t)(vm_clock_now(p->machine) / 15085 & 1);
-    return (uint8_t)(p->s.port61 | refresh << 4 | channel_out(&p->s.ch[2], pit_now(p)) << 5);
+    return (uint8_t)(p->s.port61 | refresh << 4 | look_at_out(p) << 5);
 }
 static void port61_put(void *dev, unsigned reg, uint8_t value)
 {
