@@ -11,7 +11,8 @@
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 };
 
 /* Condition codes. */
-enum { CC_O, CC_NO, CC_B, CC_AE, CC_E, CC_NE, CC_BE, CC_A, CC_S, CC_NS, CC_P, CC_NP, CC_L, CC_GE, CC_LE, CC_G };
+enum { CC_O, CC_NO, CC_B, CC_AE, CC_E, CC_NE, CC_BE, CC_A, CC_S, CC_NS, CC_P, CC_NP, CC_L, CC_GE, CC_LE, CC_G,
+       CC_CXZ, CC_CXNZ, CC_ECXZ, CC_ECXNZ /* RCX or ECX is zero, or not: for e_jcc() alone; without the flags */ };
 
 typedef struct jit_writer {
     uint8_t *p, *end;  /* in the writable view */
@@ -173,16 +174,22 @@ static inline void e_shift_imm(jit_writer *w, unsigned size, unsigned n, unsigne
     e8(w, count);
 }
 /* Jumps return where their rel32 lies, for e_patch(). */
-static inline uint8_t *e_jcc(jit_writer *w, unsigned cc)
-{
-    e8(w, 0x0f);
-    e8(w, 0x80u | cc);
-    e32(w, 0);
-    return w->p - 4;
-}
 static inline uint8_t *e_jmp(jit_writer *w)
 {
     e8(w, 0xe9);
+    e32(w, 0);
+    return w->p - 4;
+}
+static inline uint8_t *e_jcc(jit_writer *w, unsigned cc)
+{
+    if (cc >= CC_CXZ) { /* there is the short JRCXZ only: around the jump, or to it around a jump around it */
+        if (cc >= CC_ECXZ) e8(w, 0x67);
+        e8(w, 0xe3), e8(w, cc & 1 ? 5 : 2);
+        if (!(cc & 1)) e8(w, 0xeb), e8(w, 5);
+        return e_jmp(w);
+    }
+    e8(w, 0x0f);
+    e8(w, 0x80u | cc);
     e32(w, 0);
     return w->p - 4;
 }

@@ -358,11 +358,12 @@ static bool emit_frame_move(emitter *e, const x86_insn *in)
     return true;
 }
 
-/* Does the instruction write the whole of a register without looking at it? */
-static bool only_writes(const x86_insn *in, unsigned k)
+static unsigned frame_operands(const x86_insn *in)
 {
-    if (k || !jit_insn_moves(in) || in->op[0].size < 4) return false;
-    return in->op[1].kind != X86_OP_GPR || (in->op[1].reg != in->op[0].reg && in->op[1].reg < 16);
+    unsigned n = 0;
+    for (unsigned k = 0; k < in->nops; k++)
+        n += in->op[k].kind == X86_OP_GPR && in->op[k].reg < 16 && IN_MEMORY(in->op[k].reg);
+    return n;
 }
 
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
@@ -371,8 +372,9 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
 {
     const x86_insn *in = &e->u->insn[i];
     x86_rename map;
-    uint8_t spare[2] = {T1, T0}, used[2] = {0};
-    unsigned nused = 0, nspare = in->flags & X86_IF_MEM ? 1 : 2;
+    uint8_t spare[2] = {0}, used[2] = {0};
+    unsigned nused = 0;
+    bool is_t0_kept = in->flags & X86_IF_MEM, is_t1_taken = false; /* T0 is the address until memory has been read */
     if (jit_insn_names_sp(in)) settle_sp(e);
     if (emit_frame_move(e, in)) return;
     x86_rename_init(&map);
@@ -392,14 +394,20 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
         if (o->kind != X86_OP_GPR || o->reg >= 16 || !IN_MEMORY(o->reg)) continue;
         bool is_known = (nused > 0 && used[0] == o->reg) || (nused > 1 && used[1] == o->reg);
         if (is_known) continue;
-        if (nused == nspare) {
+        bool only_writes = jit_insn_only_writes(in, k),
+             takes_t0 = is_t1_taken || (is_t0_kept && !nused && only_writes && frame_operands(in) > 1);
+        if (nused == 2 || (takes_t0 && is_t0_kept && !only_writes)) {
             e->failed = (int)i;
             return;
         }
         used[nused] = o->reg;
-        if (spare[nused] == T0) e->t0_group = -1;
+        spare[nused] = takes_t0 ? T0 : T1;
+        if (takes_t0)
+            e->t0_group = -1;
+        else
+            is_t1_taken = true;
         map.gpr[o->reg] = spare[nused];
-        if (!only_writes(in, k)) frame_load(e->w, 8, spare[nused], JIT_FRAME_REG(o->reg));
+        if (!only_writes) frame_load(e->w, 8, spare[nused], JIT_FRAME_REG(o->reg));
         nused++;
     }
     if (in->flags & X86_IF_LOCK) e8(e->w, 0xf0);
@@ -1033,7 +1041,8 @@ static void prepare_edges(emitter *e, unsigned need, bool is_live)
 
 static void emit_jcc(emitter *e, const jit_op *o)
 {
-    prepare_edges(e, e->u->edge_need[0] | e->u->edge_need[1], true);
+    unsigned need = e->u->edge_need[0] | e->u->edge_need[1];
+    prepare_edges(e, need, o->cc < CC_CXZ || (need & JIT_NEED_HOST));
     bool is_loop = o->target <= e->u->insn_rip[o->insn]; /* then the jump back is the straight way */
     unsigned first = is_loop ? 0 : 1;
     uint8_t *other = e_jcc(e->w, is_loop ? o->cc ^ 1u : o->cc);
@@ -1060,7 +1069,7 @@ static void leave_by_side(emitter *e, const jit_op *o, unsigned cc)
 
 static void emit_side(emitter *e, const jit_op *o)
 {
-    need_host(e);
+    if (o->cc < CC_CXZ) need_host(e);
     leave_by_side(e, o, o->cc);
 }
 
@@ -1124,7 +1133,7 @@ static void emit_side_stub(emitter *e, const side_stub *s)
         emit_guard_stub(e, s->op);
         return;
     }
-    prepare_edges(e, need, false);
+    prepare_edges(e, need, need & JIT_NEED_HOST);
     emit_edge(e, s->op->insn, s->op->target, need);
 }
 
@@ -1431,6 +1440,7 @@ static void op_jump(emitter *e, const jit_op *o)
     emit_edge(e, o->insn, o->target, need);
 }
 
+static void op_count_cx(emitter *e, const jit_op *o) { e_lea(e->w, e->u->insn[o->insn].asz, RCX, RCX, 0xff, 1, -1); }
 static void op_jump_tmp(emitter *e, const jit_op *o) { emit_indirect(e, o->insn); }
 
 /* The whole block: something has to be done first. */
@@ -1450,6 +1460,7 @@ static const struct {
     bool loses_t0; /* uses the address register */
 } op_forms[IR_COUNT] = {
     [IR_NATIVE] = {op_native},
+    [IR_COUNT_CX] = {op_count_cx},
     [IR_LEA] = {emit_lea},
     [IR_EA] = {op_ea},
     [IR_EA_SP] = {op_ea},

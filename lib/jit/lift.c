@@ -60,7 +60,8 @@ static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
     M(JBE, C_JCC),        M(JL, C_JCC),         M(JLE, C_JCC),         M(JNB, C_JCC),       M(JNBE, C_JCC),
     M(JNL, C_JCC),        M(JNLE, C_JCC),       M(JNO, C_JCC),         M(JNP, C_JCC),       M(JNS, C_JCC),
     M(JNZ, C_JCC),        M(JO, C_JCC),         M(JP, C_JCC),          M(JS, C_JCC),        M(JZ, C_JCC),
-    M(CLI, C_SYSTEM),     M(PUSHFQ, C_PUSHF),
+    M(JECXZ, C_JCC),
+    M(JRCXZ, C_JCC),      M(LOOP, C_JCC),       M(CLI, C_SYSTEM),      M(PUSHFQ, C_PUSHF),
 };
 #undef M
 
@@ -114,10 +115,16 @@ unsigned jit_insn_access(const x86_insn *in)
     }
 }
 
+/* It clears all the registers there are, which are more for the host than for 32-bit code. */
+static bool clears_others(const jit_unit *u, const x86_insn *in)
+{
+    return !(u->key & JIT_KEY_64) && (in->exec == x86_op_vzeroupper || in->exec == x86_op_vzeroall);
+}
+
 static bool is_vector(const jit_unit *u, const x86_insn *in)
 {
     return (in->flags & (X86_IF_VEC | X86_IF_NATIVE)) == (X86_IF_VEC | X86_IF_NATIVE) && !(in->flags & X86_IF_FPU) &&
-           !is_odd_vector(in->mnemonic) && x86_simd_offered(u->cpu, in);
+           !is_odd_vector(in->mnemonic) && !clears_others(u, in) && x86_simd_offered(u->cpu, in);
 }
 
 /* Alignment that the instruction itself demands of its memory operand, or 1. */
@@ -139,6 +146,17 @@ static bool address_form(const jit_unit *u, const x86_insn *in)
 static bool needs_rex(unsigned reg, unsigned size)
 {
     return reg >= 8 || reg == X86_RSP || (size == 1 && reg >= 4 && reg < 16);
+}
+
+/* Is operand k written, the whole of it, and not read? Then emit.c need not load it. */
+bool jit_insn_only_writes(const x86_insn *in, unsigned k)
+{
+    const x86_operand *o = &in->op[k];
+    bool is_mulx = in->mnemonic == ZYDIS_MNEMONIC_MULX, is_bmi = (in->flags & (X86_IF_VEX | X86_IF_VEC)) == X86_IF_VEX;
+    if (o->kind != X86_OP_GPR || k > is_mulx || !(is_bmi || jit_insn_moves(in)) || o->size < 4) return false;
+    for (unsigned i = is_mulx ? 2 : 1; i < in->nops; i++)
+        if (in->op[i].kind == X86_OP_GPR && (in->op[i].reg == o->reg || in->op[i].reg >= 16)) return false;
+    return true;
 }
 
 /* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs
@@ -167,9 +185,8 @@ static bool native_form(const jit_unit *u, const x86_insn *in)
         }
     }
     if (high && rex) return false;
-    if ((in->flags & X86_IF_MEM) && (in_memory > 1 || !address_form(u, in))) return false;
-    if (in_memory > 2) return false;
-    return true;
+    if ((in->flags & X86_IF_MEM) && (in_memory > 1u + jit_insn_only_writes(in, 0) || !address_form(u, in))) return false;
+    return in_memory <= 2;
 }
 
 static bool is_bit_string(const x86_insn *in)
@@ -241,6 +258,19 @@ static bool stack_form(const jit_unit *u, const x86_insn *in)
     return u->key & JIT_KEY_64 ? in->osz == 8 : in->osz == 4 && (u->key & JIT_KEY_FLAT);
 }
 
+static bool counts_cx(const x86_insn *in) { return in->mnemonic == ZYDIS_MNEMONIC_LOOP; }
+static bool looks_at_cx(const x86_insn *in)
+{
+    return counts_cx(in) || in->mnemonic == ZYDIS_MNEMONIC_JRCXZ || in->mnemonic == ZYDIS_MNEMONIC_JECXZ;
+}
+
+/* The condition under which a C_JCC jumps. */
+static unsigned condition(const x86_insn *in)
+{
+    if (!looks_at_cx(in)) return in->cc;
+    return (in->asz == 8 ? CC_CXZ : CC_ECXZ) + counts_cx(in);
+}
+
 /* CLI where no IOPL matters; MOV of a selector to the whole of a register. */
 static bool is_system_form(const jit_unit *u, const x86_insn *in)
 {
@@ -286,7 +316,9 @@ static unsigned class_of(const jit_unit *u, const x86_insn *in)
         if (in->osz != (u->key & JIT_KEY_64 ? 8 : 4)) return C_FALLBACK;
         if ((in->flags & X86_IF_MEM) && (in->op[0].size != in->osz || !address_form(u, in))) return C_FALLBACK;
         return c;
-    case C_JCC: return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
+    case C_JCC:
+        if (looks_at_cx(in) && in->asz == 2) return C_FALLBACK;
+        return in->osz == (u->key & JIT_KEY_64 ? 8 : 4) ? c : C_FALLBACK;
     case C_DIV:
         if (in->op[0].size < 4 || jit_access_hooked(u, X86_READ)) return C_FALLBACK; /* it may be done again: told twice */
         if (in->flags & X86_IF_MEM) return address_form(u, in) ? c : C_FALLBACK;
@@ -486,6 +518,7 @@ static uint16_t implicit_changes(uint16_t mnemonic, unsigned nops)
     case ZYDIS_MNEMONIC_CMPXCHG: return 1u << X86_RAX;
     case ZYDIS_MNEMONIC_CMPXCHG8B:
     case ZYDIS_MNEMONIC_CMPXCHG16B: return 1u << X86_RAX | 1u << X86_RDX;
+    case ZYDIS_MNEMONIC_LOOP:
     case ZYDIS_MNEMONIC_PCMPESTRI:
     case ZYDIS_MNEMONIC_PCMPISTRI:
     case ZYDIS_MNEMONIC_VPCMPESTRI:
@@ -647,7 +680,7 @@ static void lift_branch(jit_unit *u, unsigned i, const x86_insn *in, unsigned cl
     jit_op *o = add_op(u, is_direct ? (class == C_JCC ? IR_JCC : IR_JUMP) : IR_JUMP_TMP, i);
     o->target = target;
     o->fall = next;
-    o->cc = in->cc;
+    o->cc = (uint8_t)condition(in);
 }
 
 /* STI shadows the next instruction, so it ends nothing: where it is a block's last, C leaves after it. */
@@ -767,7 +800,7 @@ static bool follow_path(jit_unit *u, trace *t, unsigned i, const x86_insn *in, u
         (class == C_CALL && jit_has_no_guard(u->j, u->insn_rip[i])))
         return false;
     switch (class) {
-    case C_JCC: add_side(u, i, target == next ? in->cc : in->cc ^ 1u, target == next ? direct : next); break;
+    case C_JCC: add_side(u, i, target == next ? condition(in) : condition(in) ^ 1u, target == next ? direct : next); break;
     case C_RET: lift_load_return(u, i, in); break;
     case C_JMP:
     case C_CALL:
@@ -798,14 +831,14 @@ static bool follow_branch(jit_unit *u, trace *t, unsigned i, const x86_insn *in,
         u->cpu->cover.ring)
         return false;
     if (may_repeat(u, t, target)) {
-        if (class == C_JCC) add_side(u, i, in->cc ^ 1u, next);
+        if (class == C_JCC) add_side(u, i, condition(in) ^ 1u, next);
         jump_to(u, t, target, end);
         return true;
     }
     if (target <= u->insn_rip[i]) return false;
     if (class == C_JCC) {
         if ((end ^ u->rip) & X86_PAGE_MASK) return false;
-        add_side(u, i, in->cc, target);
+        add_side(u, i, condition(in), target);
         t->rip = next;
         return true;
     }
@@ -855,6 +888,7 @@ static bool lift_next(jit_unit *u, trace *t)
     uint64_t end = t->rip + in->length;
     t->can_loop &= class != C_FALLBACK;
     if (u->hooked[i]) add_op(u, IR_HOOK, i);
+    if (class == C_JCC && counts_cx(in)) add_op(u, IR_COUNT_CX, i);
     if (u->path ? follow_path(u, t, i, in, class, end)
                 : (class == C_JCC || class == C_JMP) && follow_branch(u, t, i, in, class, end))
         return true;

@@ -263,7 +263,7 @@ static void vex(uint32_t map, uint32_t pp, uint32_t wide, uint32_t op, uint32_t 
 static void vector(void)
 {
     uint32_t x = any_register(), rm = below(2) ? MEM : any_register();
-    switch (below(14)) {
+    switch (below(17)) {
     case 0: insn(0, 4, 0x0f10 | below(2), x, rm, 0); break;
     case 1: insn(0, 4, 0x0f28 | below(2), x, rm, 0); break;
     case 2: insn(0x66, 4, 0x0f00 | ONE_OF(0xfe, 0xfc, 0xef, 0xdb, 0xd4, 0x76, 0x66, 0x60, 0x6c), x, rm, 0); break;
@@ -277,8 +277,24 @@ static void vector(void)
     case 10: insn(ONE_OF(0xf2, 0xf3), has_64 ? ONE_OF(4, 8) : 4, 0x0f2c | below(2), destination(), rm, 0); break;
     case 11: vex(1, 2, below(2), 0x6f + 0x10 * below(2), x, 0, rm); break;          /* VMOVDQU */
     case 12: vex(1, 1, below(2), ONE_OF(0xfe, 0xef, 0xdb, 0xd4), x, any_register(), rm); break;
+    case 13: begin(), byte(0xc5), byte(below(2) ? 0xf8 : 0xfc), byte(0x77), end(); break; /* VZEROUPPER, VZEROALL */
+    case 14: insn(0x66, 4, 0x0f3a60 | below(4), x, rm, 1); break;                         /* PCMPxSTRx */
     default: vex(2, 1, below(2), 0x17, x, 0, rm); break;    /* VPTEST */
     }
+}
+
+/* Of BMI1, BMI2 and ADX: three registers, or two and memory. */
+static void bmi(void)
+{
+    static const struct { uint32_t pp, op; } three[] = { { 0, 0xf2 }, { 0, 0xf5 }, { 2, 0xf5 }, { 3, 0xf5 }, { 0, 0xf7 },
+                                                         { 1, 0xf7 }, { 2, 0xf7 }, { 3, 0xf7 } };
+    uint32_t k = below(14), wide = below(2), rm = rm_for(4, false);
+    if (k < 8)
+        vex(2, three[k].pp, wide, three[k].op, destination(), any_register(), rm);
+    else if (k < 12)
+        vex(2, 3, wide, 0xf6, below(2) ? 14 : destination(), below(2) ? 15 : destination(), rm); /* MULX */
+    else
+        insn(ONE_OF(0x66, 0xf3), wide ? 8 : 4, 0x0f38f6, destination(), rm, 0);
 }
 
 static void x87(void)
@@ -363,7 +379,7 @@ static void bounded(void)
 
 static void one(void)
 {
-    switch (below(28)) {
+    switch (below(29)) {
     case 0: case 1: case 2: case 3: case 4: case 5: case 6: alu(); break;
     case 7: case 8: case 9: alu_other(); break;
     case 10: case 11: case 12: move(); break;
@@ -371,6 +387,7 @@ static void one(void)
     case 17: case 18: stack(); break;
     case 19: case 20: case 21: vector(); break;
     case 22: x87(); break;
+    case 27: has_64 ? bmi() : alu(); break;
     case 23: below(2) ? string() : pointer_change(); break;
     case 24: has_patches ? patch() : move(); break;
     case 25: case 26: has_64 ? bounded() : alu(); break;
@@ -436,7 +453,15 @@ static void block(uint32_t self)
         move(), reader();
     while (n--) {
         if (below(12) == 0) {
-            begin(), byte(0x70 | below(16)), short_at = pc++, end();
+            begin();
+            if (below(6))
+                byte(0x70 | below(16));
+            else {                                          /* LOOP, JRCXZ and their like */
+                if (below(2))
+                    byte(0x67);
+                byte(0xe2 | below(2));
+            }
+            short_at = pc++, end();
             one();
             image[short_at] = (uint8_t)(pc - short_at - 1);
         }
