@@ -118,7 +118,7 @@ typedef struct x86_dtr { uint64_t base; uint16_t limit; } x86_dtr;
 #define X86_TLB_BITS 1
 #define X86_TLB_SHIFT 63
 #else
-#define X86_TLB_BITS 10
+#define X86_TLB_BITS 12
 #define X86_TLB_SHIFT 12
 #endif
 #define X86_TLB_ENTRIES (1u << X86_TLB_BITS)
@@ -137,6 +137,7 @@ typedef struct x86_tlb_entry {
 } x86_tlb_entry;
 /* Beside each entry: the gpa of its page and the bits below. */
 #define X86_WRITABLES 2048u
+#define X86_LOCALS 1024u
 #define X86_TLBM_VALID 1u
 #define X86_TLBM_GLOBAL 2u
 #define X86_TLBM_LARGE  4u    /* part of a page larger than 4 KiB */
@@ -412,6 +413,8 @@ struct x86_cpu {
     uint64_t tlb_protects;             /* counts x86_tlb_protect(), atomically: nor do write tags parked before */
     uint32_t writable_count;           /* entries that got a write tag since the last x86_tlb_protect_noted(); > X86_WRITABLES: many */
     uint16_t writable[X86_WRITABLES];  /* ctx << X86_TLB_BITS | index */
+    uint32_t local_count;              /* entries of pages that are not global, made since the last sweep; > X86_LOCALS: more */
+    uint16_t local[X86_LOCALS];        /* as `writable` */
     uint64_t large_lo[2], large_hi[2]; /* linear addresses, lower and upper half, that large pages in the TLB cover */
 
     x86_tlb tlb[X86_NCTX];             /* last: large, touched as used */

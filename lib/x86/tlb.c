@@ -63,6 +63,17 @@ static uint64_t note_large(x86_cpu *cpu, uint64_t la, uint64_t page_bytes)
     return X86_TLBM_LARGE;
 }
 
+/* An address space is left soon after it was entered, as a rule: what it has had is known without looking at all entries. */
+static void note_local(x86_cpu *cpu, unsigned ctx, unsigned i, uint64_t meta)
+{
+    if (meta & X86_TLBM_GLOBAL)
+        return;
+    if (cpu->local_count < X86_LOCALS)
+        cpu->local[cpu->local_count++] = (uint16_t)(ctx << X86_TLB_BITS | i);
+    else
+        cpu->local_count = X86_LOCALS + 1;
+}
+
 /* One more entry with a write tag; too many: x86_tlb_protect_noted() looks at all of them. */
 static void note_writable(x86_cpu *cpu, unsigned ctx, unsigned i)
 {
@@ -84,6 +95,7 @@ void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t 
     uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | (global ? X86_TLBM_GLOBAL : 0) |
                     (prot & X86_TLB_MAY_W ? X86_TLBM_MAY_W : 0) | note_large(cpu, la, page_bytes);
     touch(cpu, ctx, i);
+    note_local(cpu, ctx, i, meta);
     __atomic_store_n(&e->tag_w, none, __ATOMIC_RELAXED);
     __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
     e->host = host;
@@ -123,6 +135,7 @@ void x86_tlb_set_io(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, unsig
     uint64_t meta = (gpa & X86_PAGE_MASK) | X86_TLBM_VALID | X86_TLBM_IO | (global ? X86_TLBM_GLOBAL : 0) |
                     note_large(cpu, la, page_bytes);
     touch(cpu, ctx, i);
+    note_local(cpu, ctx, i, meta);
     drop_entry(t, i);
     t->e[i].host = (uint8_t *)(uintptr_t)((la & X86_PAGE_MASK) | prot);
     __atomic_store_n(&t->meta[i], meta, __ATOMIC_RELEASE);
@@ -159,7 +172,15 @@ static void set_aside(x86_park *park, const x86_tlb *t, unsigned ctx, unsigned i
     park->held[n].slot = ctx << X86_TLB_BITS | i;
 }
 
-/* Drops each entry in use that has none of the meta bits in `keep`; to `park`, if that is not NULL. */
+/* To `park`, if that is not NULL. */
+static void drop_to(x86_park *park, x86_tlb *t, unsigned ctx, unsigned i)
+{
+    if (park)
+        set_aside(park, t, ctx, i);
+    drop_entry(t, i);
+}
+
+/* Drops each entry in use that has none of the meta bits in `keep`. */
 static void sweep(x86_cpu *cpu, uint64_t keep, x86_park *park)
 {
     for (unsigned c = 0; c < X86_NCTX; c++) {
@@ -170,14 +191,27 @@ static void sweep(x86_cpu *cpu, uint64_t keep, x86_park *park)
             for (unsigned i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i++)
                 if (t->meta[i] & keep)
                     left |= UINT32_C(1) << chunk;
-                else if (t->meta[i]) {
-                    if (park)
-                        set_aside(park, t, c, i);
-                    drop_entry(t, i);
-                }
+                else if (t->meta[i])
+                    drop_to(park, t, c, i);
         }
         __atomic_store_n(&cpu->tlb_touched[c], left, __ATOMIC_RELAXED);
     }
+    cpu->local_count = 0;
+}
+
+static void sweep_locals(x86_cpu *cpu, x86_park *park)
+{
+    if (cpu->local_count > X86_LOCALS) {
+        sweep(cpu, X86_TLBM_GLOBAL, park);
+        return;
+    }
+    for (uint32_t n = 0; n < cpu->local_count; n++) {
+        unsigned i = cpu->local[n] & (X86_TLB_ENTRIES - 1), ctx = cpu->local[n] >> X86_TLB_BITS;
+        x86_tlb *t = &cpu->tlb[ctx];
+        if (t->meta[i] && !(t->meta[i] & X86_TLBM_GLOBAL))
+            drop_to(park, t, ctx, i);
+    }
+    cpu->local_count = 0;
 }
 
 void x86_tlb_clear(x86_cpu *cpu)
@@ -189,7 +223,7 @@ void x86_tlb_clear(x86_cpu *cpu)
 
 void x86_tlb_clear_nonglobal(x86_cpu *cpu)
 {
-    sweep(cpu, X86_TLBM_GLOBAL, NULL);
+    sweep_locals(cpu, NULL);
 }
 
 void x86_tlb_park(x86_cpu *cpu, x86_park *park)
@@ -197,7 +231,7 @@ void x86_tlb_park(x86_cpu *cpu, x86_park *park)
     park->count = 0;
     park->clears = cpu->tlb_clears;
     park->protects = __atomic_load_n(&cpu->tlb_protects, __ATOMIC_ACQUIRE);
-    sweep(cpu, X86_TLBM_GLOBAL, park);
+    sweep_locals(cpu, park);
 }
 
 /* Another thread that takes write tags meanwhile either finds the new ones or is found to have been here. */
@@ -213,6 +247,7 @@ void x86_tlb_unpark(x86_cpu *cpu, const x86_park *park)
         if (t->meta[i])
             continue;
         touch(cpu, ctx, i);
+        note_local(cpu, ctx, i, 0);
         __atomic_store_n(&t->meta[i], park->held[n].meta, __ATOMIC_RELEASE);
         t->e[i].host = from->host;
         t->e[i].tag_r = from->tag_r;
