@@ -213,12 +213,26 @@ static void link_blocks(const jit *j, jit_link *l, jit_block *to)
     to->in = l;
 }
 
-/* Takes b out of the list at *head whose links are `link` bytes into a block. */
-static void remove_from(jit_block **head, jit_block *b, size_t link)
+/* Lists of blocks are linked both ways: hundreds may have been made from one page, and the oldest go first. `chain`: where
+ * its jit_chain is in a block. */
+static jit_chain *chain_of(jit_block *b, size_t chain) { return (jit_chain *)(void *)((uint8_t *)b + chain); }
+
+static void add_to(jit_block **head, jit_block *b, size_t chain)
 {
-    jit_block **p = head;
-    while (*p && *p != b) p = (jit_block **)(void *)((uint8_t *)*p + link);
-    if (*p) *p = *(jit_block **)(void *)((uint8_t *)b + link);
+    jit_chain *c = chain_of(b, chain);
+    *c = (jit_chain){*head, head};
+    if (c->next) chain_of(c->next, chain)->at = &c->next;
+    *head = b;
+}
+
+/* c->next stays, for who goes through the list. */
+static void remove_from(jit_block *b, size_t chain)
+{
+    jit_chain *c = chain_of(b, chain);
+    if (!c->at) return;
+    *c->at = c->next;
+    if (c->next) chain_of(c->next, chain)->at = c->at;
+    c->at = NULL;
 }
 
 void jit_kill_block(jit *j, jit_block *b)
@@ -227,9 +241,9 @@ void jit_kill_block(jit *j, jit_block *b)
     j->kills++;
     if (j->has_rounds) jit_cover_forget(j, b);
     if (b->twin && !b->twin->is_dead) jit_kill_block(j, b->twin);
-    remove_from(&j->hash[jit_hash_block(b->rip)], b, offsetof(jit_block, hash_next));
-    remove_from(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, page_next));
-    remove_from(&j->lines[hash_page(b->rip)], b, offsetof(jit_block, line_next));
+    remove_from(b, offsetof(jit_block, by_rip));
+    remove_from(b, offsetof(jit_block, by_page));
+    remove_from(b, offsetof(jit_block, by_line));
     while (b->in) {
         jit_link *l = b->in;
         e_patch(j->write_base + l->jump, j->write_base + l->stub);
@@ -307,7 +321,7 @@ bool jit_make_room(jit *j, size_t code, size_t data)
 static void flush_all(jit *j)
 {
     if (j->oldest) { /* without any block the tables are still untouched zero pages */
-        memset(j->hash, 0, sizeof j->hash);
+        for (const jit_block *b = j->oldest; b; b = b->born_next) j->hash[jit_hash_block(b->rip)] = NULL;
         memset(j->pages, 0, sizeof j->pages);
         memset(j->lines, 0, sizeof j->lines);
     }
@@ -364,7 +378,7 @@ static void jit_code_changed(vm_vcpu *cpu, uint64_t gpa, uint64_t bytes)
         jit_block *next;
         bool any = false;
         for (jit_block *b = j->pages[hash_page(gpa)]; b; b = next) {
-            next = b->page_next;
+            next = b->by_page.next;
             if (block_overlaps(b, gpa, n)) {
                 jit_kill_block(j, b);
                 any = true;
@@ -383,7 +397,7 @@ void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa)
         uint64_t last = hi - at < 4095 - (at & 0xfff) ? hi : at | 0xfff;
         jit_block *next, **head = is_gpa ? j->pages : j->lines;
         for (jit_block *b = head[hash_page(at)]; b; b = next) {
-            next = is_gpa ? b->page_next : b->line_next;
+            next = is_gpa ? b->by_page.next : b->by_line.next;
             if (overlaps_on(b, is_gpa ? b->gpa : b->rip, at, last - at + 1)) jit_kill_block(j, b);
         }
         if (last == hi) return;
@@ -440,18 +454,14 @@ static uint64_t next_page_gpa(x86_cpu *cpu)
 /* b is told when its bytes change. */
 static void watch(jit *j, jit_block *b)
 {
-    b->page_next = j->pages[hash_page(b->gpa)];
-    j->pages[hash_page(b->gpa)] = b;
-    b->line_next = j->lines[hash_page(b->rip)];
-    j->lines[hash_page(b->rip)] = b;
+    add_to(&j->pages[hash_page(b->gpa)], b, offsetof(jit_block, by_page));
+    add_to(&j->lines[hash_page(b->rip)], b, offsetof(jit_block, by_line));
 }
 
 static void publish(jit *j, jit_block *b)
 {
-    unsigned h = jit_hash_block(b->rip);
     watch(j, b);
-    b->hash_next = j->hash[h];
-    j->hash[h] = b;
+    add_to(&j->hash[jit_hash_block(b->rip)], b, offsetof(jit_block, by_rip));
     *(j->newest ? &j->newest->born_next : &j->oldest) = b;
     j->newest = b;
     j->lap_blocks++;
@@ -552,8 +562,7 @@ static jit_block *translate_crossing(jit *j, uint64_t gpa, uint32_t key)
     twin->extents[0] = (jit_extent){0, 15, 0};
     twin->nextents = 1;
     main->crosses = true;
-    twin->page_next = j->pages[hash_page(gpa2)];
-    j->pages[hash_page(gpa2)] = twin;
+    add_to(&j->pages[hash_page(gpa2)], twin, offsetof(jit_block, by_page));
     return main;
 }
 
@@ -570,7 +579,7 @@ static jit_block *find_block(jit *j, uint32_t key)
     x86_look_for_stop(cpu, cpu->code_size == 8 ? cpu->rip : (uint32_t)(cpu->seg[X86_CS].base + cpu->rip));
     uint64_t gpa = fetch_gpa(cpu, cpu->rip);
     if (is_forbidden(cpu, gpa) || (cpu->exec_varies && (gpa & 0xfff) > 4096 - 15)) return NULL;
-    for (jit_block *b = j->hash[jit_hash_block(cpu->rip)]; b; b = b->hash_next)
+    for (jit_block *b = j->hash[jit_hash_block(cpu->rip)]; b; b = b->by_rip.next)
         if (b->rip == cpu->rip && b->gpa == gpa && b->key == key && (!b->crosses || b->twin->gpa == next_page_gpa(cpu)))
             return b;
     if ((j->is_left = is_hot(j, gpa) || !is_worth(j, cpu->rip))) return NULL;
@@ -1057,9 +1066,9 @@ static bool is_without_code(const jit *j, uint64_t la)
     const x86_cpu *cpu = &j->vcpu->x86;
     uint64_t page = la & X86_PAGE_MASK, before = page - 4096;
     if (!page || (la >= cpu->large_lo[la >> 63] && la <= cpu->large_hi[la >> 63])) return false;
-    for (const jit_block *b = j->lines[hash_page(page)]; b; b = b->line_next)
+    for (const jit_block *b = j->lines[hash_page(page)]; b; b = b->by_line.next)
         if ((b->rip & X86_PAGE_MASK) == page) return false;
-    for (const jit_block *b = j->lines[hash_page(before)]; b; b = b->line_next)
+    for (const jit_block *b = j->lines[hash_page(before)]; b; b = b->by_line.next)
         if ((b->rip & X86_PAGE_MASK) == before && b->crosses) return false;
     return true;
 }

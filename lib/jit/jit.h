@@ -20,7 +20,8 @@
 #define JIT_BLOCK_BYTES 2048 /* code one block may need, stubs included: this, and so much for each instruction */
 #define JIT_INSN_BYTES  512
 #define JIT_ONE_BYTES   1024 /* code, or data, of one op or stub */
-#define JIT_HASH        65536
+#define JIT_HASH_BITS   18
+#define JIT_HASH        (1u << JIT_HASH_BITS) /* memory is touched as used */
 #define JIT_PAGES       16384
 #define JIT_STOPS       8
 
@@ -94,6 +95,9 @@ typedef struct jit_edge {
     const uint8_t *code; /* counts this one and those before; writable view */
 } jit_edge;
 
+/* A block's place in a list. */
+typedef struct jit_chain { jit_block *next, **at; /* what points to the block; NULL: not in it */ } jit_chain;
+
 struct jit_block {
     uint64_t rip, gpa;
     uint32_t key;
@@ -103,7 +107,7 @@ struct jit_block {
     uint8_t bails;         /* times C could not look a group up whole */
     uint8_t *entry;        /* writable view: flags as `need` says */
     uint8_t *entry_mem;    /* flags in memory: from the dispatcher, indirect jumps, other pages */
-    jit_block *hash_next, *page_next, *line_next;
+    jit_chain by_rip, by_page, by_line; /* in jit.hash, pages, lines */
     jit_block *born_next; /* made after it: see make_room() in jit.c */
     jit_block *twin; /* a ring: blocks without code that keep watch on the other pages it was made from */
     jit_link *in;
@@ -483,7 +487,7 @@ bool jit_is_stop(const jit *j, uint64_t rip);
 bool jit_has_no_guard(const jit *j, uint64_t rip);
 void jit_drop_code(jit *j, uint64_t lo, uint64_t hi, bool is_gpa);
 void jit_kill_block(jit *j, jit_block *b);
-static inline unsigned jit_hash_block(uint64_t rip) { return (unsigned)(rip * UINT64_C(0x9e3779b97f4a7c15) >> 48); }
+static inline unsigned jit_hash_block(uint64_t rip) { return (unsigned)(rip * UINT64_C(0x9e3779b97f4a7c15) >> (64 - JIT_HASH_BITS)); }
 bool jit_vec_allowed(const x86_cpu *cpu);
 bool jit_x87_allowed(const x86_cpu *cpu);
 void jit_load_x87_pointers(jit *j, x86_cpu *cpu);
