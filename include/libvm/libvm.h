@@ -5,8 +5,7 @@
  *
  * Conventions that hold everywhere
  *   - Handles are opaque. Every public struct starts with `uint32_t size`, set by its _INIT macro to the size the
- *   caller
- *     was compiled with. A smaller (older) struct is taken as far as it goes, the rest being zero; a larger (newer)
+ *     caller was compiled with. A smaller (older) struct is taken as far as it goes, the rest being zero; a larger (newer)
  *     one is accepted if what this library does not know is zero, else VM_E_INVALID. On output only what fits is
  *     written and anything beyond what the library knows is left alone.
  *   - A function returns VM_OK (0) or a negative vm_status; vm_errmsg() has the detail. What a guest does is never an
@@ -15,6 +14,9 @@
  *   - Threads: one thread at a time drives a vCPU and reads or writes its registers. vm_vcpu_kick() may be called from
  *     any thread and from signal handlers; vm_irq_set(), vm_irq_msi(), vm_stats() and memory-map edits from any thread;
  *     edits take effect at the next instruction boundary of every vCPU and the call returns when they have.
+ *   - fork(): a child has a copy of each machine, and may run, change and destroy it as its own, while the parent goes on with
+ *     the original. Only memory of shared files stays common. The vCPUs must have been at rest. Not in the child: machines on
+ *     KVM, which can only be destroyed there (else VM_E_UNSUPPORTED), vm_irqfd() connections, GDB stubs, recordings.
  *   - gpa is a guest-physical address, gva a guest-virtual (linear) one; sizes are in bytes, times in nanoseconds.
  *   - Objects belong to their machine: regions and vCPUs are freed by vm_destroy() at the latest, and must not be used
  *     after it.

@@ -319,17 +319,22 @@ void vm_timer_free(vm_timer *t)
 
 /* ---- life ---- */
 
-int vm_clock_create(vm_machine *m)
+static void init_lock(struct vm_clock *c)
 {
-    struct vm_clock *c = calloc(1, sizeof *c);
     pthread_condattr_t attr;
-    if (!c)
-        return vm_fail(VM_E_NOMEM, "no memory for the clock");
     pthread_mutex_init(&c->lock, NULL);
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&c->changed, &attr);
     pthread_condattr_destroy(&attr);
+}
+
+int vm_clock_create(vm_machine *m)
+{
+    struct vm_clock *c = calloc(1, sizeof *c);
+    if (!c)
+        return vm_fail(VM_E_NOMEM, "no memory for the clock");
+    init_lock(c);
     c->start_ns = vm_host_now();
     c->is_virtual = !m->is_pc;
     m->clock = c;
@@ -347,6 +352,15 @@ void vm_clock_stop(vm_machine *m)
     pthread_mutex_unlock(&c->lock);
     pthread_join(c->thread, NULL);
     c->has_thread = c->is_ending = false;
+}
+
+void vm_clock_forked(vm_machine *m)
+{
+    struct vm_clock *c = m->clock;
+    if (!c)
+        return;
+    init_lock(c);
+    c->has_thread = c->is_parked = c->is_ending = false;
 }
 
 void vm_clock_destroy(vm_machine *m)

@@ -280,6 +280,8 @@ struct vm_machine {
     _Atomic int pause_count;           /* > 0: vCPUs wait at safe points */
     _Atomic int pause_waiters;         /* threads that sleep until pause_count is 0 */
     _Atomic bool is_ending;            /* vm_destroy has begun: every run leaves */
+    _Atomic int *is_here;              /* 0: this process is a fork of the one that made the machine (process.c) */
+    _Atomic int is_unnoticed;          /* what is_here points at as long as nothing better is there */
     bool is_pc;
     struct x86_model *own_model;       /* what CPUID shows, if it is not a model of x86_model_find() */
     bool tsc_is_host;                  /* the guest's TSC is the host's, at tsc_hz (PC that runs or may run on KVM) */
@@ -325,6 +327,19 @@ void vm_vcpu_take_requests(vm_vcpu *cpu);
 void vm_machine_event(vm_machine *m, vm_exit_reason reason, uint64_t code);
 void vm_machine_reset(vm_machine *m); /* platform reset: devices and vCPUs; vCPUs paused or caller's */
 
+/* ---- fork() of the process (process.c) ---- */
+#define VM_PROCESS_PAGE 4096u
+void vm_process_begin(vm_machine *m);  /* before all else of a machine; enter: with a page of anonymous memory, now that there is one */
+void vm_process_enter(vm_machine *m, void *page);
+void vm_process_leave(vm_machine *m);  /* it is destroyed, here; the page goes */
+int  vm_process_adopt(vm_machine *m);  /* in a child of fork(): make the machine's copy one of this process */
+static inline int vm_process_check(vm_machine *m)
+{
+    return __builtin_expect(atomic_load_explicit(m->is_here, memory_order_relaxed), 1) ? VM_OK : vm_process_adopt(m);
+}
+/* Another of the same backend's data in place of what there is; no vCPU runs. */
+int  vm_machine_renew(vm_machine *m);
+
 /* ---- internal map calls for platform code: like the public ones, region marked internal ---- */
 int vm_add_mmio(vm_machine *m, uint64_t gpa, uint64_t bytes, const vm_io_ops *ops, void *user, vm_region **out);
 int vm_add_pio(vm_machine *m, uint16_t port, unsigned count, const vm_io_ops *ops, void *user, vm_region **out);
@@ -352,6 +367,7 @@ void vm_clock_set(vm_machine *m, uint64_t now, uint64_t tsc);      /* guest time
 int  vm_clock_create(vm_machine *m);
 void vm_clock_stop(vm_machine *m);                                 /* end the timer thread; timers stay */
 void vm_clock_destroy(vm_machine *m);
+void vm_clock_forked(vm_machine *m);                               /* the thread and its lock are another process' */
 /* BARE: move virtual time forward beside the instructions retired, firing what falls due (tests of devices). */
 void vm_clock_advance(vm_machine *m, uint64_t ns);
 /* BARE: fire due timers; guest time of the next one, UINT64_MAX: none. Run loop only. */

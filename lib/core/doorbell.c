@@ -382,6 +382,14 @@ void vm_events_stop(vm_machine *m)
     free_irqfds(s);
 }
 
+void vm_events_forked(vm_machine *m)
+{
+    if (m->events && m->events->irqfds)
+        free_irqfds(m->events->irqfds);
+    if (m->events)
+        m->events->irqfds = NULL;
+}
+
 void vm_events_free(vm_machine *m)
 {
     struct vm_events *e = m->events;

@@ -29,6 +29,7 @@ void vm_zones_forget(vm_machine *m, const vm_region *r);                 /* the 
 int  vm_irqfd_set(vm_machine *m, int fd, bool is_msi, uint64_t address, uint32_t data, bool on);
 /* A new backend: tell it what there is. */
 void vm_events_announce(vm_machine *m);
+void vm_events_forked(vm_machine *m);                                    /* the thread is another process' */
 void vm_events_stop(vm_machine *m);                                      /* destruction: first the thread, */
 void vm_events_free(vm_machine *m);                                      /* last the lists */
 

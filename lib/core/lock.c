@@ -174,6 +174,7 @@ void vm_machine_unlock(vm_machine *m)
 
 void vm_pause(vm_machine *m)
 {
+    (void)vm_process_check(m);         /* if it fails, runs will say so */
     vm_machine_lock(m);
     if (atomic_fetch_add(&m->pause_count, 1) != 0)
         return;                        /* nested */

@@ -188,6 +188,7 @@ int vm_machine_create(const vm_options *options, vm_machine **out)
     vm_machine *m = calloc(1, sizeof *m);
     if (!m)
         return vm_fail(VM_E_NOMEM, "no memory for a machine");
+    vm_process_begin(m);
     vm_trace_init(m);
     int status = build(m, options);
     if (status != VM_OK) {
@@ -211,6 +212,7 @@ static void stop_vcpus(vm_machine *m)
 
 void vm_machine_destroy(vm_machine *m)
 {
+    vm_process_leave(m);
     stop_vcpus(m);
     vm_events_stop(m);
     vm_clock_stop(m);

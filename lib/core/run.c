@@ -417,6 +417,9 @@ static void finish(vm_vcpu *cpu, vm_exit *exit, int reason)
 int vm_run_check(vm_vcpu *cpu)
 {
     vm_machine *m = cpu->machine;
+    int status = vm_process_check(m);
+    if (status != VM_OK)
+        return status;
     bool is_inside = cpu->at_boundary && vm_vcpu_is_mine(cpu);         /* a bound function */
     if (m->vcpu_count > 1 && !is_inside && vm_vcpu_self(m))
         return vm_fail(VM_E_BUSY, "vm_vcpu_run: this thread is already inside a run of this machine");

@@ -98,11 +98,18 @@ static int move(vm_machine *m, vm_backend backend, const vm_backend_ops *to)
     return status;
 }
 
+int vm_machine_renew(vm_machine *m)
+{
+    return move(m, m->options.backend, m->backend);
+}
+
 int vm_machine_select(vm_machine *m, vm_backend backend)
 {
     const vm_backend_ops *to = vm_backend_find(&backend);
     if (!to) return VM_E_UNSUPPORTED;
     if (to == m->backend) return VM_OK;
+    int status = vm_process_check(m);
+    if (status != VM_OK) return status;
     if (!vm_hooks_suit(m, to))
         return vm_fail(VM_E_UNSUPPORTED, "vm_backend_select: backend %s serves no hooks; remove them first", to->name);
     if (!vm_mmu_suits(m->mmu, backend))
@@ -112,7 +119,6 @@ int vm_machine_select(vm_machine *m, vm_backend backend)
         return vm_fail(VM_E_UNSUPPORTED, "vm_backend_select: KVM cannot record coverage; turn it off first");
     vm_device_lock(m);
     vm_pause(m);
-    int status = VM_OK;
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (vm_vcpu_is_running(m->vcpus[i])) status = vm_fail(VM_E_BUSY, "vm_backend_select: vCPU %u is running", i);
     if (status == VM_OK) status = move(m, backend, to);

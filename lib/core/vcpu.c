@@ -12,9 +12,15 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-static size_t mapping_bytes(void)
+/* The vCPU, and a page for process.c. */
+static size_t own_bytes(void)
 {
     return (sizeof(vm_vcpu) + 4095) & ~(size_t)4095;
+}
+
+static size_t mapping_bytes(void)
+{
+    return own_bytes() + VM_PROCESS_PAGE;
 }
 
 void vm_vcpu_reset(vm_vcpu *cpu)
@@ -69,6 +75,8 @@ int vm_vcpu_create(vm_machine *m, unsigned index, vm_vcpu **out)
         munmap(cpu, mapping_bytes());
         return status;
     }
+    if (index == 0)
+        vm_process_enter(m, (uint8_t *)cpu + own_bytes());
     *out = cpu;
     return VM_OK;
 }

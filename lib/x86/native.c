@@ -373,6 +373,20 @@ static void flush(struct x86_native *n)
     n->count = 0;
 }
 
+bool x86_native_renew(x86_cpu *cpu)
+{
+    struct x86_native *n = cpu->native;
+    uint8_t *rx, *rw = n ? x86_map_code(CODE_BYTES, NULL, &rx) : NULL;
+    if (!rw)
+        return !n;
+    munmap(n->rw, CODE_BYTES);
+    munmap(n->rx, CODE_BYTES);
+    n->rw = rw;
+    n->rx = rx;
+    flush(n);
+    return true;
+}
+
 static uint64_t mix(uint64_t a, uint64_t b)
 {
     uint64_t h = (a ^ (b << 29 | b >> 35)) * UINT64_C(0x9e3779b97f4a7c15);

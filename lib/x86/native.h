@@ -59,7 +59,9 @@ bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in);
 uint8_t *x86_map_code(size_t bytes, void *near, uint8_t **exec);
 
 /* ---- one-instruction thunks (native.c) ----
- * Made on first use; destroy frees them. */
+ * Made on first use; destroy frees them; renew puts them into other memory than the process shares with one it was forked from
+ * (false: the host refuses). */
 void x86_native_destroy(x86_cpu *cpu);
+bool x86_native_renew(x86_cpu *cpu);
 
 #endif

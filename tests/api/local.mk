@@ -76,3 +76,5 @@ script_tests += tests/api/strategies
 EXTRA_DIST += tests/api/strategies
 check_PROGRAMS += tests/api/api_latency
 tests_api_api_latency_SOURCES = tests/api/latency.c
+check_PROGRAMS += tests/api/api_process
+tests_api_api_process_SOURCES = tests/api/process.c
