@@ -1,7 +1,7 @@
 # bench: `make bench`. Ratios against peers measured in the same run, and JSON beside the build; never part of `make check`.
 # The very same bytes run natively and in each engine; the code is what a compiler makes of a plain static program.
 # Unicorn is a peer of the kernels' benchmark when its header is there.
-EXTRA_DIST += bench/boot bench/guest bench/guest_main.c bench/kernels.c bench/kernels.h bench/kernels.ld
+EXTRA_DIST += bench/boot bench/guest bench/programs bench/guest_main.c bench/kernels.c bench/kernels.h bench/kernels.ld
 EXTRA_PROGRAMS += bench/bench_kernels
 bench_bench_kernels_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_kernels_LDADD = libvm.la $(UNICORN_LIBS) -lm
@@ -23,7 +23,7 @@ EXTRA_PROGRAMS += bench/bench_calls bench/cputime
 bench_cputime_LDADD =
 bench_bench_calls_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_calls_LDADD = libvm.la $(UNICORN_LIBS)
-CLEANFILES += bench/kernels.elf bench/guest64 bench/guest32 bench/kernels.json bench/calls.json guest.json boot.json
+CLEANFILES += bench/kernels.elf bench/guest64 bench/guest32 bench/kernels.json bench/calls.json guest.json programs.json boot.json
 
 BENCH_COLUMNS = jit,flat,interp,unicorn
 bench: bench-kernels bench-calls bench-guest bench-boot bench-mmu $(bench_kvm_target)
@@ -33,9 +33,12 @@ bench-calls: bench/bench_calls
 	bench/bench_calls --json bench/calls.json
 bench-guest: examples/vmrun bench/cputime bench/guest64 bench/guest32
 	VMRUN=examples/vmrun BENCH_JSON=guest.json $(srcdir)/bench/guest bench/cputime bench/guest64 bench/guest32
+# Programs of this machine in the guest; minutes, most of them the peer's, so not part of `make bench`.
+bench-programs: examples/vmrun bench/cputime
+	VMRUN=examples/vmrun BENCH_JSON=programs.json $(srcdir)/bench/programs bench/cputime $(srcdir)/bench/kernels.c
 bench-boot: examples/vmrun
 	VMRUN=examples/vmrun BENCH_JSON=boot.json $(srcdir)/bench/boot
-.PHONY: bench bench-kernels bench-calls bench-guest bench-boot bench-kvm
+.PHONY: bench bench-kernels bench-calls bench-guest bench-programs bench-boot bench-kvm
 
 # MMU strategies side by side; PLOT=FILE draws them.
 EXTRA_DIST += bench/mmu bench/mmu_guest.c

@@ -445,6 +445,15 @@ static void emit_lea(emitter *e, const jit_op *o)
     if (reg == T0) frame_store(e->w, 8, T0, JIT_FRAME_REG(dst));
 }
 
+/* T0 = an address. A plain register is moved, which takes no time: each address waits for it. */
+static void emit_sum(jit_writer *w, unsigned size, unsigned base, unsigned index, unsigned scale, int32_t disp)
+{
+    if (base != 0xff && index == 0xff && !disp) {
+        if (base != T0 || size == 4) e_mov(w, size, T0, base);
+    } else
+        e_lea(w, size, T0, base, index, scale, disp);
+}
+
 /* T0 = linear address of instruction i's memory operand; flags untouched. */
 static void emit_ea(emitter *e, const jit_op *o)
 {
@@ -462,7 +471,7 @@ static void emit_ea(emitter *e, const jit_op *o)
         unsigned index = in->index == X86_NOREG ? 0xff : IN_MEMORY(in->index) ? T1 : home[in->index];
         if (base == T0) frame_load(e->w, 8, T0, JIT_FRAME_REG(in->base));
         if (index == T1) frame_load(e->w, 8, T1, JIT_FRAME_REG(in->index));
-        e_lea(e->w, size, T0, base, index, in->scale, (int32_t)(in->disp + o->adjust));
+        emit_sum(e->w, size, base, index, in->scale, (int32_t)(in->disp + o->adjust));
     }
     if (in->seg == X86_FS || in->seg == X86_GS) {
         e_gs_load(e->w, is_64 ? 8 : 4, T1,
@@ -476,8 +485,8 @@ static void emit_pointer(emitter *e, const jit_op *o)
 {
     unsigned size = e->u->key & JIT_KEY_64 ? 8 : 4;
     switch (o->op) {
-    case IR_EA_SP: e_lea(e->w, size, T0, R12, 0xff, 1, (int32_t)o->imm + o->adjust); break;
-    case IR_EA_BP: e_lea(e->w, size, T0, RBP, 0xff, 1, o->adjust); break;
+    case IR_EA_SP: emit_sum(e->w, size, R12, 0xff, 1, (int32_t)o->imm + o->adjust); break;
+    case IR_EA_BP: emit_sum(e->w, size, RBP, 0xff, 1, o->adjust); break;
     default: emit_ea(e, o); break;
     }
 }

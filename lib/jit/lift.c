@@ -60,8 +60,7 @@ static const uint8_t classes[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {
     M(JBE, C_JCC),        M(JL, C_JCC),         M(JLE, C_JCC),         M(JNB, C_JCC),       M(JNBE, C_JCC),
     M(JNL, C_JCC),        M(JNLE, C_JCC),       M(JNO, C_JCC),         M(JNP, C_JCC),       M(JNS, C_JCC),
     M(JNZ, C_JCC),        M(JO, C_JCC),         M(JP, C_JCC),          M(JS, C_JCC),        M(JZ, C_JCC),
-    M(JECXZ, C_JCC),
-    M(JRCXZ, C_JCC),      M(LOOP, C_JCC),       M(CLI, C_SYSTEM),      M(PUSHFQ, C_PUSHF),
+    M(JECXZ, C_JCC),      M(JRCXZ, C_JCC),      M(LOOP, C_JCC),        M(CLI, C_SYSTEM),    M(PUSHFQ, C_PUSHF),
 };
 #undef M
 
