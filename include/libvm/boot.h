@@ -25,7 +25,8 @@ typedef struct vm_boot_options {
                                            space in an entry is its command line ("mod1 args,mod2") */
     const char *cmdline;                /* NULL: empty */
     const char *bios;                   /* firmware image mapped below 4 GiB and started at the reset vector; with a kernel too,
-                                           the firmware finds that through fw_cfg */
+                                           UEFI finds that through fw_cfg, and a BIOS an option ROM that starts it (a
+                                           Linux kernel that goes to 1 MiB) */
     uint32_t    linux_entry;            /* 16, 32 or 64: start a Linux kernel there; 0: the best it has */
 } vm_boot_options;
 #define VM_BOOT_OPTIONS_INIT VM_STRUCT_INIT(vm_boot_options)

@@ -3,6 +3,7 @@
 #include "boot/boot.h"
 
 #include <libvm/boot.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* The struct rule of the public interface: what the caller's size covers is taken; bytes this version does not know must
@@ -51,13 +52,23 @@ static int give_blob(vm_machine *m, uint16_t size_key, uint16_t data_key, const 
     return status == VM_OK ? vm_pc_fwcfg_item(m, data_key, data, (size_t)bytes) : status;
 }
 
-static int give_initrd(vm_machine *m, const char *path)
+/* Archives one after another, each padded to 4 bytes. */
+static int give_initrd(vm_machine *m, const char *list, uint64_t *bytes)
 {
-    vm_image image;
-    int status = path ? vm_image_open(&image, path) : VM_OK;
-    if (!path || status != VM_OK) return status;
-    status = give_blob(m, VM_FWCFG_INITRD_SIZE, VM_FWCFG_INITRD_DATA, image.data, image.bytes);
-    vm_image_close(&image);
+    vm_modules archives;
+    int status = vm_modules_open(&archives, list, false);
+    if (status != VM_OK) return status;
+    *bytes = vm_modules_bytes(&archives, 4);
+    uint8_t *all = calloc(1, *bytes + 1);
+    size_t at = 0;
+    for (unsigned i = 0; i < archives.count && all; i++) {
+        memcpy(all + at, archives.image[i].data, archives.image[i].bytes);
+        at += (archives.image[i].bytes + 3) & ~UINT64_C(3);
+    }
+    if (!all) status = vm_fail(VM_E_NOMEM, "no memory for the initrd");
+    else status = give_blob(m, VM_FWCFG_INITRD_SIZE, VM_FWCFG_INITRD_DATA, all, *bytes);
+    free(all);
+    vm_modules_close(&archives);
     return status;
 }
 
@@ -72,7 +83,9 @@ static int give_kernel(vm_machine *m, const vm_image *kernel, const vm_boot_opti
     int status = give_blob(m, VM_FWCFG_SETUP_SIZE, VM_FWCFG_SETUP_DATA, kernel->data, setup);
     if (status == VM_OK) status = give_blob(m, VM_FWCFG_KERNEL_SIZE, VM_FWCFG_KERNEL_DATA, kernel->data + setup, kernel->bytes - setup);
     if (status == VM_OK) status = give_blob(m, VM_FWCFG_CMDLINE_SIZE, VM_FWCFG_CMDLINE_DATA, cmdline, strlen(cmdline) + 1);
-    return status == VM_OK ? give_initrd(m, o->initrd) : status;
+    uint64_t initrd_bytes = 0;
+    if (status == VM_OK) status = give_initrd(m, o->initrd, &initrd_bytes);
+    return status == VM_OK && setup ? vm_linux_offer(m, kernel, initrd_bytes, cmdline) : status;
 }
 
 static int boot(vm_machine *m, const vm_boot_options *o)

@@ -85,6 +85,8 @@ void vm_entry_apply(vm_machine *m, const vm_entry *entry, const vm_entry_tables 
 /* What vm_boot_image asks of each, options already checked. `bits`: 0, or the Linux entry wanted: 16, 32, 64. */
 int  vm_linux_load(vm_machine *m, const vm_image *kernel, const char *initrd, const char *cmdline, unsigned bits);
 bool vm_linux_recognise(const vm_image *image);
+/* For a BIOS: an option ROM that starts the kernel of the configuration device, and where its pieces go. */
+int  vm_linux_offer(vm_machine *m, const vm_image *kernel, uint64_t initrd_bytes, const char *cmdline);
 int  vm_multiboot_load(vm_machine *m, const vm_image *kernel, const char *modules, const char *cmdline);
 bool vm_multiboot_recognise(const vm_image *image);
 bool vm_elf_recognise(const vm_image *image);

@@ -286,3 +286,46 @@ int vm_linux_load(vm_machine *m, const vm_image *kernel, const char *initrd, con
     vm_modules_close(&archives);
     return status;
 }
+
+/* ---- under a BIOS: rom.S fetches the pieces from the configuration device ---- */
+
+enum { ROM_BYTES = 512, ROM_PNP = 0x1a, ROM_PNP_BYTES = 32, ROM_PNP_SUM = 9, ROM_SETUP = 0x10000, ROM_HEAP_END = 0xe000,
+       ROM_KERNEL = 0x100000, ROM_RESERVE = 0x100000 };        /* a BIOS has its own memory at the end of RAM */
+extern const uint8_t vm_boot_rom_begin[], vm_boot_rom_end[];
+
+static uint8_t complement(const uint8_t *bytes, size_t count)
+{
+    uint8_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += bytes[i];
+    return (uint8_t)-sum;
+}
+
+static int give_rom(vm_machine *m)
+{
+    uint8_t rom[ROM_BYTES] = {0}, *pnp;
+    memcpy(rom, vm_boot_rom_begin, (size_t)(vm_boot_rom_end - vm_boot_rom_begin));
+    pnp = rom + rom[ROM_PNP];
+    pnp[ROM_PNP_SUM] = complement(pnp, ROM_PNP_BYTES);
+    rom[ROM_BYTES - 1] = complement(rom, ROM_BYTES);
+    return vm_pc_fwcfg_file(m, "genroms/linux.rom", rom, sizeof rom);
+}
+
+/* What no BIOS could start is left to firmware that knows more. */
+int vm_linux_offer(vm_machine *m, const vm_image *kernel, uint64_t initrd_bytes, const char *cmdline)
+{
+    linux_image k;
+    if (parse(&k, kernel) != VM_OK || !(k.loadflags & LOADED_HIGH) || k.version < 0x202 || k.setup_bytes > ROM_HEAP_END / 2
+        || strlen(cmdline) >= 0x10000 - ROM_HEAP_END)
+        return VM_OK;
+    uint64_t end = vm_pc_low_end(m) - ROM_RESERVE, taken = ROM_KERNEL + k.payload_bytes;
+    if (end > (uint64_t)k.initrd_max + 1) end = (uint64_t)k.initrd_max + 1;
+    if (k.init_size && taken < k.pref_address + k.init_size) taken = k.pref_address + k.init_size;
+    if (end < taken || end - taken < initrd_bytes + 4096) return VM_OK;
+    const struct { uint16_t key; uint32_t value; } where[] = {
+        {VM_FWCFG_SETUP_ADDR, ROM_SETUP}, {VM_FWCFG_KERNEL_ADDR, ROM_KERNEL}, {VM_FWCFG_CMDLINE_ADDR, ROM_SETUP + ROM_HEAP_END},
+        {VM_FWCFG_INITRD_ADDR, initrd_bytes ? (uint32_t)((end - initrd_bytes) & ~UINT64_C(4095)) : 0}};
+    int status = give_rom(m);
+    for (unsigned i = 0; i < sizeof where / sizeof *where && status == VM_OK; i++)
+        status = vm_pc_fwcfg_item(m, where[i].key, &where[i].value, sizeof where[i].value);
+    return status;
+}

@@ -9,4 +9,5 @@ libvm_la_SOURCES += \
 	lib/boot/linux.c \
 	lib/boot/multiboot.c \
 	lib/boot/place.c \
+	lib/boot/rom.S \
 	lib/boot/services.S
