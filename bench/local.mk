@@ -1,7 +1,7 @@
 # bench: `make bench`. Ratios against peers measured in the same run, and JSON beside the build; never part of `make check`.
 # The very same bytes run natively and in each engine; the code is what a compiler makes of a plain static program.
 # Unicorn is a peer of the kernels' benchmark when its header is there.
-EXTRA_DIST += bench/boot bench/guest bench/programs bench/guest_main.c bench/kernels.c bench/kernels.h bench/kernels.ld
+EXTRA_DIST += bench/boot bench/guest bench/programs bench/ratios.awk bench/guest_main.c bench/kernels.c bench/kernels.h bench/kernels.ld
 EXTRA_PROGRAMS += bench/bench_kernels
 bench_bench_kernels_CPPFLAGS = $(AM_CPPFLAGS) $(UNICORN_CPPFLAGS)
 bench_bench_kernels_LDADD = libvm.la $(UNICORN_LIBS) -lm
