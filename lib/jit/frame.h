@@ -7,14 +7,13 @@
 #define T0             R14
 #define T1             R13
 #define CNT            R15
-#define IN_MEMORY(reg) ((reg) >= X86_R12)
 #define GPR(n)         ((int32_t)(offsetof(x86_cpu, gpr) + 8 * (n)))
 
-static const uint8_t home[16] = {RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, R8, R9, R10, R11, 0xff, 0xff, 0xff, 0xff};
+static const uint8_t home[16] = {RAX, RCX, RDX, RBX, R12, RBP, RSI, RDI, 0xff, 0xff, 0xff, 0xff, R8, R9, R10, R11};
 
 /* What blocks use most lies at [RSP + displacement]. */
 
-#define JIT_FRAME_REG(guest) (JIT_FRAME_R12 + (guest) - X86_R12)
+#define JIT_FRAME_REG(guest) (JIT_FRAME_R8 + (guest) - X86_R8)
 
 static inline void frame_op(jit_writer *w, unsigned size, unsigned op, unsigned reg, unsigned slot)
 {

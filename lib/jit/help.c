@@ -54,19 +54,20 @@ void jit_store_flags(x86_cpu *cpu)
 
 static uint64_t *frame_of(const x86_cpu *cpu) { return (uint64_t *)(uintptr_t)cpu->jit_scratch[JIT_SLOT_FRAME]; }
 
-enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8, FRAME_HOMES = 12 * 8 };
+enum { FRAME_REGS = 4 * 8, FRAME_FLAGS = 4 * 8, FRAME_LIMITS = 2 * 8 };
 
 static void copy_frame(x86_cpu *cpu)
 {
     const uint64_t *frame = frame_of(cpu);
-    memcpy(&cpu->gpr[X86_R12], &frame[JIT_FRAME_R12], FRAME_REGS);
+    memcpy(&cpu->gpr[X86_R8], &frame[JIT_FRAME_R8], FRAME_REGS);
     memcpy(&cpu->jit_scratch[JIT_SLOT_FLAGS], &frame[JIT_FRAME_FLAGS], FRAME_FLAGS);
 }
 
 void jit_fetch_frame(x86_cpu *cpu, bool has_homes)
 {
     copy_frame(cpu);
-    if (has_homes) memcpy(cpu->gpr, &frame_of(cpu)[JIT_FRAME_HOMES], FRAME_HOMES);
+    for (unsigned g = 0; has_homes && g < 16; g++)
+        if (!JIT_IN_FRAME(g)) cpu->gpr[g] = frame_of(cpu)[JIT_FRAME_HOMES + g];
     jit_load_flags(cpu);
 }
 
@@ -74,7 +75,7 @@ void jit_fetch_frame(x86_cpu *cpu, bool has_homes)
 static void store_frame(const x86_cpu *cpu)
 {
     uint64_t *frame = frame_of(cpu);
-    memcpy(&frame[JIT_FRAME_R12], &cpu->gpr[X86_R12], FRAME_REGS);
+    memcpy(&frame[JIT_FRAME_R8], &cpu->gpr[X86_R8], FRAME_REGS);
     frame[JIT_FRAME_FLAGS] = cpu->jit_scratch[JIT_SLOT_FLAGS];
     memcpy(&frame[JIT_FRAME_LIMIT], &cpu->jit_scratch[JIT_SLOT_WINDOW_LIMIT], FRAME_LIMITS);
 }

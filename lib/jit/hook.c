@@ -295,8 +295,8 @@ static void move_home(jit_writer *w, unsigned direction, unsigned reg, unsigned 
 
 static void store_registers(jit_writer *w, uint16_t which)
 {
-    for (unsigned g = 0; g < X86_R12; g++)
-        if (which >> g & 1) move_home(w, TO_FRAME, home[g], g);
+    for (unsigned g = 0; g < 16; g++)
+        if ((which >> g & 1) && !JIT_IN_FRAME(g)) move_home(w, TO_FRAME, home[g], g);
 }
 
 /* The flags as the emitter keeps them, by way of RAX, which is in the frame already. */
@@ -343,8 +343,8 @@ static uint8_t *after_call(jit_writer *w, bool flags)
     e_r_gs(w, 4, 0x0b, RAX, JIT_OFF(attention)); /* or eax, attention */
     uint8_t *leave = e_jcc(w, CC_NE);
     if (flags) restore_flags(w);
-    for (unsigned g = 0; g < X86_R12; g++)
-        if (home[g] != RBX && home[g] != RBP && home[g] != R12) move_home(w, FROM_FRAME, home[g], g);
+    for (unsigned g = 0; g < 16; g++)
+        if (!JIT_IN_FRAME(g) && home[g] != RBX && home[g] != RBP && home[g] != R12) move_home(w, FROM_FRAME, home[g], g);
     return leave;
 }
 
@@ -368,8 +368,8 @@ uint8_t *jit_access_call(const jit_unit *u, jit_writer *w, const jit_hook_site *
     store_state_of(u, w, h, at, from, false);
     if (h->event.kind == VM_HOOK_MEM_READ)
         e_r_mem(w, n == 8 ? 8 : 4, n == 1 ? 0x0fb6 : n == 2 ? 0x0fb7 : 0x8b, RAX, T0, 0xff, 1, 0);
-    else if (h->value_reg >= X86_R12 && h->value_reg < 16)
-        e_r_mem(w, 8, 0x8b, RAX, RSP, 0xff, 1, 8 * (JIT_FRAME_R12 + h->value_reg - X86_R12));
+    else if (JIT_IN_FRAME(h->value_reg))
+        frame_load(w, 8, RAX, JIT_FRAME_REG(h->value_reg));
     else if (h->value_reg < 16)
         move_home(w, FROM_FRAME, RAX, h->value_reg);
     if (h->event.kind == VM_HOOK_MEM_WRITE && h->value_reg != JIT_HOOK_IMM && n < 8)

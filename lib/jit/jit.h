@@ -294,17 +294,19 @@ typedef struct jit {
 } jit;
 
 #define JIT_GROUPS 13
+/* General registers that have none of the host's: see emit.c's register plan. */
+#define JIT_IN_FRAME(reg) ((reg) >= X86_R8 && (reg) <= X86_R11)
 /* Slots of the frame on the host's stack, 8 bytes each: what blocks use most. */
 enum {
-    JIT_FRAME_R12, /* and R13-R15 */
+    JIT_FRAME_R8, /* and R9-R11: JIT_IN_FRAME() */
     JIT_FRAME_FLAGS = 4 /* AL = OF, AH = LAHF; AL > 1: JIT_LAZY_FLAGS */,
     JIT_FRAME_FLAG_A,
     JIT_FRAME_FLAG_B,
     JIT_FRAME_TMP,
     JIT_FRAME_LIMIT, /* of the two windows: copies */
     JIT_FRAME_GROUP = 10,
-    JIT_FRAME_HOMES = JIT_FRAME_GROUP + JIT_GROUPS, /* RAX-R11 during a direct call to a hook, see hook.c */
-    JIT_FRAME_SLOTS = JIT_FRAME_HOMES + 12
+    JIT_FRAME_HOMES = JIT_FRAME_GROUP + JIT_GROUPS, /* the others, by number, during a direct call to a hook: see hook.c */
+    JIT_FRAME_SLOTS = JIT_FRAME_HOMES + 16
 };
 /* Slots of x86_cpu.jit_scratch: what emitted code shares with C. */
 enum {

@@ -172,7 +172,7 @@ static bool native_form(const jit_unit *u, const x86_insn *in)
                 high = true;
             else {
                 rex |= needs_rex(o->reg, o->size) || o->size == 8;
-                in_memory += o->reg >= X86_R12;
+                in_memory += JIT_IN_FRAME(o->reg);
             }
             break;
         case X86_OP_MEM:

@@ -116,10 +116,12 @@ static bool operand_pointer(const group_pass *g, unsigned i, pointer *p)
     return true;
 }
 
+static bool has_home(unsigned reg) { return reg < 16 && !JIT_IN_FRAME(reg); }
+
 /* The largest that a register in an address may be; UINT64_MAX: no telling, or not a register that can be spelled. */
 static uint64_t most_of(const group_pass *g, unsigned reg)
 {
-    return reg < X86_R12 && reg != X86_RSP && !(g->most[reg].all >> 32) ? g->most[reg].all : UINT64_MAX;
+    return has_home(reg) && reg != X86_RSP && !(g->most[reg].all >> 32) ? g->most[reg].all : UINT64_MAX;
 }
 
 /* Without paging: an operand at a fixed address, or one by registers of known range, that lies in the window whatever happens needs
@@ -347,7 +349,7 @@ static bool can_be_direct(const jit_unit *u, const jit_op *c, unsigned w)
     int64_t disp = (ea->op == IR_EA ? in->disp : ea->imm) + u->j->window_delta[w] - (int64_t)u->j->window_gpa[w];
     enum { ROOM = 1 << 20 }; /* for a stack pointer that is settled late */
     return (u->key & JIT_KEY_64) && disp - ROOM == (int32_t)(disp - ROOM) && disp + ROOM == (int32_t)(disp + ROOM) &&
-           (ea->op != IR_EA || (in->base < X86_R12 && (in->index == X86_NOREG || in->index < X86_R12)));
+           (ea->op != IR_EA || (has_home(in->base) && (in->index == X86_NOREG || has_home(in->index))));
 }
 
 static void window_pass(jit_unit *u)

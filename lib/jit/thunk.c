@@ -7,10 +7,10 @@ static const struct {
     uint8_t slot;
     bool comes_back;
     int32_t at;
-} frame_map[] = {{JIT_FRAME_R12 + 0, true, GPR(X86_R12)},
-                 {JIT_FRAME_R12 + 1, true, GPR(X86_R13)},
-                 {JIT_FRAME_R12 + 2, true, GPR(X86_R14)},
-                 {JIT_FRAME_R12 + 3, true, GPR(X86_R15)},
+} frame_map[] = {{JIT_FRAME_R8 + 0, true, GPR(X86_R8)},
+                 {JIT_FRAME_R8 + 1, true, GPR(X86_R9)},
+                 {JIT_FRAME_R8 + 2, true, GPR(X86_R10)},
+                 {JIT_FRAME_R8 + 3, true, GPR(X86_R11)},
                  {JIT_FRAME_FLAGS, true, JIT_SLOT(JIT_SLOT_FLAGS)},
                  {JIT_FRAME_FLAG_A, false, JIT_SLOT(JIT_SLOT_FLAG_A)},
                  {JIT_FRAME_FLAG_B, false, JIT_SLOT(JIT_SLOT_FLAG_B)},
@@ -19,11 +19,13 @@ enum { FRAME_MAP = sizeof frame_map / sizeof *frame_map, FRAME_BYTES = (8 * JIT_
 
 static void emit_spill_homes(jit_writer *w)
 {
-    for (unsigned g = 0; g < 12; g++) e_gs_store(w, 8, home[g], GPR(g));
+    for (unsigned g = 0; g < 16; g++)
+        if (!JIT_IN_FRAME(g)) e_gs_store(w, 8, home[g], GPR(g));
 }
 static void emit_reload_homes(jit_writer *w)
 {
-    for (unsigned g = 0; g < 12; g++) e_gs_load(w, 8, home[g], GPR(g));
+    for (unsigned g = 0; g < 16; g++)
+        if (!JIT_IN_FRAME(g)) e_gs_load(w, 8, home[g], GPR(g));
 }
 
 /* Registers to the x86_cpu. `pushed`: bytes on the stack above the frame. */

@@ -292,7 +292,7 @@ static void bmi(void)
     if (k < 8)
         vex(2, three[k].pp, wide, three[k].op, destination(), any_register(), rm);
     else if (k < 12)
-        vex(2, 3, wide, 0xf6, below(2) ? 14 : destination(), below(2) ? 15 : destination(), rm); /* MULX */
+        vex(2, 3, wide, 0xf6, below(2) ? 8 : destination(), below(2) ? 10 : destination(), rm); /* MULX */
     else
         insn(ONE_OF(0x66, 0xf3), wide ? 8 : 4, 0x0f38f6, destination(), rm, 0);
 }
