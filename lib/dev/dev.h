@@ -147,6 +147,10 @@ int vm_acpi_new(vm_machine *m, vm_line sci, vm_acpi **out);
 void vm_acpi_power_button(vm_acpi *a);
 void vm_acpi_rtc(vm_acpi *a);              /* the RTC asserts its interrupt, wherever that goes */
 
+/* ---- smbus.c: an empty SMBus ---- */
+#define VM_SMBUS_BASE 0x700
+int vm_smbus_new(vm_machine *m);
+
 /* ---- fwcfg.c ---- */
 enum { VM_FWCFG_SIGNATURE = 0x00, VM_FWCFG_ID = 0x01, VM_FWCFG_UUID = 0x02, VM_FWCFG_RAM_SIZE = 0x03, VM_FWCFG_NOGRAPHIC = 0x04,
        VM_FWCFG_NB_CPUS = 0x05, VM_FWCFG_KERNEL_ADDR = 0x07, VM_FWCFG_KERNEL_SIZE = 0x08, VM_FWCFG_CMDLINE_OLD = 0x09,

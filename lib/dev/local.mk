@@ -13,4 +13,5 @@ libvm_la_SOURCES += \
 	lib/dev/pic8259.c \
 	lib/dev/pit8254.c \
 	lib/dev/rtc.c \
+	lib/dev/smbus.c \
 	lib/dev/uart16550.c

@@ -4,7 +4,7 @@
  * 0xcf8 answers to 32-bit accesses; a byte written to 0xcf9 is the reset control register, handed to `reset_control`.
  * They carry the ids of the 440FX, PIIX3 and PIIX4, because firmware recognises the machine by them; the PAM registers are
  * kept and change nothing: memory between 0xC0000 and 1 MiB is always RAM. The power management function only tells where
- * its ports are (lib/dev/acpi.c serves them): UEFI firmware finds its timer that way.
+ * its ports are (lib/dev/acpi.c and smbus.c serve them): UEFI firmware finds its timer that way.
  *
  * Invariant: config offsets are below 256 and an access never leaves its dword.
  */
@@ -141,6 +141,8 @@ static void functions(vm_pci *pci)
     put16(f->config + 0x40, VM_ACPI_PM_BASE | 1);
     f->config[0x5b] = 2;                   /* device activity B, APMC_EN: firmware sees that nobody waits for its SMI handler */
     f->config[0x80] = 1;                   /* the ports are decoded */
+    put16(f->config + 0x90, VM_SMBUS_BASE | 1);
+    f->config[0xd2] = 9;                   /* the SMBus host is on, its interrupt IRQ 9 */
     f->mask[0x3c] = 0xff;
 }
 

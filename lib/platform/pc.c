@@ -405,6 +405,7 @@ static int make_devices(struct vm_platform_pc *pc)
     if ((s = vm_rtc_new(m, wire(pc, SRC_RTC, 8), (int64_t)time(NULL), &pc->rtc))) return s;
     if ((s = make_hpet(pc))) return s;
     if ((s = vm_acpi_new(m, wire(pc, SRC_SCI, SCI_IRQ), &pc->acpi))) return s;
+    if ((s = vm_smbus_new(m))) return s;
     if ((s = vm_misc_new(m, imcr, wire(pc, SRC_FPU, 13), pc, &pc->misc))) return s;
     if ((s = vm_pci_new(m, &pc->pci))) return s;
     vm_pci_reset_control(pc->pci, reset_write, reset_read, pc);
