@@ -496,8 +496,10 @@ static bool write_base(vm_lapic *l, uint64_t value) {          /* 11.12.5, figur
         return false;
     uint64_t before = l->s.base;
     l->s.base = value;
-    if (from != 0 && to == 0)
+    if (from != 0 && to == 0) {        /* as after power-up, the id too, which INIT keeps (11.4.3) */
+        l->s.id = l->s.index;
         vm_lapic_init(l);
+    }
     if ((before ^ value) & ~UINT64_C(0xfff))
         vm_region_move(l->bus->region, value & ~UINT64_C(0xfff), true);
     update(l);
@@ -545,7 +547,7 @@ static bool x2_write(vm_lapic *l, unsigned reg, uint64_t value)
         return true;
     }
     if (reg == REG_ICR) {
-        l->s.icr = value;
+        l->s.icr = value & ~UINT64_C(0x1000);      /* delivery status: never busy */
         send_ipi(l, value);
         return true;
     }

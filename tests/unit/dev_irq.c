@@ -421,6 +421,11 @@ TEST(lapic_disable)
     CHECK_EQ(peek(&r, 0, APIC + 0x30), 0xffffffff);
     CHECK(vm_lapic_msr_write(l, 0x1b, 0xfee00900));
     CHECK_EQ(peek(&r, 0, APIC + 0xf0), 0xff);
+    poke(&r, 0, APIC + 0x20, 0x05000000);
+    CHECK_EQ(peek(&r, 0, APIC + 0x20), 0x05000000);
+    CHECK(vm_lapic_msr_write(l, 0x1b, 0xfee00100));         /* after this the id is the first one again */
+    CHECK(vm_lapic_msr_write(l, 0x1b, 0xfee00900));
+    CHECK_EQ(peek(&r, 0, APIC + 0x20), 0);
     rig_free(&r);
 }
 
@@ -455,6 +460,8 @@ TEST(lapic_x2apic)
     CHECK(vm_lapic_msr_write(l, 0x808, 0x40));
     CHECK_EQ(pending(&r, 0), -1);
     CHECK(!vm_lapic_msr_write(l, 0x808, 0x100));
+    CHECK(vm_lapic_msr_write(l, 0x830, UINT64_C(1) << 32 | 0x5033));        /* delivery is never pending */
+    CHECK(vm_lapic_msr_read(l, 0x830, &v) && v == (UINT64_C(1) << 32 | 0x4033));
     rig_free(&r);
 }
 
