@@ -222,6 +222,13 @@ static bool write_outside(x86_cpu *cpu, uint32_t msr, uint64_t v)
     return cpu->env->msr_write && cpu->env->msr_write(cpu, msr, v);
 }
 
+#define APIC_BASE_X2 (UINT64_C(1) << 10)
+
+static bool write_apic_base(x86_cpu *cpu, uint32_t msr, uint64_t v)
+{
+    return (!(v & APIC_BASE_X2) || x86_has(cpu, X86_FEAT_X2APIC)) && write_outside(cpu, msr, v);
+}
+
 /* ---- the table, by number ---- */
 
 #define FIELD(name) .field = offsetof(x86_cpu, name)
@@ -230,7 +237,7 @@ static bool write_outside(x86_cpu *cpu, uint32_t msr, uint64_t v)
 static const msr_row rows[] = {
     {0x000, 0x001, read_zero, write_ignored, 0, 0, 0, X86_FEAT_MSR}, /* P5 machine check */
     {0x010, 0x010, read_tsc, write_tsc, 0, 0, 0, X86_FEAT_TSC},
-    {0x01b, 0x01b, read_outside, write_outside, 0, 0, 0, 0}, /* APIC base */
+    {0x01b, 0x01b, read_outside, write_apic_base, 0, 0, 0, 0},
     {.first = 0x03b, .last = 0x03b, FIELD(tsc_adjust), .mask = ALL, .feature = X86_FEAT_TSC_ADJUST},
     {0x08b, 0x08b, read_patch_level, write_ignored, 0, 0, 0, X86_FEAT_MSR},
     {0x0fe, 0x0fe, read_mtrr_cap, write_refused, 0, 0, 0, X86_FEAT_MTRR},
@@ -249,8 +256,8 @@ static const msr_row rows[] = {
     {0x277, 0x277, NULL, write_pat, offsetof(x86_cpu, pat), 0, 0, X86_FEAT_PAT},
     {0x2ff, 0x2ff, NULL, write_mtrr_def, offsetof(x86_cpu, mtrr_def), 0, 0, X86_FEAT_MTRR},
     {0x400, 0x400 + 4 * MCG_BANKS - 1, NULL, write_mc_bank, offsetof(x86_cpu, mc_bank), 0, 0, X86_FEAT_MCA},
-    {0x6e0, 0x6e0, read_outside, write_outside, 0, 0, 0, 0}, /* TSC deadline */
-    {0x800, 0x8ff, read_outside, write_outside, 0, 0, 0, 0}, /* x2APIC */
+    {0x6e0, 0x6e0, read_outside, write_outside, 0, 0, 0, X86_FEAT_TSC_DEADLINE},
+    {0x800, 0x8ff, read_outside, write_outside, 0, 0, 0, X86_FEAT_X2APIC},
     {0xc0000080, 0xc0000080, read_efer, write_efer, 0, 0, 0, X86_FEAT_SYSCALL},
     {.first = 0xc0000081, .last = 0xc0000081, FIELD(star), .mask = ALL, .feature = X86_FEAT_SYSCALL},
     {.first = 0xc0000082, .last = 0xc0000083, FIELD(lstar), .mask = ALL, .is_canonical = true, .feature = X86_FEAT_LM},

@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* ---- the table ---- */
-enum simd_isa { ISA_NONE, ISA_MMX, ISA_SSE, ISA_SSE2, ISA_SSE3, ISA_SSSE3, ISA_SSE41, ISA_SSE42, ISA_SSE4A, ISA_AES, ISA_PCLMUL,
+enum simd_isa { ISA_NONE, ISA_MMX, ISA_MMXEXT, ISA_SSE, ISA_SSE2, ISA_SSE3, ISA_SSSE3, ISA_SSE41, ISA_SSE42, ISA_SSE4A, ISA_AES, ISA_PCLMUL,
                 ISA_SHA, ISA_GFNI, ISA_AVX, ISA_AVX2, ISA_FMA, ISA_F16C, ISA_AVXAES, ISA_AVXGFNI };
 typedef struct simd_row { uint16_t props; uint8_t isa; } simd_row;
 
@@ -40,6 +40,7 @@ typedef struct feature { uint8_t word, bit; } feature;
 static const feature isa_features[][2] = {
     [ISA_NONE] = { ALWAYS, ALWAYS },
     [ISA_MMX] = { { LEAF1_EDX, 23 }, ALWAYS },
+    [ISA_MMXEXT] = { { LEAF1_EDX, 23 }, { LEAF1_EDX, 25 } },            /* what SSE added to MMX */
     [ISA_SSE] = { { LEAF1_EDX, 25 }, ALWAYS },
     [ISA_SSE2] = { { LEAF1_EDX, 26 }, ALWAYS },
     [ISA_SSE3] = { { LEAF1_ECX, 0 }, ALWAYS },
@@ -78,10 +79,26 @@ static bool has(const uint32_t words[NWORDS], feature f)
     return f.word == NWORDS || words[f.word] >> f.bit & 1;
 }
 
+static bool uses_kind(const x86_insn *in, unsigned kind)
+{
+    for (unsigned i = 0; i < in->nops && i < 4; i++)
+        if (in->op[i].kind == kind)
+            return true;
+    return false;
+}
+
+/* Forms of MMX instructions for the XMM registers. */
+static bool is_mmx_on_xmm(const simd_row *row, const x86_insn *in)
+{
+    return (row->isa == ISA_MMX || row->isa == ISA_MMXEXT) && !uses_kind(in, X86_OP_MMX);
+}
+
 static bool words_offer(const uint32_t words[NWORDS], const simd_row *row, const x86_insn *in)
 {
     static const feature avx2 = { LEAF7_EBX, 5 }, vaes = { LEAF7_ECX, 9 }, vpclmul = { LEAF7_ECX, 10 }, pclmul = { LEAF1_ECX, 1 };
     bool wide = in->vl == 32;
+    if (is_mmx_on_xmm(row, in))                            /* those of map 3 came later still (PEXTRW to memory) */
+        return has(words, isa_features[in->map == 3 ? ISA_SSE41 : ISA_SSE2][0]);
     if (!has(words, isa_features[row->isa][0]) || !has(words, isa_features[row->isa][1]))
         return false;
     if (((row->props & SIMD_Y2 && wide) || (row->props & SIMD_R2 && !(in->flags & X86_IF_MEM))) && !has(words, avx2))
@@ -108,14 +125,6 @@ bool x86_simd_offered(x86_cpu *cpu, const x86_insn *in)
         return false;
     guest_words(cpu, words);
     return words_offer(words, row_of(in), in);
-}
-
-static bool uses_kind(const x86_insn *in, unsigned kind)
-{
-    for (unsigned i = 0; i < in->nops && i < 4; i++)
-        if (in->op[i].kind == kind)
-            return true;
-    return false;
 }
 
 /* #UD and #NM rules of SDM vol. 2, 2.4 (VEX) and vol. 3, table 14-1 and 12-1 (SSE, MMX), in their order. */

@@ -129,6 +129,8 @@ enum {
     X86_FEAT_FXSR = X86_FEAT(X86_W_1_EDX, 24),
     X86_FEAT_SSE = X86_FEAT(X86_W_1_EDX, 25),
     X86_FEAT_PCID = X86_FEAT(X86_W_1_ECX, 17),
+    X86_FEAT_X2APIC = X86_FEAT(X86_W_1_ECX, 21),
+    X86_FEAT_TSC_DEADLINE = X86_FEAT(X86_W_1_ECX, 24),
     X86_FEAT_XSAVE = X86_FEAT(X86_W_1_ECX, 26),
     X86_FEAT_AVX = X86_FEAT(X86_W_1_ECX, 28),
     X86_FEAT_RDRAND = X86_FEAT(X86_W_1_ECX, 30),
@@ -142,11 +144,15 @@ enum {
     X86_FEAT_RDPID = X86_FEAT(X86_W_7_ECX, 22),
     X86_FEAT_SYSCALL = X86_FEAT(X86_W_E1_EDX, 11),
     X86_FEAT_NX = X86_FEAT(X86_W_E1_EDX, 20),
+    X86_FEAT_GB_PAGES = X86_FEAT(X86_W_E1_EDX, 26),
     X86_FEAT_RDTSCP = X86_FEAT(X86_W_E1_EDX, 27),
     X86_FEAT_LM = X86_FEAT(X86_W_E1_EDX, 29),
+    X86_FEAT_XGETBV1 = X86_FEAT(X86_W_D1_EAX, 2),
     X86_FEAT_AUTO_IBRS = X86_FEAT(X86_W_E21_EAX, 8)
 };
 bool x86_has(x86_cpu *cpu, unsigned feature);
+/* State components that differ from their initial configuration: XINUSE (SDM vol. 1, 13.6). */
+uint64_t x86_in_use(const x86_cpu *cpu);
 bool x86_is_amd(const x86_cpu *cpu);
 uint64_t x86_read_tsc(x86_cpu *cpu);
 void x86_check_io_breakpoint(x86_cpu *cpu, uint16_t port, unsigned n);

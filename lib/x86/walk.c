@@ -62,7 +62,7 @@ static inline __attribute__((always_inline)) bool walk_wide(x86_cpu *cpu, uint64
         if (!(pte & PTE_P))
             return false;
         bool is_leaf = level == 0 || (level < 3 && (pte & PTE_PS));
-        if (level == 3)
+        if (level == 3 || (level == 2 && is_leaf && !x86_has(cpu, X86_FEAT_GB_PAGES)))
             bad |= PTE_PS;
         else if (is_leaf && level)
             bad |= (UINT64_C(1) << shift) - 0x2000;                     /* address bits below the page, above PAT */
