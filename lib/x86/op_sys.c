@@ -537,9 +537,10 @@ void x86_op_xgetbv(x86_cpu *cpu, const x86_insn *in)
     (void)in;
     if (!(cpu->cr4 & X86_CR4_OSXSAVE))
         x86_raise(cpu, X86_UD);
-    if ((uint32_t)cpu->gpr[X86_RCX] > 1)
+    uint32_t index = (uint32_t)cpu->gpr[X86_RCX];
+    if (index > 1 || (index == 1 && !x86_has(cpu, X86_FEAT_XGETBV1)))
         raise_gp(cpu);
-    set_edx_eax(cpu, cpu->xcr0);       /* index 1, XINUSE: everything counts as in use */
+    set_edx_eax(cpu, index == 1 ? cpu->xcr0 & x86_in_use(cpu) : cpu->xcr0);
 }
 
 void x86_op_xsetbv(x86_cpu *cpu, const x86_insn *in)

@@ -5,6 +5,7 @@
  * access is checked before anything is written.
  */
 #include "x86/simd.h"
+#include "x86/system.h"
 
 #include <Zydis/Mnemonic.h>
 #include <string.h>
@@ -90,6 +91,8 @@ static bool is_wide_form(const x86_insn *in)
 
 static uint64_t aligned_operand(x86_cpu *cpu, const x86_insn *in, unsigned n, unsigned align, unsigned access)
 {
+    if (align == 64 && x86_is_misaligned_long(cpu, in, align))    /* of XSAVE areas silicon looks at alignment first */
+        x86_raise_error(cpu, X86_GP, 0);
     uint64_t la = x86_op_linear(cpu, in, n, access);
     if (la & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
@@ -141,15 +144,22 @@ static uint64_t requested(x86_cpu *cpu)
     return cpu->xcr0 & (cpu->gpr[X86_RDX] << 32 | (uint32_t)cpu->gpr[X86_RAX]) & (X87 | SSE | AVX);
 }
 
-static void need_xsave_feature(x86_cpu *cpu, unsigned bit)
+enum { XSAVEOPT, XSAVEC };             /* bits of CPUID.(0Dh, 1):EAX */
+
+static bool has_xsave_feature(x86_cpu *cpu, unsigned bit)
 {
     uint32_t r[4];
     x86_cpuid(cpu, 0xd, 1, r);
-    if (!(r[0] >> bit & 1))
+    return r[0] >> bit & 1;
+}
+
+static void need_xsave_feature(x86_cpu *cpu, unsigned bit)
+{
+    if (!has_xsave_feature(cpu, bit))
         x86_raise(cpu, X86_UD);
 }
 
-static uint64_t in_use(const x86_cpu *cpu)
+uint64_t x86_in_use(const x86_cpu *cpu)
 {
     static const uint8_t x87_init[24] = { 0x7f, 0x03 };
     uint64_t bv = 0;
@@ -213,8 +223,8 @@ void x86_op_xsave(x86_cpu *cpu, const x86_insn *in)
     uint8_t area[XSAVE_BYTES];
     uint64_t rfbm = requested(cpu), bv;
     if (optimise)
-        need_xsave_feature(cpu, 0);
-    uint64_t la = aligned_operand(cpu, in, area_bytes(rfbm), 64, X86_WRITE), used = in_use(cpu);
+        need_xsave_feature(cpu, XSAVEOPT);
+    uint64_t la = aligned_operand(cpu, in, area_bytes(rfbm), 64, X86_WRITE), used = x86_in_use(cpu);
     x86_read_linear(cpu, la + HEADER, &bv, 8);
     bv = (bv & ~rfbm) | (used & rfbm);
     make_area(cpu, in, area);
@@ -227,8 +237,8 @@ void x86_op_xsavec(x86_cpu *cpu, const x86_insn *in)
 {
     uint8_t area[XSAVE_BYTES];
     uint64_t rfbm = requested(cpu);
-    need_xsave_feature(cpu, 1);
-    uint64_t la = aligned_operand(cpu, in, area_bytes(rfbm), 64, X86_WRITE), used = in_use(cpu);
+    need_xsave_feature(cpu, XSAVEC);
+    uint64_t la = aligned_operand(cpu, in, area_bytes(rfbm), 64, X86_WRITE), used = x86_in_use(cpu);
     if (X86_FPU_MXCSR(cpu) != MXCSR_INIT)
         used |= SSE;
     uint64_t header[2] = { rfbm & used, rfbm | XCOMP_COMPACT };
@@ -244,6 +254,8 @@ static bool header_is_valid(x86_cpu *cpu, const uint8_t *area, bool *is_compact)
     memcpy(&bv, area + HEADER, 8);
     memcpy(&comp, area + HEADER + 8, 8);
     *is_compact = comp & XCOMP_COMPACT;
+    if (*is_compact && !has_xsave_feature(cpu, XSAVEC))
+        return false;
     if (!*is_compact)
         return !(bv & ~cpu->xcr0) && is_zero(area + HEADER + 8, 16);
     comp &= ~XCOMP_COMPACT;
@@ -269,8 +281,6 @@ void x86_op_xrstor(x86_cpu *cpu, const x86_insn *in)
         x86_raise_error(cpu, X86_GP, 0);
     memcpy(&bv, area + HEADER, 8);
     memcpy(&comp, area + HEADER + 8, 8);
-    if (is_compact)
-        need_xsave_feature(cpu, 1);
     bool loads_mxcsr = is_compact ? rfbm & bv & SSE : rfbm & (SSE | AVX);
     if (loads_mxcsr && mxcsr_in(area) & ~X86_MXCSR_VALID)
         x86_raise_error(cpu, X86_GP, 0);
