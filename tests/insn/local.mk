@@ -11,6 +11,7 @@ tests_insn_vectors286_CPPFLAGS = $(AM_CPPFLAGS) -DVECTORS_SRCDIR='"$(top_srcdir)
 EXTRA_DIST += tests/insn/real_mode_286.ndjson.gz tests/insn/real_mode_286.opcodes.json
 check_PROGRAMS += tests/insn/scenes
 tests_insn_scenes_SOURCES = tests/insn/scenes.c tests/insn/world.c tests/insn/world.h tests/insn/world.def
+check_PROGRAMS += tests/insn/models
 # The same cases under hooks, single steps and random budgets.
 check_PROGRAMS += tests/insn/insn_hooked
 tests_insn_insn_hooked_SOURCES = $(tests_insn_insn_SOURCES) tests/insn/hooked.inc tests/insn/warm.inc
