@@ -379,8 +379,7 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
     if (jit_insn_names_sp(in)) settle_sp(e);
     if (emit_frame_move(e, in)) return;
     x86_rename_init(&map);
-    for (unsigned g = 0; g < 16; g++)
-        if (!JIT_IN_FRAME(g)) map.gpr[g] = home[g];
+    memcpy(map.gpr, home, sizeof home);
     map.mem_kind = X86_RENAME_MEM_BASE;
     map.mem_base = T0;
     if (o) {
