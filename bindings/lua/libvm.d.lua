@@ -37,7 +37,7 @@ local libvm = {}
 ---@field memory_private? boolean the guest's writes do not go to that file
 ---@field memory_advice? string|string[] for the RAM of a PC: names as `Machine:advise` takes them
 ---@field code_cache? libvm.Size ceiling for translated code
----@field cpu_model? string "max" or "kvm"
+---@field cpu_model? string "max" (default), "kvm", "base", "pentium3", "pentium" or "486"
 
 --- Makes a machine.
 ---@param options? libvm.MachineOptions

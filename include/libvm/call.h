@@ -15,8 +15,8 @@
  *   cbuf        the same, only read
  *   cpu, user   not of the guest: only in vm_bind_* signatures of `fn`; see vm_bind_desc
  *
- * Spaces mean nothing. At most VM_CALL_ARGS arguments. No structs and no variable arguments; a variadic guest function of
- * fixed arguments can be called (sysv: AL is set). Text that is no signature is VM_E_INVALID; the message has its place.
+ * "()" and "(void)" are the same; spaces mean nothing. At most VM_CALL_ARGS arguments. No structs and no variable arguments;
+ * a variadic guest function of fixed arguments can be called (sysv: AL is set). Text that is no signature is VM_E_INVALID; the message has its place.
  */
 #ifndef LIBVM_INCLUDE_CALL_H
 #define LIBVM_INCLUDE_CALL_H

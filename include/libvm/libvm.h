@@ -6,8 +6,8 @@
  * Conventions that hold everywhere
  *   - Handles are opaque. Every public struct starts with `uint32_t size`, set by its _INIT macro to the size the
  *     caller was compiled with. A smaller (older) struct is taken as far as it goes, the rest being zero; a larger (newer)
- *     one is accepted if what this library does not know is zero, else VM_E_INVALID. On output only what fits is
- *     written and anything beyond what the library knows is left alone.
+ *     one is accepted if what this library does not know is zero, else VM_E_INVALID, as is a size without room for any
+ *     member. On output only what fits is written and anything beyond what the library knows is left alone.
  *   - A function returns VM_OK (0) or a negative vm_status; vm_errmsg() has the detail. What a guest does is never an
  *     error of the call: it is an exit record (see exit.h).
  *   - The library never prints, aborts or exits, and installs no signal handlers.

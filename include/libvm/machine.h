@@ -31,8 +31,9 @@ typedef struct vm_options {
      * what you need */
     uint64_t    ram_bytes;
     uint64_t    code_cache_bytes;       /* JIT: ceiling for translated code, 0 = default */
-    const char *cpu_model;              /* what CPUID shows; NULL or "max" = all this backend can do; "kvm" = what every
-                                           backend can do here, for vm_backend_select */
+    /* What CPUID shows. NULL or "max": all that this backend can do; "kvm": what every backend can do here, for
+     * vm_backend_select(); "base": the first x86-64 processors; "pentium3", "pentium", "486": 32-bit ones */
+    const char *cpu_model;
     /* PC only: what main memory is made of. NULL: zeros in memory of the machine's own. Else the path of a file at least
      * ram_bytes long whose bytes main memory has: the byte at offset x is that at guest-physical x, or, from the end of low
      * memory on (at most 3 GiB), at x less that end plus 4 GiB. A file in hugetlbfs gives huge pages; "/proc/self/fd/N" is a

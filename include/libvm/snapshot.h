@@ -76,8 +76,8 @@ VM_API int vm_snapshot_save_file(vm_snapshot *s, const char *path, unsigned flag
  * RAM of uncompressed files is mapped from the file when it is restored, page by page as it is touched: the file must
  * not be written to or shortened as long as the snapshot or a state restored from it is in use (replacing it by
  * another, as vm_snapshot_save_file() does, is fine); the descriptor may be closed.
- * VM_E_FORMAT no such file, of another version, damaged, or for another shape of machine (the message says which);
- * VM_E_UNSUPPORTED compressed and the library was built without zstd; VM_E_NOMEM; VM_E_HOST. */
+ * VM_E_FORMAT not a snapshot's file, of another version, damaged, or for another shape of machine (the message says which);
+ * VM_E_UNSUPPORTED compressed and the library was built without zstd; VM_E_NOTFOUND nothing at `path`; VM_E_NOMEM; VM_E_HOST. */
 VM_API int vm_snapshot_load(vm_machine *m, int fd, vm_snapshot **out);
 VM_API int vm_snapshot_load_file(vm_machine *m, const char *path, unsigned flags, vm_snapshot **out);
 

@@ -20,7 +20,9 @@ typedef enum vm_mode {
     VM_MODE_REAL,                       /* 16-bit real mode, all segment bases and RIP 0 */
     VM_MODE_FLAT32,                     /* 32-bit protected mode, flat 4 GiB segments, ring 0, paging off */
     VM_MODE_FLAT64                      /* 64-bit mode, ring 0; linear address = physical address over the whole
-                                           guest-physical space without guest page tables, until the guest loads CR3 */
+                                           guest-physical space without guest page tables, until CR3 is loaded or paging
+                                           switched off. vm_sregs do not tell: to put registers that were read in this
+                                           mode into a vCPU that is in another, set the mode first */
 } vm_mode;
 
 typedef struct vm_regs {

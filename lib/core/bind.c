@@ -140,7 +140,7 @@ int vm_binding_remove(vm_machine *m, vm_binding *binding)
     }
     vm_resume(m);
     if (i == count)
-        return vm_fail(VM_E_NOTFOUND, "vm_unbind: no such binding");
+        return vm_fail(VM_E_NOTFOUND, "vm_unbind: the machine has no binding %p", (void *)binding);
     drop(binding);
     return VM_OK;
 }

@@ -440,7 +440,7 @@ int vm_hook_delete(vm_machine *m, vm_hook *hook)
         delete_paused(m, h, &done);
     vm_resume(m);
     end_graves(m, done);
-    return h ? VM_OK : vm_fail(VM_E_NOTFOUND, "vm_hook_remove: no such hook in this machine");
+    return h ? VM_OK : vm_fail(VM_E_NOTFOUND, "vm_hook_remove: the machine has no hook %p", (void *)hook);
 }
 
 static int toggle(vm_machine *m, vm_hook_class cls, const vm_hook_desc *d, bool on, const char *what)

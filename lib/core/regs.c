@@ -407,7 +407,9 @@ static int check_sregs(const vm_sregs *s, uint64_t phys_mask)
         return reserved("CR8", s->cr8, 15);
     if (s->cr3 & ~phys_mask)
         return reserved("CR3", s->cr3, phys_mask);
-    if ((s->xcr0 & ~UINT64_C(7)) || !(s->xcr0 & 1) || (s->xcr0 & 6) == 4)
+    if (s->xcr0 & ~UINT64_C(7))
+        return reserved("XCR0", s->xcr0, 7);
+    if (!(s->xcr0 & 1) || (s->xcr0 & 6) == 4)
         return vm_fail(VM_E_INVALID, "XCR0 = 0x%llx: needs x87, and SSE for AVX", (unsigned long long)s->xcr0);
     if (s->dr6 >> 32 || s->dr7 >> 32)
         return vm_fail(VM_E_INVALID, "DR6 = 0x%llx, DR7 = 0x%llx: upper halves must be zero",

@@ -399,11 +399,11 @@ int vm_snap_save_file(vm_snapshot *s, const char *path, unsigned flags)
     bool is_synced = !(flags & VM_SNAPSHOT_NO_SYNC);
     int status = vm_snap_save(s, fd, flags);
     if (status == VM_OK && is_synced && fsync(fd) != 0)
-        status = vm_fail_errno(VM_E_HOST, "snapshot: fsync");
+        status = vm_fail_errno(VM_E_HOST, name);
     if (close(fd) != 0 && status == VM_OK)
-        status = vm_fail_errno(VM_E_HOST, "snapshot: close");
+        status = vm_fail_errno(VM_E_HOST, name);
     if (status == VM_OK && rename(name, path) != 0)
-        status = vm_fail_errno(VM_E_HOST, "snapshot: rename");
+        status = vm_fail_errno(VM_E_HOST, path);
     if (status != VM_OK)
         unlink(name);
     else if (is_synced)
