@@ -15,8 +15,9 @@
  *   cbuf        the same, only read
  *   cpu, user   not of the guest: only in vm_bind_* signatures of `fn`; see vm_bind_desc
  *
- * "()" and "(void)" are the same; spaces mean nothing. At most VM_CALL_ARGS arguments. No structs and no variable arguments;
- * a variadic guest function of fixed arguments can be called (sysv: AL is set). Text that is no signature is VM_E_INVALID; the message has its place.
+ * "()" and "(void)" are the same; spaces mean nothing. At most VM_CALL_ARGS arguments. No structs and no variable
+ * arguments; a variadic guest function of fixed arguments can be called (sysv: AL is set). Text that is no signature is
+ * VM_E_INVALID; the message has its place.
  */
 #ifndef LIBVM_INCLUDE_CALL_H
 #define LIBVM_INCLUDE_CALL_H
@@ -122,8 +123,8 @@ typedef struct vm_bind_desc {
  * Reading the arguments follows the rules of the guest's own accesses at its privilege level. What cannot be read (or,
  * for buf, written) raises the guest's #PF at the bound address, before the function is called: a guest that brings the
  * page in and returns makes the call again. Strings longer than max_string, buffers longer than max_buffer, and memory
- * that is not RAM raise #GP(0), and so does a copy that the host has no memory for. A string or buffer that is contiguous in RAM is passed directly (buf too: writes show at
- * once), else a copy, copied back after the call.
+ * that is not RAM raise #GP(0), and so does a copy that the host has no memory for. A string or buffer that is
+ * contiguous in RAM is passed directly (buf too: writes show at once), else a copy, copied back after the call.
  *
  * The function runs on the vCPU's thread at an instruction boundary, no lock held: it may use the machine's functions,
  * change registers and memory, run the vCPU (see vm_call), bind and unbind. RIP is at `address` on entry, RSP points at the

@@ -32,11 +32,11 @@ typedef struct vm_record_options {
 } vm_record_options;
 #define VM_RECORD_OPTIONS_INIT VM_STRUCT_INIT(vm_record_options)
 
-/* Begins to record into `fd`, from its current offset on; written in pieces, complete when vm_record_stop() has returned.
- * The machine may be new (booted, not run yet) or in the midst of a run, but no vCPU may be running now (VM_E_BUSY). The
- * log begins with the state of CPU and devices and all pages of RAM that are not zero. `fd` stays open until the stop, the caller's.
- * Inputs from other threads while the vCPU runs are taken in at its next instruction boundary; the call waits for that.
- * VM_E_UNSUPPORTED see above; VM_E_HOST writing failed; VM_E_NOMEM. */
+/* Begins to record into `fd`, from its current offset on; written in pieces, complete when vm_record_stop() has
+ * returned. The machine may be new (booted, not run yet) or in the midst of a run, but no vCPU may be running now
+ * (VM_E_BUSY). The log begins with the state of CPU and devices and all pages of RAM that are not zero. `fd` stays open
+ * until the stop, the caller's. Inputs from other threads while the vCPU runs are taken in at its next instruction
+ * boundary; the call waits for that. VM_E_UNSUPPORTED see above; VM_E_HOST writing failed; VM_E_NOMEM. */
 VM_API int vm_record(vm_machine *m, int fd, const vm_record_options *options);
 /* Ends it: the log is closed with a checksum of RAM and registers, the machine lives on in host time. VM_E_INVALID: it does
  * not record; VM_E_HOST: writing failed, now or earlier: the log is not complete. VM_E_BUSY while the vCPU runs. */

@@ -94,10 +94,10 @@ VM_API unsigned vm_vcpu_index(const vm_vcpu *cpu);
 VM_API int vm_vcpu_set_mode(vm_vcpu *cpu, vm_mode mode);
 
 /* Registers in bulk. Setting changes all that the struct holds; reserved bits the CPU cannot hold, and combinations it
- * could never reach, are VM_E_INVALID with nothing changed; of RFLAGS, bits that do not exist are left out and bit 1 is set, as POPF
- * does. Setting RIP in a callback makes execution go on there
- * after the current instruction (its current value changes nothing); setting registers drops a pending completion of an IO, MMIO or UNMAPPED exit when
- * RIP changes. */
+ * could never reach, are VM_E_INVALID with nothing changed; of RFLAGS, bits that do not exist are left out and bit 1 is
+ * set, as POPF does. Setting RIP in a callback makes execution go on there after the current instruction (its current
+ * value changes nothing); setting registers drops a pending completion of an IO, MMIO or UNMAPPED exit when RIP
+ * changes. */
 VM_API int vm_vcpu_get_regs(vm_vcpu *cpu, vm_regs *regs);
 VM_API int vm_vcpu_set_regs(vm_vcpu *cpu, const vm_regs *regs);
 VM_API int vm_vcpu_get_sregs(vm_vcpu *cpu, vm_sregs *sregs);

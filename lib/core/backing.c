@@ -50,6 +50,14 @@ static int may_discard(vm_machine *m, vm_region *r, uint64_t offset, uint64_t by
     return vm_fail(VM_E_UNSUPPORTED, "vm_discard: the memory at 0x%llx is not libvm's own", (unsigned long long)(r->gpa + offset));
 }
 
+static bool give_back(const vm_region *r, void *host, uint64_t bytes)
+{
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    if (!r->is_merged)
+        return madvise(host, bytes, MADV_DONTNEED) == 0;
+    return mmap(host, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED;      /* the shared file would be seen again */
+}
+
 static int discard(vm_machine *m, vm_region *r, uint64_t offset, uint64_t bytes, unsigned unused)
 {
     (void)unused;
@@ -57,11 +65,9 @@ static int discard(vm_machine *m, vm_region *r, uint64_t offset, uint64_t bytes,
     if (r->kind != VM_REGION_RAM) {    /* main memory from a file */
         if (!r->is_shared_file || madvise(host, bytes, MADV_REMOVE) != 0)
             memset(host, 0, bytes);
-    } else if (r->backing)
+    } else if (r->backing || !give_back(r, host, bytes)) {
         memset(host, 0, bytes);
-    else if (r->is_merged ? mmap(host, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED
-                          : madvise(host, bytes, MADV_DONTNEED) != 0)
-        memset(host, 0, bytes);
+    }
     vm_page_written(m, vm_vcpu_self(m), r, offset, bytes);
     return VM_OK;
 }
@@ -242,7 +248,8 @@ static size_t run_length(const pool *s, size_t a, size_t b)
 static bool map_run(const pool *s, size_t at, size_t n, uint64_t slot)
 {
     uint8_t *host = s->pages[at].region->host + s->pages[at].number * PAGE;
-    if (mmap(host, n * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, s->fd, (off_t)(slot * PAGE)) == MAP_FAILED)
+    if (mmap(host, n * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, s->fd,
+             (off_t)(slot * PAGE)) == MAP_FAILED)
         return false;
     s->pages[at].region->is_merged = true;
     return true;
@@ -322,7 +329,9 @@ int vm_memory_share(vm_machine *const *machines, unsigned count, uint64_t *saved
     pool s = { .fd = memfd_create("libvm-shared", MFD_CLOEXEC) };
     if (s.fd < 0)
         return vm_fail_errno(VM_E_HOST, "vm_share_pages: memfd_create");
-    int status = gather(&s, machines, count) ? share_all(&s) : vm_fail(VM_E_NOMEM, "vm_share_pages: no memory for a list of %zu pages", s.count);
+    int status = gather(&s, machines, count)
+                     ? share_all(&s)
+                     : vm_fail(VM_E_NOMEM, "vm_share_pages: no memory for a list of %zu pages", s.count);
     *saved = s.saved;
     close(s.fd);
     free(s.table);

@@ -329,7 +329,8 @@ void vm_machine_reset(vm_machine *m); /* platform reset: devices and vCPUs; vCPU
 
 /* ---- fork() of the process (process.c) ---- */
 #define VM_PROCESS_PAGE 4096u
-void vm_process_begin(vm_machine *m);  /* before all else of a machine; enter: with a page of anonymous memory, now that there is one */
+/* begin: before all else of a machine; enter: with a page of anonymous memory, now that there is one. */
+void vm_process_begin(vm_machine *m);
 void vm_process_enter(vm_machine *m, void *page);
 void vm_process_leave(vm_machine *m);  /* it is destroyed, here; the page goes */
 int  vm_process_adopt(vm_machine *m);  /* in a child of fork(): make the machine's copy one of this process */

@@ -1,9 +1,9 @@
 /* process.c - machines in a child of fork().
  *
- * The child has a copy of all that a machine is, but for two things. Its threads are not there, nor whoever held a lock. And memory
- * for code is mapped twice, hence shared: parent and child would write their translations over each other's. A page that the
- * host's kernel wipes in children tells where we are. What is shared is then made anew before anything is written to it, which
- * only runs do, and edits, all of which pass vm_pause().
+ * The child has a copy of all that a machine is, but for two things. Its threads are not there, nor whoever held a
+ * lock. And memory for code is mapped twice, hence shared: parent and child would write their translations over each
+ * other's. A page that the host's kernel wipes in children tells where we are. What is shared is then made anew before
+ * anything is written to it, which only runs do, and edits, all of which pass vm_pause().
  *
  * KVM's objects work in the process that made them alone. Guest memory that is a shared mapping of a file stays shared.
  */
@@ -56,6 +56,8 @@ static void forget_threads(vm_machine *m)
 
 static int renew_code(vm_machine *m)
 {
+    if (m->options.backend == VM_BACKEND_KVM)
+        return vm_fail(VM_E_UNSUPPORTED, "a machine on KVM is of the process that made it, and this is a fork of that");
     for (unsigned i = 0; i < m->vcpu_count; i++)
         if (!x86_native_renew(&m->vcpus[i]->x86))
             return vm_fail_errno(VM_E_NOMEM, "no memory for code after fork()");
@@ -68,9 +70,7 @@ int vm_process_adopt(vm_machine *m)
         return vm_fail(VM_E_BUSY, "the process was forked inside of a run of this machine");
     atomic_store(m->is_here, 1);       /* what follows edits the machine */
     forget_threads(m);
-    int status = m->options.backend == VM_BACKEND_KVM
-                     ? vm_fail(VM_E_UNSUPPORTED, "a machine on KVM belongs to the process that made it, and this is a fork of that")
-                     : renew_code(m);
+    int status = renew_code(m);
     if (status != VM_OK)
         atomic_store(m->is_here, 0);
     return status;
