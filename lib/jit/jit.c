@@ -969,6 +969,34 @@ static bool host_has_bmi2(void)
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_BMI2);
 }
 
+/* Shifts leave AF undefined, and those by more than one OF. Is there anything left of the old flags on this host after one by
+ * a constant? If not, nobody has to provide them. */
+static bool host_shifts_define(void)
+{
+    static const uint64_t values[] = {0, 1, UINT64_C(0x8000000080008080), UINT64_C(0x7f12f5a3c96d0e5b)};
+    bool defines = true;
+#define FLAGS_AFTER(old, insn)                                                                                         \
+    ({                                                                                                                 \
+        uint32_t flags_ = (old);                                                                                       \
+        uint64_t to_ = values[i], from_ = ~values[i] << 3;                                                             \
+        __asm__("addb $0x7f, %%al; sahf; " insn "; lahf; seto %%al" : "+a"(flags_), "+q"(to_) : "q"(from_) : "cc");    \
+        (uint16_t)flags_;                                                                                              \
+    })
+#define PROBE(insn) defines &= FLAGS_AFTER(0x0200, insn) == FLAGS_AFTER(0xd701, insn)
+#define PROBE_SIZES(insn)                                                                                              \
+    PROBE(insn " $1, %b1"), PROBE(insn " $7, %b1"), PROBE(insn " $9, %b1"), PROBE(insn " $1, %w1"),                    \
+        PROBE(insn " $13, %w1"), PROBE(insn " $17, %w1"), PROBE(insn " $1, %k1"), PROBE(insn " $4, %k1"),              \
+        PROBE(insn " $31, %k1"), PROBE(insn " $1, %1"), PROBE(insn " $12, %1"), PROBE(insn " $63, %1")
+    for (unsigned i = 0; i < sizeof values / sizeof *values; i++) {
+        PROBE_SIZES("shl"), PROBE_SIZES("shr"), PROBE_SIZES("sar");
+        PROBE("shld $1, %k2, %k1"), PROBE("shld $9, %2, %1"), PROBE("shrd $1, %2, %1"), PROBE("shrd $9, %k2, %k1");
+    }
+    return defines;
+#undef PROBE_SIZES
+#undef PROBE
+#undef FLAGS_AFTER
+}
+
 /* The cache is made by the first run, so that a machine that never runs costs nothing; near what its code will call most. */
 static bool jit_start(jit *j)
 {
@@ -991,6 +1019,7 @@ static bool jit_start(jit *j)
     j->code_bytes = bytes;
     j->has_avx = host_has_avx();
     j->has_bmi2 = host_has_bmi2();
+    j->shifts_define = host_shifts_define();
     j->window_stale = true;
     j->w = (jit_writer){j->write_base, j->write_base + bytes, j->exec_base - j->write_base};
     j->vcpu->x86.jit_scratch[JIT_SLOT_SELF] = (uint64_t)(uintptr_t)&j->vcpu->x86;

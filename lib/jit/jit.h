@@ -268,6 +268,7 @@ typedef struct jit {
     uint8_t no_groups[1024]; /* by rip: blocks whose groups kept failing */
     uint8_t no_guard[1024];  /* by rip: CALLs that go to several places: traces end with them */
     bool has_avx, has_bmi2;
+    bool shifts_define; /* all flags, see host_shifts_define() */
     bool window_stale;        /* the memory map changed */
     unsigned worth;         /* code is translated when it has been met so often: note_lap() */
     uint8_t met[1024];      /* by rip */

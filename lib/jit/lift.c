@@ -377,6 +377,26 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
     f->exact_at = *exact = f->can_leave ? X86_FL_ARITH : *exact & through;
 }
 
+/* Fit what was decoded to the CPU's model and to the host: SHL and its like by a constant may leave nothing of the old flags. */
+static void fit(const jit_unit *u, x86_insn *in)
+{
+    x86_offer(u->cpu, in);
+    bool is_wide = in->osz >= 4; /* shorter SHLD and SHRD may be by more than their size */
+    switch (u->j->shifts_define && in->flags_maybe && in->op[in->nops - 1].kind == X86_OP_IMM ? in->mnemonic : 0) {
+    case ZYDIS_MNEMONIC_SHLD:
+    case ZYDIS_MNEMONIC_SHRD:
+        if (!is_wide) break;
+        /* fallthrough */
+    case ZYDIS_MNEMONIC_SHL:
+    case ZYDIS_MNEMONIC_SHR:
+    case ZYDIS_MNEMONIC_SAR:
+        in->flags_written |= in->flags_maybe;
+        in->flags_maybe = 0;
+        break;
+    default: break;
+    }
+}
+
 /* Decode what lies at page offset `at`. */
 static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in)
 {
@@ -384,7 +404,7 @@ static bool decode_at(const jit_unit *u, unsigned at, x86_insn *in)
     if (u->crosses ? at != (u->rip & 0xfff) || x86_decode(u->bytes, 15, size, in)
                    : !avail || x86_decode_again(u->j->forms, u->page + at, avail < 15 ? avail : 15, size, in))
         return false;
-    x86_offer(u->cpu, in);
+    fit(u, in);
     return true;
 }
 
@@ -414,7 +434,7 @@ static bool decode_rip(const jit_unit *u, uint64_t rip, x86_insn *in)
         memcpy(bytes + first, next, 15 - first);
         if (x86_decode(bytes, 15, u->key & JIT_KEY_64 ? 8 : 4, in)) return false;
     }
-    x86_offer(u->cpu, in);
+    fit(u, in);
     return true;
 }
 
