@@ -24,7 +24,8 @@ extern "C" {
 
 /* Initial value of a public struct: its size, all else zero. */
 #ifdef __cplusplus
-#define VM_STRUCT_INIT(type) { sizeof(type) }
+extern "C++" template <class T> inline T vm_struct_init() { T t = T(); t.size = sizeof(T); return t; }
+#define VM_STRUCT_INIT(type) vm_struct_init<type>()
 #else
 #define VM_STRUCT_INIT(type) { .size = sizeof(type) }
 #endif
