@@ -148,7 +148,7 @@ void vm_acpi_power_button(vm_acpi *a);
 void vm_acpi_rtc(vm_acpi *a);              /* the RTC asserts its interrupt, wherever that goes */
 
 /* ---- smbus.c: an empty SMBus ---- */
-#define VM_SMBUS_BASE 0x700
+#define VM_SMBUS_BASE 0xb100
 int vm_smbus_new(vm_machine *m);
 
 /* ---- fwcfg.c ---- */

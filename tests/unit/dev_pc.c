@@ -369,17 +369,17 @@ TEST(pc_smbus_is_empty)
     rig r;
     pc_new(&r, 1, 16 << 20);
     outl(&r, 0xcf8, 0x80000b90);
-    CHECK_EQ(inl(&r, 0xcfc), 0x701);
+    CHECK_EQ(inl(&r, 0xcfc), 0xb101);
     outl(&r, 0xcf8, 0x80000bd0);
     CHECK_EQ(inb(&r, 0xcfe) & 1, 1);
-    CHECK_EQ(inb(&r, 0x700), 0);
-    outb(&r, 0x704, 0xa1);                       /* a memory module's data? */
-    CHECK_EQ(inb(&r, 0x704), 0xa1);
-    outb(&r, 0x702, 0x48);
-    CHECK_EQ(inb(&r, 0x702), 0x08);
-    CHECK_EQ(inb(&r, 0x700), 0x04);              /* no */
-    outb(&r, 0x700, 0x04);
-    CHECK_EQ(inb(&r, 0x700), 0);
+    CHECK_EQ(inb(&r, 0xb100), 0);
+    outb(&r, 0xb104, 0xa1);                       /* a memory module's data? */
+    CHECK_EQ(inb(&r, 0xb104), 0xa1);
+    outb(&r, 0xb102, 0x48);
+    CHECK_EQ(inb(&r, 0xb102), 0x08);
+    CHECK_EQ(inb(&r, 0xb100), 0x04);              /* no */
+    outb(&r, 0xb100, 0x04);
+    CHECK_EQ(inb(&r, 0xb100), 0);
     rig_free(&r);
 }
 
