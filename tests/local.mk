@@ -3,7 +3,7 @@
 # A test program is a name in check_PROGRAMS, with its sources where they are not just NAME.c. Unless it says otherwise it is
 # linked with $(TEST_LIBS): the harness (tests/test.h), whose main() it uses, and the library (statically with LDFLAGS = -static,
 # so that hidden symbols can be reached too). Scripts that print the same lines go into script_tests.
-EXTRA_DIST += tests/run-all tests/coverage tests/tiny tests/sanitized
+EXTRA_DIST += tests/run-all tests/coverage tests/source tests/tiny tests/sanitized
 check_LIBRARIES = tests/libtest.a
 tests_libtest_a_SOURCES = tests/test.c tests/test.h tests/backends.h
 TEST_LIBS = tests/libtest.a libvm.la
@@ -38,5 +38,5 @@ check-asan check-tsan:
 	@MAKE='$(MAKE)' sh $(srcdir)/tests/sanitized $(@:check-%=%) $(abs_top_srcdir)
 .PHONY: check-asan check-tsan
 clean-local:
-	rm -rf tests/logs
+	rm -rf tests/logs source
 .PHONY: clean-local
