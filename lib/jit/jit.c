@@ -53,7 +53,7 @@
 #ifdef VM_TINY_CACHE
 #define DEFAULT_CODE MIN_CODE
 #else
-#define DEFAULT_CODE (32u << 20)
+#define DEFAULT_CODE (128u << 20) /* gcc wants 100 */
 #endif
 
 static inline uint64_t read_gs(void)
@@ -1004,7 +1004,7 @@ static bool jit_start(jit *j)
     size_t bytes = m->options.code_cache_bytes ? (size_t)m->options.code_cache_bytes : DEFAULT_CODE;
     bytes = bytes / m->vcpu_count & ~(size_t)4095;
     if (bytes < MIN_CODE) bytes = MIN_CODE;
-    j->arena_bytes = bytes * 4;
+    j->arena_bytes = bytes * 2 < 4 * MIN_CODE ? 4 * MIN_CODE : bytes * 2;
     j->arena = mmap(NULL, j->arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (j->arena == MAP_FAILED) {
         j->arena = NULL;
