@@ -381,15 +381,15 @@ void jit_flags_before(const x86_insn *in, jit_info *f, uint16_t *host, uint16_t 
 static void fit(const jit_unit *u, x86_insn *in)
 {
     x86_offer(u->cpu, in);
-    bool is_wide = in->osz >= 4; /* shorter SHLD and SHRD may be by more than their size */
-    switch (u->j->shifts_define && in->flags_maybe && in->op[in->nops - 1].kind == X86_OP_IMM ? in->mnemonic : 0) {
+    switch (u->j->shifts_define ? in->mnemonic : 0) {
     case ZYDIS_MNEMONIC_SHLD:
     case ZYDIS_MNEMONIC_SHRD:
-        if (!is_wide) break;
+        if (in->osz < 4) break; /* it may be by more than the size */
         /* fallthrough */
     case ZYDIS_MNEMONIC_SHL:
     case ZYDIS_MNEMONIC_SHR:
     case ZYDIS_MNEMONIC_SAR:
+        if (in->op[in->nops - 1].kind != X86_OP_IMM) break;
         in->flags_written |= in->flags_maybe;
         in->flags_maybe = 0;
         break;

@@ -247,7 +247,7 @@ void x86_tlb_unpark(x86_cpu *cpu, const x86_park *park)
         if (t->meta[i])
             continue;
         touch(cpu, ctx, i);
-        note_local(cpu, ctx, i, 0);
+        note_local(cpu, ctx, i, park->held[n].meta);
         __atomic_store_n(&t->meta[i], park->held[n].meta, __ATOMIC_RELEASE);
         t->e[i].host = from->host;
         t->e[i].tag_r = from->tag_r;
