@@ -359,14 +359,6 @@ static bool emit_frame_move(emitter *e, const x86_insn *in)
     return true;
 }
 
-static unsigned frame_operands(const x86_insn *in)
-{
-    unsigned n = 0;
-    for (unsigned k = 0; k < in->nops; k++)
-        n += in->op[k].kind == X86_OP_GPR && in->op[k].reg < 16 && JIT_IN_FRAME(in->op[k].reg);
-    return n;
-}
-
 /* Spell instruction i with guest registers renamed; memory-resident ones are loaded into scratch registers and stored
  * back. `o` is the access with its memory operand, or NULL. */
 static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
@@ -392,11 +384,11 @@ static void emit_renamed(emitter *e, unsigned i, const jit_op *o)
     }
     for (unsigned k = 0; k < in->nops; k++) {
         const x86_operand *o = &in->op[k];
-        if (o->kind != X86_OP_GPR || o->reg >= 16 || !JIT_IN_FRAME(o->reg)) continue;
+        if (o->kind != X86_OP_GPR || !JIT_IN_FRAME(o->reg)) continue;
         bool is_known = (nused > 0 && used[0] == o->reg) || (nused > 1 && used[1] == o->reg);
         if (is_known) continue;
         bool only_writes = jit_insn_only_writes(in, k),
-             takes_t0 = is_t1_taken || (is_t0_kept && !nused && only_writes && frame_operands(in) > 1);
+             takes_t0 = is_t1_taken || (is_t0_kept && !nused && only_writes && jit_frame_operands(in) > 1);
         if (nused == 2 || (takes_t0 && is_t0_kept && !only_writes)) {
             e->failed = (int)i;
             return;

@@ -385,6 +385,7 @@ bool jit_insn_is_swapgs(const x86_insn *in);
 bool jit_insn_compares(const x86_insn *in); /* CMP of a register with a constant */
 bool jit_insn_sets_if(const jit_unit *u, unsigned i); /* STI with an instruction behind it in the block */
 bool jit_in_shadow(const jit_unit *u, unsigned i); /* of an STI before it */
+unsigned jit_frame_operands(const x86_insn *in); /* how many are registers in the frame */
 bool jit_insn_only_writes(const x86_insn *in, unsigned k); /* operand k: the whole of the register */
 bool jit_insn_names_sp(const x86_insn *in); /* as an operand, not in an address */
 bool jit_insn_falls_back(const jit_unit *u, const x86_insn *in);

@@ -158,22 +158,27 @@ bool jit_insn_only_writes(const x86_insn *in, unsigned k)
     return true;
 }
 
+unsigned jit_frame_operands(const x86_insn *in)
+{
+    unsigned n = 0;
+    for (unsigned k = 0; k < in->nops; k++) n += in->op[k].kind == X86_OP_GPR && JIT_IN_FRAME(in->op[k].reg);
+    return n;
+}
+
 /* May this GPR instruction run with renamed operands? High bytes cannot be spelled beside a REX prefix, and [r14] needs
  * one. */
 static bool native_form(const jit_unit *u, const x86_insn *in)
 {
     bool high = false, rex = in->flags & X86_IF_MEM;
-    unsigned in_memory = 0;
+    unsigned in_frame = jit_frame_operands(in);
     for (unsigned i = 0; i < in->nops; i++) {
         const x86_operand *o = &in->op[i];
         switch (o->kind) {
         case X86_OP_GPR:
             if (o->reg >= 16)
                 high = true;
-            else {
+            else
                 rex |= needs_rex(o->reg, o->size) || o->size == 8;
-                in_memory += JIT_IN_FRAME(o->reg);
-            }
             break;
         case X86_OP_MEM:
         case X86_OP_MOFFS:
@@ -184,8 +189,8 @@ static bool native_form(const jit_unit *u, const x86_insn *in)
         }
     }
     if (high && rex) return false;
-    if ((in->flags & X86_IF_MEM) && (in_memory > 1u + jit_insn_only_writes(in, 0) || !address_form(u, in))) return false;
-    return in_memory <= 2;
+    if ((in->flags & X86_IF_MEM) && (in_frame > 1u + jit_insn_only_writes(in, 0) || !address_form(u, in))) return false;
+    return in_frame <= 2;
 }
 
 static bool is_bit_string(const x86_insn *in)

@@ -63,24 +63,26 @@ static uint64_t note_large(x86_cpu *cpu, uint64_t la, uint64_t page_bytes)
     return X86_TLBM_LARGE;
 }
 
+/* One more slot in a list of some; room + 1 in all: more than it holds, so that all entries are to be looked at. */
+static void note(uint16_t *list, uint32_t *count, uint32_t room, unsigned ctx, unsigned i)
+{
+    if (*count < room)
+        list[(*count)++] = (uint16_t)(ctx << X86_TLB_BITS | i);
+    else
+        *count = room + 1;
+}
+
 /* An address space is left soon after it was entered, as a rule: what it has had is known without looking at all entries. */
 static void note_local(x86_cpu *cpu, unsigned ctx, unsigned i, uint64_t meta)
 {
-    if (meta & X86_TLBM_GLOBAL)
-        return;
-    if (cpu->local_count < X86_LOCALS)
-        cpu->local[cpu->local_count++] = (uint16_t)(ctx << X86_TLB_BITS | i);
-    else
-        cpu->local_count = X86_LOCALS + 1;
+    if (!(meta & X86_TLBM_GLOBAL))
+        note(cpu->local, &cpu->local_count, X86_LOCALS, ctx, i);
 }
 
-/* One more entry with a write tag; too many: x86_tlb_protect_noted() looks at all of them. */
+/* One more entry with a write tag, for x86_tlb_protect_noted(). */
 static void note_writable(x86_cpu *cpu, unsigned ctx, unsigned i)
 {
-    if (cpu->writable_count < X86_WRITABLES)
-        cpu->writable[cpu->writable_count++] = (uint16_t)(ctx << X86_TLB_BITS | i);
-    else
-        cpu->writable_count = X86_WRITABLES + 1;
+    note(cpu->writable, &cpu->writable_count, X86_WRITABLES, ctx, i);
 }
 
 void x86_tlb_set(x86_cpu *cpu, unsigned ctx, uint64_t la, uint64_t gpa, uint8_t *host, unsigned prot, bool global,
